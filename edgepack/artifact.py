@@ -1,0 +1,34 @@
+"""What a build makes: weights on disk, and what is known about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepack.units import Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model on this disk, ready to be built from."""
+
+    path: Path
+    """A Hugging Face folder or a .gguf file."""
+    source: str
+    """What the user named: a folder, a Hub id, "demo"."""
+    revision: str
+    """Commit of a Hub repository, or "sha256:…" over the files of a local one."""
+    license: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A weights file that the runtime loads, with its provenance."""
+
+    path: Path
+    scheme: str
+    sha256: str
+    bytes: Bytes
+    imatrix_sha256: str | None
+    tool: str
+    """Program and version that made it."""

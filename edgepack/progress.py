@@ -1,0 +1,68 @@
+"""Progress on stderr: a bar on a terminal, one line per step otherwise, nothing when quiet."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What long work reports to."""
+
+    def step(self, text: str) -> None:
+        """A line that says what starts now."""
+        ...
+
+    def bar(self, text: str, total: int | None) -> _Bar:
+        """A context manager that yields ``advance(n)``; ``total`` in the unit of ``n``, None if unknown."""
+        ...
+
+
+class _Bar(Protocol):
+    def __enter__(self) -> Callable[[int], None]: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Silent:
+    """Says nothing; for libraries and tests."""
+
+    def step(self, text: str) -> None:
+        return
+
+    @contextmanager
+    def _bar(self) -> Iterator[Callable[[int], None]]:
+        yield lambda _: None
+
+    def bar(self, text: str, total: int | None) -> _Bar:
+        return self._bar()
+
+
+class Terminal:
+    """Lines and rich bars on stderr; bars only when stderr is a terminal."""
+
+    def __init__(self, *, verbose: bool = False) -> None:
+        self.verbose = verbose
+
+    def step(self, text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+
+    def bar(self, text: str, total: int | None) -> _Bar:
+        return self._bar(text, total)
+
+    @contextmanager
+    def _bar(self, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        if not sys.stderr.isatty():
+            self.step(text)
+            yield lambda _: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(text, total=total)
+            yield lambda n: bars.advance(task, n)

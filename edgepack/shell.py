@@ -1,0 +1,91 @@
+"""The only place that starts processes: argument lists, never a shell string."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepack.errors import BuildFailed, MissingTool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """A process that ended: its exit status and what it printed."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    check: bool = True,
+    timeout: float | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Finished:
+    """Runs a program to its end and returns what it printed.
+
+    ``env`` is added to the environment. With ``on_line`` stdout and stderr are merged and handed over
+    line by line while it runs. Raises MissingTool when the program is not installed and, with ``check``,
+    BuildFailed with the last lines when it fails.
+    """
+    words = tuple(str(word) for word in argv)
+    if shutil.which(words[0]) is None:
+        raise MissingTool(f"{words[0]} is not installed", hint=f"install {Path(words[0]).name} and try again")
+    environment = {**os.environ, **env} if env else None
+    if on_line is not None:
+        finished = _stream(words, cwd, environment, on_line)
+    else:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
+        )
+        finished = Finished(
+            argv=words, returncode=done.returncode, stdout=done.stdout, stderr=done.stderr
+        )
+    if check and finished.returncode != 0:
+        tail = "\n".join((finished.stderr or finished.stdout).strip().splitlines()[-12:])
+        raise BuildFailed(f"{Path(words[0]).name} ended with status {finished.returncode}:\n{tail}")
+    return finished
+
+
+def _stream(
+    words: tuple[str, ...],
+    cwd: Path | None,
+    environment: Mapping[str, str] | None,
+    on_line: Callable[[str], None],
+) -> Finished:
+    lines: list[str] = []
+    with subprocess.Popen(
+        words,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        if process.stdout is None:
+            raise BuildFailed(f"{words[0]} has no output stream")
+        for line in process.stdout:
+            lines.append(line)
+            on_line(line.rstrip("\n"))
+        returncode = process.wait()
+    return Finished(argv=words, returncode=returncode, stdout="".join(lines), stderr="")
