@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything they need they install themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo-out
+
+.PHONY: demo test lint bench train-demo clean system-tools
+
+$(BIN)/edgepack: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[build]'
+	touch $@
+
+$(VENV)/.dev: $(BIN)/edgepack
+	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet -e '.[build,dev,torch,hub]'
+	touch $@
+
+## Build a signed bundle for a Jetson Orin and one for this machine from the built-in model, check it, let it speak.
+demo: $(BIN)/edgepack
+	$(BIN)/python scripts/demo.py $(OUT)
+
+## Everything: linters, types, unit, golden and integration tests with the real llama.cpp.
+test: $(VENV)/.dev system-tools
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/edgepack toolchain install
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/edgepack toolchain install
+	$(BIN)/python benchmarks/run.py
+
+## Programs outside Python that the tests call (only where this machine lets us install them).
+system-tools:
+	sh scripts/system_tools.sh
+
+clean:
+	rm -rf $(VENV) $(OUT)

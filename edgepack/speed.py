@@ -1,0 +1,40 @@
+"""How fast a plan decodes: bytes read over bandwidth, plus a fixed cost per layer, plus the KV cache.
+
+Decoding reads every weight once per token, so t = bytes / (efficiency * bandwidth) + overhead * layers. Two
+constants per device fit published runs to a few percent; uncalibrated they carry the profile's interval.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgepack.plan import Speed
+from edgepack.profile import DeviceProfile, PowerMode
+
+
+def read_per_token(weights: int, embedding: int, *, tied: bool) -> int:
+    """Weight bytes read for one token: all of them, but of an untied embedding only one row (counted as 0)."""
+    return weights if tied else weights - embedding
+
+
+def estimate(
+    profile: DeviceProfile, mode: PowerMode, *, read_bytes: int, layers: int, kv_bytes: int
+) -> Speed:
+    """Decode speed in tokens per second, with the context empty and full.
+
+    ``read_bytes``: weights read per token; ``kv_bytes``: KV cache of one slot, read whole when it is full.
+    """
+    constants = profile.speed
+    bandwidth = mode.bandwidth_gbs * 1e9 * constants.decode_efficiency
+    overhead = constants.layer_overhead_us * 1e-6 * layers
+    short = 1.0 / (read_bytes / bandwidth + overhead)
+    full = 1.0 / ((read_bytes + kv_bytes) / bandwidth + overhead)
+    spread = constants.relative_error
+    provenance: Literal["fitted", "calibrated"] = "calibrated" if constants.calibrated else "fitted"
+    return Speed(
+        decode=short,
+        decode_low=short / (1.0 + spread),
+        decode_high=short * (1.0 + spread),
+        decode_full=full,
+        provenance=provenance,
+    )

@@ -1,0 +1,20 @@
+#!/bin/sh
+# Installs the Debian packages whose programs the integration tests run; does nothing when all are there.
+set -eu
+missing=""
+need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
+need skopeo skopeo
+need ssh-keygen openssh-client
+need systemd-analyze systemd
+need shellcheck shellcheck
+need qemu-aarch64-static qemu-user-static
+need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
+need g++ g++
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
+    echo "the tests need these Debian packages:$missing" >&2
+    exit 1
+fi
+apt-get update -qq
+# shellcheck disable=SC2086
+DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
