@@ -7,6 +7,7 @@ from typing import Literal
 
 from edgepack.memory import MemoryEstimate
 from edgepack.profile import Budget, DeviceProfile, Session
+from edgepack.settings import Settings
 
 Goal = Literal["quality", "latency", "context"]
 
@@ -25,27 +26,6 @@ class ModelRef:
     license: str
     teacher: str | None = None
     """The model it was distilled from, when the catalog says so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What the runtime is started with."""
-
-    context: int
-    """Tokens per slot times slots, as llama-server's -c."""
-    slots: int
-    kv_type: str
-    batch: int
-    ubatch: int
-    flash_attention: bool
-    unified_kv: bool
-    threads: int
-    gpu_layers: int
-    """99 with an accelerator (all), 0 on CPU."""
-    load_mode: str
-    """llama.cpp's --load-mode: none (default) or mmap."""
-    repack: bool
-    """CPU weight repacking; off keeps one copy of the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
