@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
-from edgepack.units import Bytes
+from edgepack import ggufheader
+from edgepack.errors import BadInput, NotFound, Unsupported
+from edgepack.units import Bytes, pad
 
-Architecture = Literal["llama", "qwen2", "qwen3", "gemma3", "mistral"]
+Architecture = Literal["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"]
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +41,7 @@ class KvLayers:
     heads: int
     key_dim: int
     value_dim: int
+    """0 when the keys hold the values too (MLA)."""
     window: int | None = None
     """Sliding window in tokens; None is full attention."""
 
@@ -42,7 +51,7 @@ class ModelSpec:
     name: str
     """What the user called it, or the folder's or catalog's name."""
     architecture: str
-    """GGUF architecture: llama, qwen2, qwen3, gemma3."""
+    """GGUF architecture: llama, qwen2, qwen3, qwen3moe, gemma3."""
     layers: int
     hidden: int
     ffn: int
@@ -54,17 +63,415 @@ class ModelSpec:
     context_train: int
     kv: tuple[KvLayers, ...]
     tensors: tuple[Tensor, ...]
-    """Every tensor of the GGUF file, in file order."""
+    """Every tensor of the GGUF file, in file order: for a config, the order llama.cpp itself writes in
+    (tensors outside the blocks by name, then block by block by name; llama-model-loader.h,
+    weight_name_comparer), so that quantizing keeps it."""
     experts: int = 0
     experts_used: int = 0
     expert_ffn: int = 0
+    recurrent_bytes: Bytes = Bytes(0)
+    """State per sequence of recurrent layers; 0 for the architectures known today."""
     header_bytes: Bytes | None = None
-    """Exact bytes before the tensor data of its F16 GGUF; None when there is no tokenizer to count."""
+    """Exact bytes before the tensor data of its GGUF (the same for every scheme, since the converter
+    always writes general.file_type and general.quantization_version); None when there is no tokenizer."""
     gguf_types: tuple[str, ...] | None = None
     """Type of each tensor when the source is already a GGUF (its scheme is then fixed); else None."""
+    gguf_scheme: str | None = None
+    """Name of that GGUF's file type, e.g. Q4_K_M."""
     file_bytes: Bytes | None = None
     """Size of that GGUF on disk."""
 
     @property
     def parameters(self) -> int:
         return sum(t.elements for t in self.tensors)
+
+
+def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
+    """The shapes that a Hugging Face ``config.json`` describes, as our converter writes them to GGUF.
+
+    Raises Unsupported naming the model_type or field that is not known, BadInput for a field that is
+    missing or not a number.
+    """
+    model_type = config.get("model_type")
+    if model_type == "gemma3":
+        text = config.get("text_config")
+        if not isinstance(text, Mapping):
+            raise BadInput(f"{name}: model_type gemma3 has no text_config", hint="pass the text model's config.json")
+        config, model_type = text, "gemma3_text"
+    read = _READERS.get(model_type) if isinstance(model_type, str) else None
+    if read is None:
+        known = ", ".join(sorted(_READERS))
+        raise Unsupported(
+            f"{name}: model_type {model_type!r} is not known",
+            hint=f"known model types: {known}; a .gguf of a known architecture also works",
+        )
+    return read(_Config(config, name))
+
+
+def read(path: Path) -> ModelSpec:
+    """The shapes of a Hugging Face folder, a bare ``config.json`` or a ``.gguf`` file.
+
+    Reads no weights. Raises NotFound, BadInput for a damaged file, Unsupported for an unknown architecture.
+    """
+    if not path.exists():
+        raise NotFound(f"{path} does not exist", hint="give a model folder, a config.json or a .gguf file")
+    if path.is_dir():
+        config = path / "config.json"
+        if not config.is_file():
+            raise BadInput(f"{path} has no config.json", hint="give a Hugging Face model folder or a .gguf file")
+        return from_config(_json(config), name=path.resolve().name)
+    if path.suffix == ".json":
+        name = path.resolve().parent.name if path.name == "config.json" else path.stem
+        return from_config(_json(path), name=name)
+    return from_gguf(ggufheader.parse(path), name=path.stem)
+
+
+def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
+    """The shapes that a GGUF header describes. Raises Unsupported for an architecture that is not known."""
+    architecture = header.values.get("general.architecture")
+    if architecture not in _GGUF_ARCHITECTURES:
+        raise Unsupported(
+            f"{name}: GGUF architecture {architecture!r} is not known",
+            hint=f"known architectures: {', '.join(_GGUF_ARCHITECTURES)}",
+        )
+    if "split.count" in header.values and header.values["split.count"] not in (0, 1):
+        raise Unsupported(f"{name}: split GGUF files are not read", hint="merge the parts with llama-gguf-split")
+    fields = _GgufFields(header, name, str(architecture))
+    shapes = {t.name: t.shape for t in header.tensors}
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None or len(embedding) != 2:
+        raise BadInput(f"{name}: the GGUF has no token_embd.weight", hint="the file is not a language model")
+    layers, hidden = fields.number("block_count"), fields.number("embedding_length")
+    heads = fields.number("attention.head_count")
+    kv_heads = fields.number("attention.head_count_kv", default=heads)
+    if heads < 1 or kv_heads < 1 or layers < 1:
+        raise BadInput(f"{name}: the GGUF has {layers} layers, {heads} heads and {kv_heads} KV heads")
+    head_dim = fields.number("attention.key_length", default=hidden // heads)
+    value_dim = fields.number("attention.value_length", default=hidden // heads)
+    window = fields.number("attention.sliding_window", default=0) if architecture == "gemma3" else 0
+    pattern = fields.number("attention.sliding_window_pattern", default=_GEMMA3_PERIOD) if window else 0
+    file_type = header.values.get("general.file_type")
+    return ModelSpec(
+        name=name,
+        architecture=str(architecture),
+        layers=layers,
+        hidden=hidden,
+        ffn=fields.number("feed_forward_length", default=0),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=embedding[1],
+        tied="output.weight" not in shapes,
+        context_train=fields.number("context_length"),
+        kv=_kv_layers(layers, kv_heads, head_dim, value_dim, window or None, pattern),
+        tensors=tuple(Tensor(name=t.name, shape=t.shape) for t in header.tensors),
+        experts=fields.number("expert_count", default=0),
+        experts_used=fields.number("expert_used_count", default=0),
+        expert_ffn=fields.number("expert_feed_forward_length", default=0),
+        header_bytes=Bytes(pad(header.unpadded + _missing_quantize_keys(header), header.alignment)),
+        gguf_types=tuple(t.type for t in header.tensors),
+        gguf_scheme=ggufheader.FILE_TYPES.get(file_type) if isinstance(file_type, int) else None,
+        file_bytes=Bytes(header.file_bytes),
+    )
+
+
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
+_GEMMA3_PERIOD = 6
+"""Layer il of Gemma 3 is global iff il % 6 == 5 (llama.cpp src/models/gemma3.cpp, load_swa_pattern(ml, 6))."""
+
+
+class _Config:
+    """Typed access to a config.json: what is missing or of another kind is named."""
+
+    def __init__(self, values: Mapping[str, object], name: str) -> None:
+        self.values = values
+        self.name = name
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadInput(f"{self.name}: config field {key} must be a positive whole number, not {value!r}")
+        if value > 1 << 40:
+            raise BadInput(f"{self.name}: config field {key} is {value}, which no model has")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise BadInput(f"{self.name}: config field {key} must be true or false, not {value!r}")
+        return value
+
+    def rope_type(self) -> str:
+        """Kind of rope scaling: default, linear, yarn or llama3; Unsupported for any other."""
+        for key in ("rope_parameters", "rope_scaling"):
+            scaling = self.values.get(key)
+            if not isinstance(scaling, Mapping):
+                continue
+            scaling = scaling.get("full_attention", scaling)
+            kind = scaling.get("rope_type", scaling.get("type", "default"))
+            if kind not in ("default", "linear", "yarn", "llama3"):
+                raise Unsupported(f"{self.name}: rope_scaling type {kind!r} is not known")
+            return str(kind)
+        return "default"
+
+    def refuse(self, key: str, *allowed: object) -> None:
+        """Unsupported when the field is there with a value that changes the shapes in a way not known."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise Unsupported(f"{self.name}: config field {key} = {value!r} is not supported")
+
+
+def _llama(config: _Config) -> ModelSpec:
+    """Llama 1/2/3 and Mistral (llama.cpp ignores Mistral v0.1's sliding window: src/models/llama.cpp)."""
+    attention_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
+    shape = _dense(config, "llama", tied=False)
+    extra = []
+    if config.rope_type() == "llama3":
+        extra.append(Tensor(name="rope_freqs.weight", shape=(shape.head_dim // 2,)))
+    return _finish(shape, extra, qkv_bias=attention_bias, output_bias=attention_bias, mlp_bias=mlp_bias)
+
+
+def _qwen2(config: _Config) -> ModelSpec:
+    shape = _dense(config, "qwen2", tied=False)
+    if shape.heads * shape.head_dim != shape.hidden:
+        raise Unsupported(
+            f"{config.name}: qwen2 with head_dim {shape.head_dim} x {shape.heads} heads != hidden_size {shape.hidden}"
+        )
+    config.rope_type()
+    return _finish(shape, [], qkv_bias=True)
+
+
+def _qwen3(config: _Config) -> ModelSpec:
+    config.refuse("attention_bias", False)
+    config.rope_type()
+    return _finish(_dense(config, "qwen3", tied=False, head_dim=128), [], qk_norm=True)
+
+
+def _qwen3moe(config: _Config) -> ModelSpec:
+    config.refuse("attention_bias", False)
+    config.refuse("mlp_only_layers", [], ())
+    config.refuse("decoder_sparse_step", 1)
+    config.rope_type()
+    shape = _dense(config, "qwen3moe", tied=False, head_dim=128)
+    experts = config.values.get("num_experts", config.values.get("num_local_experts"))
+    counted = _Config({**config.values, "num_experts": experts}, config.name)
+    return _finish(
+        shape,
+        [],
+        qk_norm=True,
+        experts=counted.number("num_experts"),
+        experts_used=counted.number("num_experts_per_tok"),
+        expert_ffn=counted.number("moe_intermediate_size"),
+    )
+
+
+def _gemma3(config: _Config) -> ModelSpec:
+    """Gemma 3 text models; what published configs leave out has Gemma3TextConfig's default (transformers)."""
+    config.refuse("attention_bias", False)
+    config.refuse("use_bidirectional_attention", False)
+    config.rope_type()
+    defaults = {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    }
+    present = {key: value for key, value in config.values.items() if value is not None}
+    filled = _Config({**defaults, **present}, config.name)
+    shape = _dense(filled, "gemma3", tied=True, head_dim=256)
+    kinds = config.values.get("layer_types")
+    if isinstance(kinds, list):
+        wanted = [
+            "full_attention" if il % _GEMMA3_PERIOD == _GEMMA3_PERIOD - 1 else "sliding_attention"
+            for il in range(shape.layers)
+        ]
+        if kinds != wanted:
+            raise Unsupported(f"{config.name}: layer_types is not five sliding layers, then one full layer")
+    config.refuse("sliding_window_pattern", _GEMMA3_PERIOD)
+    window = filled.number("sliding_window")
+    return _finish(shape, [], qk_norm=True, sandwich_norms=True, window=window)
+
+
+_READERS: Mapping[str, Callable[[_Config], ModelSpec]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3moe,
+    "gemma3_text": _gemma3,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """The numbers all these architectures have in common."""
+
+    name: str
+    architecture: Architecture
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    context_train: int
+
+
+def _dense(config: _Config, architecture: Architecture, *, tied: bool, head_dim: int | None = None) -> _Shape:
+    heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+    if config.values.get("head_dim") is None and head_dim is None and hidden % heads != 0:
+        raise BadInput(f"{config.name}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    shape = _Shape(
+        name=config.name,
+        architecture=architecture,
+        layers=config.number("num_hidden_layers"),
+        hidden=hidden,
+        ffn=config.number("intermediate_size"),
+        heads=heads,
+        kv_heads=config.number("num_key_value_heads", default=heads),
+        head_dim=config.number("head_dim", default=head_dim or hidden // heads),
+        vocab=config.number("vocab_size"),
+        tied=config.flag("tie_word_embeddings", tied),
+        context_train=config.number("max_position_embeddings", default=2048),
+    )
+    if shape.layers > 1024:
+        raise BadInput(f"{config.name}: {shape.layers} layers is more than any model has")
+    if shape.heads % shape.kv_heads != 0:
+        raise BadInput(f"{config.name}: {shape.heads} heads is not a multiple of {shape.kv_heads} KV heads")
+    return shape
+
+
+def _finish(
+    shape: _Shape,
+    extra: list[Tensor],
+    *,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    sandwich_norms: bool = False,
+    window: int | None = None,
+    experts: int = 0,
+    experts_used: int = 0,
+    expert_ffn: int = 0,
+) -> ModelSpec:
+    """Lists the tensors (llama.cpp src/models/<architecture>.cpp, load_arch_tensors) and sums up."""
+    hidden, ffn, dim = shape.hidden, shape.ffn, shape.head_dim
+    query, key = shape.heads * dim, shape.kv_heads * dim
+    block: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (hidden, query),
+        "attn_k.weight": (hidden, key),
+        "attn_v.weight": (hidden, key),
+        "attn_output.weight": (query, hidden),
+        "ffn_norm.weight": (hidden,),
+    }
+    if qkv_bias:
+        block |= {"attn_q.bias": (query,), "attn_k.bias": (key,), "attn_v.bias": (key,)}
+    if output_bias:
+        block |= {"attn_output.bias": (hidden,)}
+    if qk_norm:
+        block |= {"attn_q_norm.weight": (dim,), "attn_k_norm.weight": (dim,)}
+    if sandwich_norms:
+        block |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if experts:
+        block |= {
+            "ffn_gate_inp.weight": (hidden, experts),
+            "ffn_gate_exps.weight": (hidden, expert_ffn, experts),
+            "ffn_up_exps.weight": (hidden, expert_ffn, experts),
+            "ffn_down_exps.weight": (expert_ffn, hidden, experts),
+        }
+    else:
+        block |= {"ffn_gate.weight": (hidden, ffn), "ffn_up.weight": (hidden, ffn), "ffn_down.weight": (ffn, hidden)}
+    if mlp_bias:
+        block |= {"ffn_gate.bias": (ffn,), "ffn_up.bias": (ffn,), "ffn_down.bias": (hidden,)}
+    tensors = [
+        Tensor(name="token_embd.weight", shape=(hidden, shape.vocab)),
+        Tensor(name="output_norm.weight", shape=(hidden,)),
+        *extra,
+    ]
+    if not shape.tied:
+        tensors.append(Tensor(name="output.weight", shape=(hidden, shape.vocab)))
+    tensors += [
+        Tensor(name=f"blk.{il}.{part}", shape=size) for il in range(shape.layers) for part, size in block.items()
+    ]
+    return ModelSpec(
+        name=shape.name,
+        architecture=shape.architecture,
+        layers=shape.layers,
+        hidden=hidden,
+        ffn=ffn,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=dim,
+        vocab=shape.vocab,
+        tied=shape.tied,
+        context_train=shape.context_train,
+        kv=_kv_layers(shape.layers, shape.kv_heads, dim, dim, window, _GEMMA3_PERIOD),
+        tensors=tuple(sorted(tensors, key=llama_order)),
+        experts=experts,
+        experts_used=experts_used,
+        expert_ffn=expert_ffn,
+    )
+
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def llama_order(tensor: Tensor) -> tuple[int, str]:
+    """Sort key of llama.cpp's own tensor order (src/llama-model-loader.h, weight_name_comparer)."""
+    block = _BLOCK.match(tensor.name)
+    return (int(block.group(1)) if block else -1, tensor.name)
+
+
+def _kv_layers(
+    layers: int, heads: int, key_dim: int, value_dim: int, window: int | None, period: int
+) -> tuple[KvLayers, ...]:
+    sliding = sum(1 for il in range(layers) if il % period != period - 1) if window and period else 0
+    kinds = (
+        KvLayers(count=layers - sliding, heads=heads, key_dim=key_dim, value_dim=value_dim),
+        KvLayers(count=sliding, heads=heads, key_dim=key_dim, value_dim=value_dim, window=window),
+    )
+    return tuple(kind for kind in kinds if kind.count)
+
+
+class _GgufFields:
+    """Typed access to one architecture's keys of a GGUF header."""
+
+    def __init__(self, header: ggufheader.Header, name: str, architecture: str) -> None:
+        self.header = header
+        self.name = name
+        self.architecture = architecture
+
+    def number(self, key: str, default: int | None = None) -> int:
+        full = f"{self.architecture}.{key}"
+        value = self.header.values.get(full, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise Unsupported(f"{self.name}: GGUF key {full} is {value!r}, not one whole number")
+        return value
+
+
+def _missing_quantize_keys(header: ggufheader.Header) -> int:
+    """Bytes of the two keys llama.cpp's quantizer sets, as far as the file does not have them yet."""
+    keys = ("general.quantization_version", "general.file_type")
+    return sum(ggufheader.entry_bytes(key, "u32", 0) for key in keys if key not in header.values)
+
+
+def _json(path: Path) -> Mapping[str, object]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadInput(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BadInput(f"{path} is not a JSON object")
+    return data
