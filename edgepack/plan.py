@@ -1,15 +1,39 @@
-"""The Plan: model, scheme, runtime and KV-cache budget for one device, with the arithmetic behind it."""
+"""The Plan: model, scheme, runtime and KV-cache budget for one device, with the arithmetic behind it.
+
+`survey` tries every candidate and yields a Plan or a Rejection for each; `choose` ranks the plans.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from edgepack import degradation, memory, schemes, serde, speed
+from edgepack.errors import BadInput, NothingFits
 from edgepack.memory import MemoryEstimate
-from edgepack.profile import Budget, DeviceProfile, Session
+from edgepack.modelspec import ModelSpec
+from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
+from edgepack.runtimes import llama_cpp
 from edgepack.settings import Settings
+from edgepack.speed import Speed
+from edgepack.units import MIB, show
 
 Goal = Literal["quality", "latency", "context"]
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_MIN_DECODE = 5.0
+"""Tokens per second: about the pace at which people read; slower is refused unless asked for."""
+SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
+"""Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
+KV_TYPES = ("f16", "q8_0")
+"""8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
+PANELS = ("qwen3_instruct_panel", "qwen25_instruct_panel", "smollm3_instruct_panel", "lfm2_panel")
+"""Single-source panels, in the order in which they are preferred."""
+NOISE = 0.01
+"""Relative difference in score below which two candidates count as equal in quality: a panel's standard
+error and the loss law's own error are both about a percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,35 +48,61 @@ class ModelRef:
     architecture: str
     parameters: int
     license: str
+    commercial: bool = True
     teacher: str | None = None
     """The model it was distilled from, when the catalog says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    decode: float
-    """Tokens per second at a short context."""
-    decode_low: float
-    decode_high: float
-    decode_full: float
-    """Tokens per second with the context full."""
-    provenance: Literal["fitted", "calibrated"]
+class Candidate:
+    """A model the planner may choose, with what is published about its quality."""
+
+    model: ModelRef
+    spec: ModelSpec
+    panels: Mapping[str, float]
+    """Mean score per single-source panel; scores of different panels are never compared."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asks for; None leaves the choice to the planner."""
+
+    profile: DeviceProfile
+    session: Session = "headless"
+    power_mode: str | None = None
+    context: int | None = None
+    """Tokens in all slots together."""
+    slots: int = 1
+    kv_type: str | None = None
+    scheme: str | None = None
+    ubatch: int = 512
+    imatrix: bool = False
+    min_decode: float | None = None
+    """Tokens per second that the lower end of the prediction must reach."""
+    goal: Goal = "quality"
+    force: bool = False
+    """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     score: float
-    """Mean of the panel's benchmarks after the scheme's loss; comparable only within `panel`."""
+    """Mean of the panel's benchmarks times what the scheme keeps; comparable only within `panel`."""
     low: float
     high: float
+    retention: float
+    """What the scheme keeps of the unquantized model, 1.0 being all; fitted."""
     panel: str
-    """Name of the single-source panel, "none" when there is none."""
+    """Name of the single-source panel; "none" when the model has no published score in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
     candidate: str
     reason: str
+    excess: int = 0
+    """Bytes over the budget; 0 when memory was not the reason."""
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +119,288 @@ class Plan:
     settings: Settings
     memory: MemoryEstimate
     speed: Speed
-    quality: Quality | None
+    quality: Quality
     warnings: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     schema_version: int = 1
+
+    @property
+    def name(self) -> str:
+        """Model, scheme and profile: names the bundle's file."""
+        model = self.model.id.rsplit("/", 1)[-1].lower()
+        return f"{model}-{self.scheme.lower()}-{self.profile.name}"
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the plan's JSON; names work folders."""
+        return hashlib.sha256(serde.to_json(self).encode()).hexdigest()
+
+
+def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan | Rejection]:
+    """Every model, scheme and KV type on this device: a Plan where it fits, else why it does not."""
+    room = budget(request.profile, request.session)
+    mode = _power_mode(request)
+    for candidate in candidates:
+        for scheme in (request.scheme,) if request.scheme else SCHEMES:
+            for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
+                yield _try(request, room, mode, candidate, scheme, kv_type)
+
+
+def choose(outcomes: Sequence[Plan | Rejection], goal: Goal) -> Plan:
+    """The best plan, carrying the reasons against the others; raises NothingFits when there is none."""
+    plans = rank([o for o in outcomes if isinstance(o, Plan)], goal)
+    rejections = tuple(o for o in outcomes if isinstance(o, Rejection))
+    if not plans:
+        raise _nothing_fits(rejections)
+    best = plans[0]
+    others = tuple(Rejection(candidate=label(p), reason=_why_not(best, p, goal)) for p in plans[1:])
+    return replace(best, rejected=others + rejections)
+
+
+def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
+    """Best first. Quality: the score, and within its noise the faster; latency: decode speed at equal or
+    tolerable quality; context: the longest context, then quality."""
+    panel = _panel(plans)
+    known = [p for p in plans if p.quality.panel == panel]
+    unknown = [p for p in plans if p.quality.panel != panel]
+    return _ordered(known, goal) + _ordered(unknown, goal)
+
+
+def label(plan: Plan) -> str:
+    """Model, scheme, KV type and context in one short line."""
+    return f"{plan.model.id} {plan.scheme} kv {plan.settings.kv_type} ctx {plan.settings.context}"
+
+
+def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
+    """The same plan with its memory counted again from the weights at hand, exact down to the header."""
+    estimate = _memory(plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix)
+    return replace(plan, model=model, memory=estimate)
+
+
+def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
+    left = list(plans)
+    ordered: list[Plan] = []
+    while left:
+        if goal == "latency":
+            best = max(left, key=lambda p: (p.speed.decode_low, p.quality.score))
+        elif goal == "context":
+            longest = max(p.settings.context for p in left)
+            best = max((p for p in left if p.settings.context == longest), key=lambda p: p.quality.score)
+        else:
+            top = max(p.quality.score for p in left)
+            equal = [p for p in left if p.quality.score >= top * (1.0 - NOISE)]
+            best = max(equal, key=lambda p: (p.speed.decode_full, p.quality.score))
+        ordered.append(best)
+        left.remove(best)
+    return ordered
+
+
+def _panel(plans: Sequence[Plan]) -> str:
+    """The panel most of the candidates' scores come from."""
+    names = [p.quality.panel for p in plans if p.quality.panel != "none"]
+    return max(sorted(set(names)), key=names.count) if names else "none"
+
+
+def _power_mode(request: Request) -> PowerMode:
+    try:
+        return request.profile.mode(request.power_mode)
+    except KeyError as error:
+        known = ", ".join(m.name for m in request.profile.power_modes)
+        raise BadInput(
+            f"{request.profile.name} has no power mode {request.power_mode!r}", hint=f"it has: {known}"
+        ) from error
+
+
+def _memory(
+    profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool
+) -> MemoryEstimate:
+    unified = profile.accelerator is None or profile.accelerator.memory is None
+    return memory.estimate(spec, scheme, settings, backend=profile.backend, unified=unified, imatrix=imatrix)
+
+
+def _try(
+    request: Request, room: Budget, mode: PowerMode, candidate: Candidate, scheme: str, kv_type: str
+) -> Plan | Rejection:
+    spec = candidate.spec
+    context = request.context or min(DEFAULT_CONTEXT * request.slots, spec.context_train * request.slots)
+    name = f"{candidate.model.id} {scheme} kv {kv_type} ctx {context}"
+    if schemes.needs_imatrix(scheme) and not request.imatrix:
+        return Rejection(candidate=name, reason=f"{scheme} is unusable without an importance matrix",
+                         hint="give one with --imatrix")  # fmt: skip
+    if context > spec.context_train * request.slots:
+        return Rejection(
+            candidate=name,
+            reason=f"context {context} is beyond the {spec.context_train} tokens the model was trained on"
+            + (f" times {request.slots} slots" if request.slots > 1 else ""),
+            hint=f"--context {spec.context_train * request.slots}",
+        )
+
+    def settings(tokens: int) -> Settings:
+        return llama_cpp.settings_for(
+            request.profile, context=tokens, slots=request.slots, kv_type=kv_type, ubatch=request.ubatch
+        )
+
+    def needs(tokens: int) -> MemoryEstimate:
+        return _memory(request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix)
+
+    estimate = needs(context)
+    if request.goal == "context" and request.context is None and excess(estimate, room) <= 0:
+        context = _longest(spec.context_train * request.slots, lambda n: excess(needs(n), room) <= 0)
+        estimate = needs(context)
+        name = f"{candidate.model.id} {scheme} kv {kv_type} ctx {context}"
+    over = excess(estimate, room)
+    warnings = list(_warnings(request, candidate.model, spec, scheme))
+    if over > 0:
+        reason = (
+            f"needs {show(estimate.high)}, {show(over)} more than the {show(_limit(estimate, room))} there is; "
+            f"{binding(estimate)}"
+        )
+        if not request.force:
+            return Rejection(candidate=name, reason=reason, excess=over)
+        warnings.append(f"forced: {reason}")
+    pace = _speed(request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots)
+    floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
+    if pace.decode_low < floor:
+        reason = (
+            f"decodes {pace.decode:.1f} tok/s, at least {pace.decode_low:.1f}, and {floor:g} were asked for"
+            + ("" if request.min_decode is not None else " (the default)")
+        )
+        if not request.force:
+            return Rejection(
+                candidate=name, reason=reason, hint=f"--min-tokens-per-second {pace.decode_low:.1f}"
+            )
+        warnings.append(f"forced: {reason}")
+    return Plan(
+        profile=request.profile,
+        session=request.session,
+        power_mode=mode.name,
+        budget=room,
+        model=candidate.model,
+        scheme=scheme,
+        imatrix=request.imatrix,
+        runtime=llama_cpp.NAME,
+        runtime_version=llama_cpp.VERSION,
+        settings=settings(context),
+        memory=estimate,
+        speed=pace,
+        quality=_quality(candidate, scheme, imatrix=request.imatrix),
+        warnings=tuple(warnings),
+    )
+
+
+def excess(estimate: MemoryEstimate, room: Budget) -> int:
+    """Bytes by which the upper end of the estimate exceeds the budget; negative when there is room."""
+    if room.unified:
+        return estimate.high - room.device
+    return max(estimate.at("device") - room.device, estimate.at("host") - room.host)
+
+
+def binding(estimate: MemoryEstimate) -> str:
+    """The part that takes most, in words."""
+    part = max(estimate.parts, key=lambda p: p.high)
+    return f"{part.name} take {show(part.high)}"
+
+
+def _limit(estimate: MemoryEstimate, room: Budget) -> int:
+    if room.unified or estimate.at("device") - room.device >= estimate.at("host") - room.host:
+        return room.device
+    return room.host
+
+
+def _longest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest multiple of 256 tokens up to ``limit`` that fits; the caller knows that some does."""
+    low, high = 1, max(1, limit // 256)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle * 256):
+            low = middle
+        else:
+            high = middle - 1
+    return low * 256
+
+
+def _speed(
+    profile: DeviceProfile,
+    mode: PowerMode,
+    spec: ModelSpec,
+    scheme: str,
+    estimate: MemoryEstimate,
+    *,
+    imatrix: bool,
+    slots: int,
+) -> Speed:
+    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+    embedding = sum(
+        schemes.tensor_bytes(kind, t.shape)
+        for t, kind in zip(spec.tensors, types, strict=True)
+        if t.name == "token_embd.weight"
+    )
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    return speed.estimate(
+        profile,
+        mode,
+        read_bytes=speed.read_per_token(weights, embedding, tied=spec.tied),
+        layers=spec.layers,
+        kv_bytes=estimate.part("kv_cache") // slots,
+    )
+
+
+def _quality(candidate: Candidate, scheme: str, *, imatrix: bool) -> Quality:
+    spec = candidate.spec
+    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+    kept = degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
+    panel = next((p for p in PANELS if p in candidate.panels), "none")
+    score = candidate.panels.get(panel, 100.0)
+    return Quality(
+        score=score * kept.retention,
+        low=score * kept.low,
+        high=score * kept.high,
+        retention=kept.retention,
+        panel=panel,
+    )
+
+
+def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -> Iterator[str]:
+    if not model.commercial:
+        yield f"{model.license} forbids commercial use of {model.id}"
+    if request.profile.uncertain:
+        yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
+    limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
+    if limit is not None:
+        types = schemes.tensor_types(spec, scheme, imatrix=request.imatrix)
+        pairs = zip(spec.tensors, types, strict=True)
+        size, tensor = max((schemes.tensor_bytes(kind, t.shape), t.name) for t, kind in pairs)
+        if size > limit:
+            yield f"{tensor} is {show(size)} in one piece; allocations above {show(limit)} have failed there"
+
+
+def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
+    if other.quality.panel != best.quality.panel:
+        return f"no score in {best.quality.panel}, and scores of different sources are not compared"
+    quality = f"scores {other.quality.score:.1f} against {best.quality.score:.1f}"
+    pace = f"decodes {other.speed.decode_full:.1f} tok/s against {best.speed.decode_full:.1f} with a full context"
+    if goal == "latency":
+        return pace
+    if goal == "context" and other.settings.context != best.settings.context:
+        return f"holds {other.settings.context} tokens against {best.settings.context}"
+    if other.quality.score >= best.quality.score * (1.0 - NOISE):
+        return f"{quality}, within the noise, and {pace}"
+    return quality
+
+
+def _nothing_fits(rejections: Sequence[Rejection]) -> NothingFits:
+    if not rejections:
+        return NothingFits("there is no model to choose from", hint="name one with --model")
+    too_big = [r for r in rejections if r.excess > 0]
+    others = [r for r in rejections if r.excess == 0]
+    nearest = others[-1] if others else min(too_big, key=lambda r: r.excess)
+    hint = nearest.hint or (
+        f"free {show(pad_mib(nearest.excess))} on the device, use a smaller model, a shorter --context, "
+        "or --force"
+    )
+    return NothingFits(f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=hint)
+
+
+def pad_mib(count: int) -> int:
+    """Rounded up to whole MiB, so that a hint's number is enough."""
+    return -(-count // MIB) * MIB

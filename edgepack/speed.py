@@ -6,10 +6,21 @@ constants per device fit published runs to a few percent; uncalibrated they carr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
-from edgepack.plan import Speed
 from edgepack.profile import DeviceProfile, PowerMode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    decode: float
+    """Tokens per second at a short context."""
+    decode_low: float
+    decode_high: float
+    decode_full: float
+    """Tokens per second with the context full."""
+    provenance: Literal["fitted", "calibrated"]
 
 
 def read_per_token(weights: int, embedding: int, *, tied: bool) -> int:

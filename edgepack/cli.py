@@ -1,0 +1,469 @@
+"""The command line: parses, calls one function, prints; turns errors into exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import click
+
+from edgepack import __version__
+from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, NotFound
+from edgepack.progress import Progress, Silent, Terminal
+
+if TYPE_CHECKING:
+    from edgepack.plan import Plan, Request
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turns every EdgepackError into one message on stderr and its own exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgepackError as error:
+            _fail(error)
+        except KeyboardInterrupt:
+            _fail(Interrupted("stopped", hint="run the same command again; it resumes"))
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except OSError as error:
+            _fail(_translated(error))
+
+
+def _fail(error: EdgepackError) -> NoReturn:
+    click.echo(f"edgepack: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {error.hint}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _translated(error: OSError) -> EdgepackError:
+    import errno
+
+    from edgepack.errors import NoSpace
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"the disk is full ({error.filename or 'while writing'})", hint="free some space; then rerun")
+    if isinstance(error, FileNotFoundError):
+        return NotFound(f"{error.filename} does not exist")
+    if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)):
+        return BadInput(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}")
+    raise error
+
+
+def main() -> None:
+    """Entry point of the `edgepack` program."""
+    cli(standalone_mode=True)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edgepack")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more about what is done.")
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
+    """Turn a language model into a signed bundle that provably runs on a given edge device.
+
+    \b
+    Examples:
+      edgepack plan  --profile jetson-orin
+      edgepack fit   --profile raspberry-pi-5-8gb --model ./Qwen2.5-1.5B-Instruct --scheme Q4_K_M
+      edgepack build --profile jetson-orin --model demo --key ~/.ssh/edgepack -o out/
+      edgepack check out/demo-q8_0-jetson-orin-nano-8gb.tar
+    """
+    ctx.obj = Silent() if quiet else Terminal(verbose=verbose)
+
+
+def _model_options(command: Command) -> Command:
+    for option in (
+        click.option("--kv-type", metavar="T", help="KV cache type, or K/V pair: f16, q8_0, q8_0/q4_0 …"),
+        click.option("--ubatch", type=click.IntRange(32, 8192), default=512, show_default=True,
+                     help="Tokens computed at once; bounds the compute buffer."),
+        click.option("--slots", type=click.IntRange(1, 256), default=1, show_default=True,
+                     help="Users served at the same time."),
+        click.option("--context", type=click.IntRange(1), metavar="N",
+                     help="Tokens in all slots together."),
+        click.option("--runtime", default="llama.cpp", show_default=True, help="Inference runtime."),
+        click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _device_options(command: Command) -> Command:
+    for option in (
+        click.option("--power-mode", metavar="NAME", help="Power mode by name, e.g. 25W."),
+        click.option("--desktop", is_flag=True, help="A desktop session runs on the device."),
+        click.option("--profile", metavar="P", help="A profile's name, alias, or YAML file."),
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@cli.command()
+@click.option("--model", required=True, metavar="M", help="Folder, config.json, .gguf, or catalog id.")
+@_device_options
+@_model_options
+@click.option("--imatrix", is_flag=True, help="Sizes as with an importance matrix.")
+@click.option("--exact", is_flag=True, help="Ask llama.cpp itself (no weights needed) and print both.")
+@json_option
+@click.pass_obj
+def fit(progress: Progress, **options: Any) -> None:
+    """Does it fit? Exact memory arithmetic; needs no weights, no device and no torch.
+
+    \b
+    Examples:
+      edgepack fit --model Qwen2.5-1.5B-Instruct --profile jetson-orin --scheme Q4_K_M --context 8192
+      edgepack fit --model config.json --scheme Q8_0 --context 4096 --slots 4 --kv-type q8_0 --json
+    """
+    from edgepack import pipeline
+
+    report = pipeline.fit_report(progress=progress, **options)
+    if options["as_json"]:
+        _print_json(report.document)
+    else:
+        from edgepack import tables
+
+        click.echo(tables.fit(report.document), nl=False)
+
+
+@cli.command()
+@_device_options
+@click.option("--model", metavar="M", help="Folder, config.json, .gguf, catalog id, or Hub id.")
+@click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
+@_model_options
+@click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
+@click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
+              help="Refuse slower candidates (default 5; 0 switches it off).")  # fmt: skip
+@click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
+              show_default=True, help="What to make most of.")  # fmt: skip
+@click.option("--explain", is_flag=True, help="Say why this, and why not each of the others.")
+@click.option("--force", is_flag=True, help="Plan even what does not fit; the plan carries the reason.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan here.")
+@json_option
+def plan(output: Path | None, as_json: bool, explain: bool, **options: Any) -> None:
+    """Choose model, quantization, KV cache and context for a device.
+
+    \b
+    Examples:
+      edgepack plan --profile jetson-orin --explain
+      edgepack plan --profile consumer-8gb --goal context --min-tokens-per-second 30
+      edgepack plan --profile jetson-orin --model ./my-model -o my.plan.json
+    """
+    from edgepack import pipeline, serde, tables, workspace
+
+    chosen = _planned(pipeline, options)
+    if output is not None:
+        workspace.write_text(output, serde.to_json(chosen))
+    if as_json:
+        _print_json(serde.dump(chosen))
+    else:
+        click.echo(tables.plan(chosen, explain=explain), nl=False)
+
+
+@cli.command()
+@_device_options
+@click.option("--model", metavar="M", help="Folder, .gguf, catalog id, or Hub id.")
+@click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
+@_model_options
+@click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
+              help="Refuse slower candidates (default 5; 0 switches it off).")  # fmt: skip
+@click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
+              show_default=True, help="What to make most of.")  # fmt: skip
+@click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
+              help="Importance matrix made by `edgepack imatrix` or llama-imatrix.")  # fmt: skip
+@click.option("--key", type=click.Path(path_type=Path), help="Sign with this ed25519 private key.")
+@click.option("--with-runtime", is_flag=True, help="Carry a static llama-server (CPU devices).")
+@click.option("--image-digest", metavar="SHA256", help="Pin the runtime image to this digest.")
+@click.option("--release-sequence", type=click.IntRange(1), default=1, show_default=True,
+              help="Devices refuse a lower one than they run.")  # fmt: skip
+@click.option("--revision", metavar="REV", help="Commit of the Hub repository.")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option("--force", is_flag=True, help="Build even what does not fit; the bundle carries the reason.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("."),
+              help="Folder for the bundle and its plan.")  # fmt: skip
+@json_option
+@click.pass_obj
+def build(
+    progress: Progress,
+    plan_file: Path | None,
+    output: Path,
+    key: Path | None,
+    with_runtime: bool,
+    image_digest: str | None,
+    release_sequence: int,
+    imatrix_file: Path | None,
+    offline: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make one bundle file: plan, fetch, convert, quantize, record, render, sign.
+
+    \b
+    Examples:
+      edgepack build --profile jetson-orin --model demo --key ~/.ssh/edgepack -o out/
+      edgepack build --profile raspberry-pi-5-8gb --model ./my-model --scheme Q4_K_M --with-runtime
+      edgepack build --plan my.plan.json
+    """
+    from edgepack import pipeline, serde, tables
+
+    if plan_file is not None:
+        chosen = pipeline.read_plan(plan_file)
+    else:
+        chosen = _planned(pipeline, {**options, "imatrix": imatrix_file is not None, "offline": offline})
+    if not as_json and not isinstance(progress, Silent):
+        click.echo(tables.plan(chosen, explain=False), nl=False, err=True)
+    if dry_run:
+        _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
+        return
+    made = pipeline.build(
+        chosen,
+        pipeline.BuildOptions(
+            out=output,
+            key=key,
+            with_runtime=with_runtime,
+            imatrix=imatrix_file,
+            image_digest=image_digest,
+            sequence=release_sequence,
+            offline=offline,
+        ),
+        progress,
+    )
+    if not made.signed:
+        click.echo("warning: the bundle is UNSIGNED; sign it with --key (edgepack key new PATH)", err=True)
+    if as_json:
+        _print_json({"schema_version": 1, **serde.dump(made)})
+    else:
+        click.echo(str(made.path))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
+@json_option
+def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
+    """Verify a bundle, every byte of it, and show what is in it.
+
+    \b
+    Examples:
+      edgepack inspect out/demo.tar
+      edgepack inspect out/demo.tar --allowed-signers signers --json
+    """
+    from edgepack import bundle as bundles
+    from edgepack import tables
+
+    document = bundles.inspect(_existing(bundle), allowed_signers=allowed_signers)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(tables.inspect(document), nl=False)
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
+@click.option("--full", is_flag=True, help="Fill every slot, not only one.")
+@click.option("--memory-limit", metavar="SIZE", help="Simulate a smaller device, e.g. 2GiB.")
+@click.option("--strict-device", is_flag=True, help="Fail when this is not the planned device.")
+@click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
+@json_option
+@click.pass_obj
+def check(
+    progress: Progress,
+    bundle: Path,
+    allowed_signers: Path | None,
+    full: bool,
+    memory_limit: str | None,
+    strict_device: bool,
+    server: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run the bundle here, fill its KV cache, and hold every part against the plan.
+
+    \b
+    Examples:
+      edgepack check out/demo.tar
+      edgepack check out/demo.tar --full --json -o report.json
+      edgepack check out/demo.tar --memory-limit 2GiB
+    """
+    from edgepack import check as checks
+    from edgepack import workspace
+    from edgepack.units import parse_bytes
+
+    report = checks.check(
+        _existing(bundle),
+        server=server,
+        full=full,
+        memory_limit=parse_bytes(memory_limit) if memory_limit else None,
+        allowed_signers=allowed_signers,
+        strict_device=strict_device,
+        progress=progress,
+    )
+    document = checks.to_document(report)
+    if output is not None:
+        workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(checks.table(report), nl=False)
+    if not report.passed:
+        failed = ", ".join(item.name for item in report.items if item.status == "fail")
+        raise CheckFailed(f"check failed: {failed}", hint="the report above says what was expected and measured")
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the YAML here.")
+@json_option
+@click.pass_obj
+def probe(progress: Progress, output: Path | None, as_json: bool) -> None:
+    """Write the profile of the machine this runs on.
+
+    \b
+    Examples:
+      edgepack probe -o this.yaml
+      edgepack plan --profile this.yaml
+    """
+    from edgepack import probe as probes
+    from edgepack import serde, workspace
+
+    found = probes.probe()
+    text = probes.to_yaml(found)
+    if output is not None:
+        workspace.write_text(output, text)
+        progress.step(f"wrote {output}")
+    elif as_json:
+        _print_json({"schema_version": 1, **serde.dump(found)})
+    else:
+        click.echo(text, nl=False)
+
+
+@cli.group()
+def profiles() -> None:
+    """Device profiles: list, show, validate, schema."""
+
+
+@profiles.command("list")
+@json_option
+def profiles_list(as_json: bool) -> None:
+    """All built-in profiles with their budgets."""
+    from edgepack import profile, tables
+
+    everything = [profile.load(name) for name in profile.names()]
+    if as_json:
+        _print_json({"schema_version": 1, "profiles": [tables.profile_row(p) for p in everything]})
+    else:
+        click.echo(tables.profiles(everything), nl=False)
+
+
+@profiles.command("show")
+@click.argument("name")
+@json_option
+def profiles_show(name: str, as_json: bool) -> None:
+    """One profile, by name, alias or file, with everything it inherits."""
+    from edgepack import profile, serde, tables
+
+    found = profile.load(name)
+    if as_json:
+        _print_json({"schema_version": 1, **serde.dump(found)})
+    else:
+        click.echo(tables.profile(found), nl=False)
+
+
+@profiles.command("validate")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+def profiles_validate(files: tuple[Path, ...]) -> None:
+    """Read profile files and report all their problems at once."""
+    from edgepack import profile
+
+    for file in files:
+        profile.load(str(_existing(file)))
+        click.echo(f"{file}: valid")
+
+
+@profiles.command("schema")
+def profiles_schema() -> None:
+    """JSON Schema of profile files, for editors."""
+    from edgepack import profile
+
+    _print_json(profile.schema())
+
+
+@cli.group("toolchain")
+def toolchain_group() -> None:
+    """llama.cpp, built once from the pinned source and cached."""
+
+
+@toolchain_group.command("install")
+@click.pass_obj
+def toolchain_install(progress: Progress) -> None:
+    """Build llama.cpp (about 9 CPU minutes); resumes, and does nothing when it is there."""
+    from edgepack import toolchain
+
+    click.echo(str(toolchain.install(progress).root))
+
+
+@toolchain_group.command("status")
+@json_option
+def toolchain_status(as_json: bool) -> None:
+    """Say whether llama.cpp is built, and which."""
+    from edgepack import serde, toolchain
+
+    status = serde.dump(toolchain.status())
+    if as_json:
+        _print_json({"schema_version": 1, **status})
+    else:
+        for name, value in status.items():
+            click.echo(f"{name:<10} {value}")
+
+
+@cli.group("key")
+def key_group() -> None:
+    """Signing keys (ed25519, OpenSSH)."""
+
+
+@key_group.command("new")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--identity", default="edgepack", show_default=True, help="Name in the allowed_signers file.")
+def key_new(path: Path, identity: str) -> None:
+    """Make a key pair and the allowed_signers line to enroll on devices."""
+    from edgepack.bundle import sign
+
+    sign.new_key(path)
+    signers = sign.write_allowed_signers(path, identity=identity)
+    click.echo(f"private key      {path}  (keep it on the build host)")
+    click.echo(f"allowed_signers  {signers}  (give it to devices and to --allowed-signers)")
+
+
+def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
+    request: Request = pipeline.request_from(options)
+    models = pipeline.candidates(
+        options.get("model"), options.get("teacher"), revision=options.get("revision")
+    )
+    chosen: Plan = pipeline.make_plan(request, models)
+    return chosen
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise NotFound(f"{path} does not exist", hint="check the path")
+    return path
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(document, indent=2, sort_keys=True))

@@ -1,0 +1,174 @@
+"""The whole job in order: choose, fetch, convert and quantize, record, render, sign. Read this first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepack import bundle, catalog, hub, modelspec, plan, serde, toolchain, workspace
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.bundle import Bundle
+from edgepack.errors import BadInput, NotFound, Unsupported
+from edgepack.plan import Candidate, ModelRef, Plan, Request
+from edgepack.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What a build needs beside the plan."""
+
+    out: Path
+    key: Path | None = None
+    """ed25519 private key; None leaves the bundle unsigned."""
+    with_runtime: bool = False
+    imatrix: Path | None = None
+    image_digest: str | None = None
+    sequence: int = 1
+    """release_sequence: devices refuse a lower one than they run."""
+    offline: bool = False
+    token_text: Path | None = None
+    """Text for the quality probe; None is the built-in one."""
+
+
+def candidates(model: str | None, teacher: str | None, *, revision: str | None = None) -> list[Candidate]:
+    """The models to choose from: one that is named, the students of a teacher, or the whole catalog."""
+    if model is not None:
+        return [named(model, revision=revision)]
+    everything = catalog.models()
+    if teacher is not None:
+        wanted = teacher.lower()
+        students = [m for m in everything if wanted in (m.id.lower(), m.repo.lower())]
+        students += [m for m in everything if (m.teacher or "").lower() == wanted]
+        if not students:
+            known = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
+            raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(known)}")
+        return [_from_catalog(m) for m in students]
+    return [_from_catalog(m) for m in everything if m.id != "demo" and m.commercial]
+
+
+def named(model: str, *, revision: str | None = None) -> Candidate:
+    """A catalog id, "demo", a folder, a config.json or a GGUF file, as a candidate."""
+    entry = catalog.find(model)
+    path = Path(model)
+    if entry is not None and not path.exists():
+        return _from_catalog(entry, revision=revision)
+    if not path.exists():
+        if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+            raise NotFound(
+                f"{model} is not in the catalog and not on this disk",
+                hint=f"`edgepack build --model {model}` fetches it; to plan without fetching, give its config.json",
+            )
+        known = ", ".join(m.id for m in catalog.models())
+        raise NotFound(f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}")
+    spec = modelspec.read(path)
+    reference = ModelRef(
+        id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
+        source=str(path),
+        revision=None,
+        architecture=spec.architecture,
+        parameters=spec.parameters,
+        license="unknown",
+    )
+    return Candidate(model=reference, spec=spec, panels={})
+
+
+def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
+    """Surveys all candidates and returns the best plan; raises NothingFits with the nearest one."""
+    if len(models) == 1 and models[0].spec.gguf_types is not None and request.scheme is None:
+        request = _as_it_is(request, models[0].spec)
+    return plan.choose(list(plan.survey(request, models)), request.goal)
+
+
+def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
+    """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
+    from edgepack import quality
+    from edgepack.builders import gguf
+
+    if not chosen.profile.deployable:
+        raise Unsupported(
+            f"{chosen.profile.name} is for planning only", hint="edgepack profiles list shows deployable ones"
+        )
+    progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
+    tools = toolchain.install(progress)
+    checkpoint = hub.resolve(
+        chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
+    )
+    spec = modelspec.read(checkpoint.path)
+    _same_model(chosen, spec)
+    exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
+    artifact = gguf.build(
+        checkpoint,
+        spec,
+        exact.scheme,
+        workspace.cache_root() / "artifacts",
+        imatrix=options.imatrix,
+        toolchain=tools,
+        progress=progress,
+    )
+    _same_size(exact, artifact)
+    progress.step("probe    recording what the artifact answers, to be compared on the device")
+    selftest = quality.record(artifact.path, exact, tools, progress)
+    runtime = toolchain.static_runtime(exact.profile.arch, progress) if options.with_runtime else None
+    out = options.out / f"{exact.name}.tar"
+    made = bundle.write(
+        exact,
+        artifact,
+        out,
+        key=options.key,
+        runtime=runtime,
+        sequence=options.sequence,
+        image_digest=options.image_digest,
+        selftest=selftest,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
+    workspace.write_text(options.out / f"{exact.name}.plan.json", serde.to_json(exact))
+    return exact, made
+
+
+def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -> Candidate:
+    reference = ModelRef(
+        id=entry.id,
+        source=entry.repo,
+        revision=revision or entry.revision,
+        architecture=entry.spec().architecture,
+        parameters=entry.parameters,
+        license=entry.license,
+        commercial=entry.commercial,
+        teacher=entry.teacher,
+    )
+    panels = {name: sum(scores.values()) / len(scores) for name, scores in entry.panels.items() if scores}
+    return Candidate(model=reference, spec=entry.spec(), panels=panels)
+
+
+def _as_it_is(request: Request, spec: modelspec.ModelSpec) -> Request:
+    """A GGUF is used as it is: its scheme is what its tensors are."""
+    from dataclasses import replace
+
+    return replace(request, scheme="as-is")
+
+
+def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:
+    from dataclasses import replace
+
+    license_name = model.license if model.license != "unknown" else checkpoint.license
+    return replace(model, revision=checkpoint.revision, license=license_name)
+
+
+def _same_model(chosen: Plan, spec: modelspec.ModelSpec) -> None:
+    if spec.parameters != chosen.model.parameters or spec.architecture != chosen.model.architecture:
+        raise BadInput(
+            f"{chosen.model.source} is a {spec.architecture} of {spec.parameters:,} parameters, the plan is for "
+            f"a {chosen.model.architecture} of {chosen.model.parameters:,}",
+            hint="plan again with this model",
+        )
+
+
+def _same_size(exact: Plan, artifact: Artifact) -> None:
+    predicted = exact.memory.file_bytes
+    if exact.memory.file_provenance == "exact" and artifact.bytes != predicted:
+        raise BadInput(
+            f"the artifact has {artifact.bytes} bytes, the plan says {predicted}",
+            hint="this is a bug in edgepack's arithmetic; report it with the model's config.json",
+        )

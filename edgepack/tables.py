@@ -1,0 +1,187 @@
+"""Documents and values as text for people: plain columns, a memory bar, no color needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from edgepack.plan import Plan
+from edgepack.profile import DeviceProfile, budget
+from edgepack.units import show
+
+BAR_WIDTH = 48
+
+
+def fit(document: Mapping[str, Any]) -> str:
+    """The answer, the parts, and what would change it."""
+    total = document["total"]
+    lines = [
+        f"{document['model']}  {document['scheme']}  {document['runtime']}",
+        f"context {document['context']} in {document['slots']} slot(s), KV cache {document['kv_type']}",
+        "",
+        *_parts(document["parts"]),
+        f"{'total':<18}{show(total['bytes']):>12}  {_interval(total)}",
+        f"{'file':<18}{show(document['file_bytes']):>12}  {document['bits_per_weight']:.2f} bits per weight",
+    ]
+    if document.get("exact") is not None:
+        lines += ["", "llama.cpp itself says:"]
+        lines += [f"{name:<18}{show(value):>12}" for name, value in document["exact"].items()]
+    if document["budget_bytes"] is not None:
+        verdict = "fits" if document["fits"] else "does NOT fit"
+        lines += [
+            "",
+            bar(document["parts"], document["budget_bytes"]),
+            f"{verdict}: up to {show(total['high'])} of {show(document['budget_bytes'])}"
+            f"; largest context {document['max_context']} tokens",
+        ]
+        if not document["fits"]:
+            lines += [f"binding: {document['binding']}", f"hint: {document['hint']}"]
+    return _text(lines)
+
+
+def plan(chosen: Plan, *, explain: bool) -> str:
+    """The choice in one sentence, its memory map, its speed, and what was not chosen."""
+    settings, pace, quality = chosen.settings, chosen.speed, chosen.quality
+    parts = [{"name": p.name, "bytes": p.bytes, "low": p.low, "high": p.high, "provenance": p.provenance}
+             for p in chosen.memory.parts]  # fmt: skip
+    score = (
+        f"keeps {quality.retention:.1%} of the unquantized model (fitted)"
+        if quality.panel == "none"
+        else f"{quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}] in {quality.panel} (fitted)"
+    )
+    lines = [
+        f"{chosen.profile.title}: {chosen.model.id} at {chosen.scheme} on {chosen.runtime} "
+        f"{chosen.runtime_version}",
+        f"context {settings.context} in {settings.slots} slot(s), KV cache {settings.kv_type}, "
+        f"power mode {chosen.power_mode}, {chosen.session}",
+        "",
+        *_parts(parts),
+        f"{'total':<18}{show(chosen.memory.total):>12}  "
+        f"{_interval({'low': chosen.memory.low, 'high': chosen.memory.high})}",
+        "",
+        bar(parts, chosen.budget.device),
+        f"budget {show(chosen.budget.device)} = "
+        + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip("+ "),
+        f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
+        f"{pace.decode_full:.1f} with a full context",
+        f"quality {score}",
+        f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
+        f"licence {chosen.model.license}",
+    ]
+    lines += [f"warning: {text}" for text in chosen.warnings]
+    if explain:
+        lines += ["", f"not chosen ({len(chosen.rejected)}):"]
+        lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected]
+    elif chosen.rejected:
+        lines += ["", "runners-up (--explain shows all):"]
+        lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected[:3]]
+    return _text(lines)
+
+
+def inspect(document: Mapping[str, Any]) -> str:
+    """What a verified bundle says about itself."""
+    signature = document["signature"]
+    lines = [
+        f"{document['name']}",
+        f"manifest   {document['digest']}",
+        f"signature  {signature['status']}"
+        + (f" by {signature['key']}" if signature.get("key") else ""),
+        f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified",
+        "",
+        *(f"{f['name']:<24}{f['bytes']:>14}  {f['digest']}" for f in document["files"]),
+        "",
+        *(f"{name:<44}{value}" for name, value in sorted(document["annotations"].items())),
+    ]
+    return _text(lines)
+
+
+def profiles(everything: Iterable[DeviceProfile]) -> str:
+    """One line per profile."""
+    rows = [("profile", "also", "memory", "budget", "GB/s", "mode", "architecture")]
+    for p in everything:
+        row = profile_row(p)
+        rows.append(
+            (p.name, ", ".join(p.aliases), show(row["memory_bytes"]), show(row["budget_bytes"]),
+             f"{row['bandwidth_gbs']:g}", row["power_mode"], p.arch)
+        )  # fmt: skip
+    return _text(_columns(rows))
+
+
+def profile_row(found: DeviceProfile) -> dict[str, Any]:
+    """A profile's summary, as in `profiles list --json`."""
+    mode = found.mode()
+    own = found.accelerator.memory if found.accelerator else None
+    return {
+        "name": found.name,
+        "aliases": list(found.aliases),
+        "title": found.title,
+        "arch": found.arch,
+        "memory_bytes": int(own if own is not None else found.memory),
+        "budget_bytes": int(budget(found).device),
+        "bandwidth_gbs": mode.bandwidth_gbs,
+        "power_mode": mode.name,
+        "deployable": found.deployable,
+    }
+
+
+def profile(found: DeviceProfile) -> str:
+    """Everything about one profile, with the budget's arithmetic."""
+    lines = [found.title, f"name       {found.name}" + (f" (also {', '.join(found.aliases)})" if found.aliases else "")]
+    lines += [
+        f"arch       {found.arch}, {found.cpu_cores} cores",
+        f"memory     {show(found.memory)} reported by the system, {'shared' if found.unified else 'separate'}",
+    ]
+    if found.accelerator:
+        own = found.accelerator.memory
+        lines.append(
+            f"accelerator {found.accelerator.name}, {found.accelerator.backend}"
+            + (f" {found.accelerator.compute_capability}" if found.accelerator.compute_capability else "")
+            + (f", {show(own)} of its own" if own else "")
+        )
+    for mode in found.power_modes:
+        default = " (default)" if mode.name == found.default_mode else ""
+        tflops = f", {mode.fp16_tflops:g} TFLOPS FP16" if mode.fp16_tflops else ""
+        lines.append(f"mode       {mode.name}: {mode.bandwidth_gbs:g} GB/s{tflops}{default}")
+    for session in ("headless", "desktop"):
+        room = budget(found, session)  # type: ignore[arg-type]  # both are Sessions
+        terms = " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in room.arithmetic)
+        lines.append(f"budget     {session}: {show(room.device)} = {terms.lstrip('+ ')}")
+    for image in found.software.images:
+        lines.append(f"image      {image.reference} ({image.digest if image.digest != 'unknown' else 'digest unknown'})")
+    if found.uncertain:
+        lines.append(f"estimated  {', '.join(found.uncertain)}")
+    return _text(lines)
+
+
+def bar(parts: Sequence[Mapping[str, Any]], limit: int) -> str:
+    """The parts against the budget, each with its own sign; ``!`` runs over the edge."""
+    signs = {"weights": "█", "host_copy": "▓", "kv_cache": "▒", "recurrent_state": "▒", "compute": "░",
+             "output": "░", "process": "·"}  # fmt: skip
+    scale = max(limit, sum(p["bytes"] for p in parts)) or 1
+    drawn = ""
+    for part in parts:
+        drawn += signs.get(part["name"], "?") * round(BAR_WIDTH * part["bytes"] / scale)
+    edge = round(BAR_WIDTH * limit / scale)
+    inside, over = drawn[:edge].ljust(edge), drawn[edge:]
+    return f"[{inside}]{'!' * len(over)}"
+
+
+def _parts(parts: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [f"{p['name']:<18}{show(p['bytes']):>12}  {_interval(p)} {p['provenance']}" for p in parts if p["high"]]
+
+
+def _interval(value: Mapping[str, int]) -> str:
+    if value["low"] == value["high"]:
+        return ""
+    return f"[{show(value['low'])}, {show(value['high'])}]"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _text(lines: Iterable[str]) -> str:
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
