@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
-from edgepack.units import Bytes
+from edgepack import serde
+from edgepack.errors import BadInput, NotFound
+from edgepack.units import Bytes, show
 
 Arch = Literal["x86_64", "aarch64"]
 Backend = Literal["cuda", "cpu"]
 DeviceClass = Literal["jetson", "nvidia-discrete", "cpu"]
 Session = Literal["headless", "desktop"]
+
+_NOTHING = Bytes(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedConstants:
+    """The speed law: seconds per token = bytes read / (efficiency x bandwidth) + overhead x layers."""
+
+    decode_efficiency: float
+    """Share of the peak bandwidth that decoding reaches, above 0 and at most 1."""
+    layer_overhead_us: float
+    """Microseconds per layer and token that no bandwidth explains (launches, synchronization)."""
+    prefill_tflops: float | None = None
+    """2 x parameters x tokens per second while reading a prompt, 10^12 per second."""
+    relative_interval: float = 0.3
+    """Half width of the decode interval, as a share of the prediction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +43,8 @@ class PowerMode:
     """Peak memory bandwidth in this mode, 10^9 bytes per second."""
     fp16_tflops: float | None = None
     """Dense FP16, 10^12 FLOP per second."""
+    speed: SpeedConstants | None = None
+    """Constants measured in this mode, where they differ from the profile's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +55,7 @@ class Accelerator:
     memory: Bytes | None = None
     """Memory of its own as NVML reports it; None when it shares the system's (unified)."""
     largest_allocation: Bytes | None = None
-    """Largest single allocation known to succeed; None when there is no known limit."""
+    """Largest single allocation known to succeed; above it is warned. None when no limit is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +63,17 @@ class Reserves:
     """What the model may not use, per kind of session."""
 
     os_headless: Bytes
+    """System memory in use without a desktop, before the model starts."""
     os_desktop: Bytes
+    """The same with a desktop session open."""
     accelerator_context: Bytes
     """Driver and CUDA context of one process; 0 on CPU devices."""
     safety: Bytes
+    """Kept free for what no estimate names; on a card of its own once there and once in system memory."""
+    display_headless: Bytes = _NOTHING
+    """Memory of the card that others hold without a desktop (under WSL: Windows); 0 when unified."""
+    display_desktop: Bytes = _NOTHING
+    """Memory of the card that a desktop session holds; 0 when unified."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +103,7 @@ class Match:
     device_tree: tuple[str, ...] = ()
     """Substrings of /proc/device-tree/{model,compatible}, any of which matches."""
     gpu_name: str | None = None
-    """Substring of the name NVML gives."""
+    """Substring of the name that NVML gives."""
     memory_min: Bytes | None = None
     memory_max: Bytes | None = None
     """Bounds on MemTotal."""
@@ -95,6 +126,8 @@ class DeviceProfile:
     """At least one; devices without modes have one called "default"."""
     default_mode: str
     reserves: Reserves
+    speed: SpeedConstants | None = None
+    """None when nothing was measured on this kind of device."""
     disk: Bytes | None = None
     """Free storage to assume; None when unknown."""
     software: Software = field(default_factory=Software)
@@ -115,6 +148,10 @@ class DeviceProfile:
             if mode.name == wanted:
                 return mode
         raise KeyError(wanted)
+
+    def constants(self, name: str | None = None) -> SpeedConstants | None:
+        """Speed constants of the named mode, else of the profile. Raises KeyError like ``mode``."""
+        return self.mode(name).speed or self.speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,14 +182,14 @@ def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
         )
         total = Bytes(sum(value for _, value in terms))
         return Budget(device=total, host=total, unified=True, session=session, arithmetic=terms)
-    display = 0 if session == "headless" else os_reserve
+    display = reserves.display_headless if session == "headless" else reserves.display_desktop
     terms = (
         ("memory the card reports", int(own)),
         (f"display ({session})", -display),
         ("accelerator context", -reserves.accelerator_context),
         ("safety", -reserves.safety),
     )
-    host = Bytes(profile.memory - max(os_reserve, reserves.os_headless) - reserves.safety)
+    host = Bytes(profile.memory - os_reserve - reserves.safety)
     return Budget(
         device=Bytes(sum(value for _, value in terms)),
         host=host,
@@ -160,3 +197,234 @@ def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
         session=session,
         arithmetic=terms,
     )
+
+
+# ── profiles on disk ─────────────────────────────────────────────────────────────────────────────────
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
+_NOT_INHERITED = ("extends", "aliases")
+
+
+def folder() -> Path:
+    """Where the built-in profiles are: inside an installed package, else beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "_data" / "profiles"
+    return installed if installed.is_dir() else package.parent / "profiles"
+
+
+def names() -> tuple[str, ...]:
+    """Names of all built-in profiles, sorted."""
+    return tuple(sorted(path.stem for path in folder().glob("*.yaml")))
+
+
+def load(name_or_path: str) -> DeviceProfile:
+    """A built-in profile by name or alias, or the profile in a YAML file; ``extends:`` is merged in.
+
+    Raises NotFound with near names, and BadInput with all problems of the file.
+    """
+    return _read(_locate(name_or_path, beside=Path()), ())
+
+
+def schema() -> dict[str, object]:
+    """JSON Schema of a profile file, for editors; a file that extends another may leave fields out."""
+    document = serde.json_schema(DeviceProfile)
+    required, properties, definitions = document["required"], document["properties"], document["$defs"]
+    if not isinstance(properties, dict) or not isinstance(definitions, dict):
+        raise TypeError("a dataclass's schema has properties")
+    whole: dict[str, object] = {}
+    for f in fields(DeviceProfile):
+        for kind in (definitions.get(name) for name in re.findall(r"\w+", str(f.type))):
+            if kind is not None and "tuple" not in str(f.type):
+                needed = kind.pop("required", None)
+                whole.update({f.name: {"required": needed}} if needed else {})
+    extends = {
+        "type": "string",
+        "description": "A built-in profile or a file; its fields hold where this one gives none.",
+    }
+    return {
+        **{key: value for key, value in document.items() if key != "required"},
+        "title": "edgepack device profile",
+        "properties": {"extends": extends, **properties},
+        "if": {"required": ["extends"]},
+        "then": {"required": ["name"]},
+        "else": {"required": required, "properties": whole},
+    }
+
+
+def _locate(wanted: str, *, beside: Path) -> Path:
+    if wanted.endswith((".yaml", ".yml")) or os.sep in wanted:
+        path = beside / wanted
+        if not path.is_file():
+            raise NotFound(f"profile file {path} does not exist", hint="see edgepack profiles list")
+        return path
+    known = names()
+    if wanted in known:
+        return folder() / f"{wanted}.yaml"
+    aliases = _aliases()
+    if wanted in aliases:
+        return folder() / f"{aliases[wanted]}.yaml"
+    near = serde.did_you_mean(wanted, (*known, *aliases))
+    raise NotFound(
+        f"no profile is called {wanted!r}{near}",
+        hint=f"built in are {', '.join(known)}; a path to a YAML file works too",
+    )
+
+
+def _aliases() -> dict[str, str]:
+    """Alias -> name, from the built-in files."""
+    result: dict[str, str] = {}
+    for name in names():
+        data, _ = serde.read_yaml(folder() / f"{name}.yaml")
+        own = data.get("aliases") if isinstance(data, dict) else None
+        if isinstance(own, list):
+            result.update({alias: name for alias in own if isinstance(alias, str)})
+    return result
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> DeviceProfile:
+    data, lines = _merged(path, chain)
+    return serde.load(
+        DeviceProfile,
+        data,
+        source=str(path),
+        lines=lines,
+        rule=_rule,
+        hint="edgepack profiles schema prints the format; edgepack profiles show NAME an example",
+    )
+
+
+def _merged(path: Path, chain: tuple[Path, ...]) -> tuple[object, serde.Lines]:
+    """The file over what it extends; lines are those of the file itself."""
+    here = path.resolve()
+    if here in chain:
+        raise BadInput(f"{path} extends itself through {' -> '.join(p.name for p in (*chain, here))}")
+    data, lines = serde.read_yaml(path)
+    if not isinstance(data, dict) or "extends" not in data:
+        return data, lines
+    parent = data["extends"]
+    if not isinstance(parent, str):
+        raise BadInput(f"{path}: line {lines[('extends',)]}: extends: {parent!r} is not a name or a path")
+    below = _locate(parent, beside=path.parent)
+    _read(below, (*chain, here))  # so that its problems are reported with its own lines
+    base, _ = _merged(below, (*chain, here))
+    if not isinstance(base, dict):
+        raise BadInput(f"{below} is not a profile")
+    kept = {key: value for key, value in base.items() if key not in _NOT_INHERITED}
+    own = {key: value for key, value in data.items() if key != "extends"}
+    return _over(kept, own), lines
+
+
+def _over(base: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+    """``own`` over ``base``: sets of fields merge, everything else (lists too) replaces."""
+    result = dict(base)
+    for key, value in own.items():
+        below = result.get(key)
+        result[key] = _over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _rule(loaded: Mapping[str, object]) -> Iterator[tuple[serde.Place, str]]:
+    """What the types cannot say about a profile."""
+    name = loaded.get("name")
+    if isinstance(name, str) and not _NAME.match(name):
+        yield ("name",), f"{name!r} must be lower-case letters, digits, dots and dashes"
+    if loaded.get("memory") == 0:
+        yield ("memory",), "must be more than 0"
+    cores = loaded.get("cpu_cores")
+    if isinstance(cores, int) and cores < 1:
+        yield ("cpu_cores",), f"{cores} is not a number of cores"
+    modes = loaded.get("power_modes")
+    if isinstance(modes, tuple):
+        yield from _mode_problems(modes, loaded.get("default_mode"))
+    yield from _accelerator_problems(loaded)
+    speed = loaded.get("speed")
+    if isinstance(speed, SpeedConstants):
+        yield from _speed_problems(("speed",), speed)
+    software = loaded.get("software")
+    if isinstance(software, Software):
+        for at, image in enumerate(software.images):
+            yield from _image_problems(("software", "images", at), image)
+    uncertain = loaded.get("uncertain")
+    if isinstance(uncertain, tuple):
+        for at, dotted in enumerate(uncertain):
+            if not _is_field(loaded, dotted):
+                near = serde.did_you_mean(dotted, (f.name for f in fields(DeviceProfile)))
+                yield ("uncertain", at), f"{dotted!r} is not a field of the profile{near}"
+
+
+def _mode_problems(modes: tuple[PowerMode, ...], default: object) -> Iterator[tuple[serde.Place, str]]:
+    named = [mode.name for mode in modes]
+    if not modes:
+        yield ("power_modes",), 'is empty; a device without modes has one called "default"'
+    for at, mode in enumerate(modes):
+        if mode.bandwidth_gbs <= 0:
+            yield ("power_modes", at, "bandwidth_gbs"), f"{mode.bandwidth_gbs} is not a bandwidth"
+        if mode.fp16_tflops is not None and mode.fp16_tflops <= 0:
+            yield ("power_modes", at, "fp16_tflops"), f"{mode.fp16_tflops} is not a rate"
+        if mode.name in named[:at]:
+            yield ("power_modes", at, "name"), f"{mode.name!r} is given twice"
+        if mode.speed is not None:
+            yield from _speed_problems(("power_modes", at, "speed"), mode.speed)
+    if isinstance(default, str) and named and default not in named:
+        near = serde.did_you_mean(default, named)
+        yield ("default_mode",), f"{default!r} is not one of {', '.join(named)}{near}"
+
+
+def _accelerator_problems(loaded: Mapping[str, object]) -> Iterator[tuple[serde.Place, str]]:
+    if not {"device_class", "unified", "memory", "reserves"} <= set(loaded):
+        return
+    kind, unified, accelerator = loaded["device_class"], loaded["unified"], loaded.get("accelerator")
+    if kind == "cpu" and accelerator is not None:
+        yield ("accelerator",), "a device of class cpu has none"
+    if kind == "cpu" and not unified:
+        yield ("unified",), "is true for a device of class cpu"
+    own: Bytes | None = None
+    if isinstance(accelerator, Accelerator):
+        own = accelerator.memory
+        if unified and own is not None:
+            yield ("accelerator", "memory"), "a unified device has no memory of the accelerator's own"
+        if not unified and own is None:
+            yield ("accelerator", "memory"), "is missing; only unified devices have none"
+    elif kind != "cpu":
+        yield ("accelerator",), f"is missing; a device of class {kind} has one"
+    reserves, memory = loaded["reserves"], loaded["memory"]
+    if not isinstance(reserves, Reserves) or not isinstance(memory, int):
+        return
+    taken = reserves.accelerator_context + reserves.safety
+    taken += reserves.os_headless if own is None else reserves.display_headless
+    if taken >= (memory if own is None else own):
+        yield ("reserves",), f"take {show(taken)}, all the memory there is"
+
+
+def _speed_problems(place: serde.Place, speed: SpeedConstants) -> Iterator[tuple[serde.Place, str]]:
+    if not 0 < speed.decode_efficiency <= 1:
+        yield (*place, "decode_efficiency"), f"{speed.decode_efficiency} is not above 0 and at most 1"
+    if speed.layer_overhead_us < 0:
+        yield (*place, "layer_overhead_us"), f"{speed.layer_overhead_us} is below 0"
+    if not 0 <= speed.relative_interval < 1:
+        yield (*place, "relative_interval"), f"{speed.relative_interval} is not between 0 and 1"
+
+
+def _image_problems(place: serde.Place, image: RuntimeImage) -> Iterator[tuple[serde.Place, str]]:
+    if image.digest != "unknown" and not _DIGEST.match(image.digest):
+        yield (*place, "digest"), f"{image.digest!r} is neither sha256: with 64 hex digits nor unknown"
+    _, colon, tag = image.reference.rpartition("/")[2].partition(":")
+    if not colon or not tag:
+        yield (*place, "reference"), f"{image.reference!r} has no tag"
+    elif tag.startswith("latest") and image.digest == "unknown":
+        yield (*place, "reference"), f"the tag {tag!r} moves; give an exact one or its digest"
+
+
+def _is_field(loaded: Mapping[str, object], dotted: str) -> bool:
+    first, *rest = dotted.split(".")
+    if first not in {f.name for f in fields(DeviceProfile)}:
+        return False
+    value = loaded.get(first)
+    for step in rest:
+        if value is None or isinstance(value, tuple):
+            return True  # did not load, or one of several: nothing to compare with
+        if step not in getattr(type(value), "__dataclass_fields__", {}):
+            return False
+        value = getattr(value, step)
+    return True
