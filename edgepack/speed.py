@@ -20,7 +20,7 @@ class Speed:
     decode_high: float
     decode_full: float
     """Tokens per second with the context full."""
-    provenance: Literal["fitted", "calibrated"]
+    provenance: Literal["fitted", "measured"]
 
 
 def read_per_token(weights: int, embedding: int, *, tied: bool) -> int:
@@ -40,12 +40,11 @@ def estimate(
     overhead = constants.layer_overhead_us * 1e-6 * layers
     short = 1.0 / (read_bytes / bandwidth + overhead)
     full = 1.0 / ((read_bytes + kv_bytes) / bandwidth + overhead)
-    spread = constants.relative_error
-    provenance: Literal["fitted", "calibrated"] = "calibrated" if constants.calibrated else "fitted"
+    spread = constants.relative_interval
     return Speed(
         decode=short,
         decode_low=short / (1.0 + spread),
         decode_high=short * (1.0 + spread),
         decode_full=full,
-        provenance=provenance,
+        provenance="fitted",
     )

@@ -37,7 +37,7 @@ class Traits(ctypes.Structure):
 
 
 def main() -> None:
-    ggml = ctypes.CDLL(str(toolchain.find().library))
+    ggml = ctypes.CDLL(str(toolchain.find().package / "llama_cpp" / "lib" / "libllama.so"))
     ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
     ggml.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,

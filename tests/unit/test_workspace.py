@@ -1,0 +1,48 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from edgepack.errors import NoSpace
+from edgepack.workspace import require_space, whole_dir, whole_file, write_text
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "plan.json"
+    write_text(target, "old")
+
+    with pytest.raises(ValueError, match="stop"), whole_file(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError("stop")
+
+    assert target.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_full_disk_is_named_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(NoSpace) as caught, whole_file(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert "resumes" in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
+    target = tmp_path / "release"
+
+    with whole_dir(target) as temporary:
+        (temporary / "a").write_text("1")
+        assert not target.exists()
+
+    assert (target / "a").read_text() == "1"
+
+
+def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
+    with pytest.raises(NoSpace) as caught:
+        require_space(tmp_path / "deep" / "down", 2**62)
+
+    assert "must be written" in caught.value.message
