@@ -944,8 +944,8 @@ OPTIONS = frozenset(
     "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
     "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
     "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
-    "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device --kv-offload "
-    "-n --predict --alias -a".split()
+    "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
+    "--kv-offload -n --predict --alias -a".split()
 )
 """Every flag a bundle may start its server with: those that bound memory and time, none that names a file."""
 ENVIRONMENT = re.compile(r"^(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z")
