@@ -1,0 +1,92 @@
+"""The models edgepack knows by name: where they are, what they may be used for, how good they were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from edgepack import modelspec, serde
+from edgepack.errors import BadInput
+
+BUILT_IN = "demo"
+"""Name and repository of the model that the package itself carries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One source's own table of scores; scores compare within a panel and nowhere else."""
+
+    name: str
+    source: str
+    benchmarks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogModel:
+    id: str
+    repo: str
+    """Hugging Face repository, or "demo"."""
+    revision: str | None = None
+    """Pinned commit; None when it is only known once fetched, which the plan warns about."""
+    license: str
+    """SPDX identifier where there is one, else the Hub's tag."""
+    commercial: bool
+    """The licence allows commercial use, perhaps on conditions."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """Fields of the Hugging Face config.json that decide shapes and positions."""
+    parameters: int = 0
+    """Weights, tied embeddings counted once."""
+    teacher: str | None = None
+    """The models it was distilled from, where its makers say so."""
+    panels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Panel -> benchmark -> score in percent."""
+
+    def spec(self) -> modelspec.ModelSpec:
+        """Every tensor and KV layer. Raises Unsupported for an architecture that is not known."""
+        return modelspec.from_config(self.config, name=self.id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    models: tuple[CatalogModel, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Panels:
+    panels: tuple[Panel, ...]
+
+
+@cache
+def models() -> tuple[CatalogModel, ...]:
+    """All models, by family and then by size."""
+    here = Path(__file__).parent
+    families = [path for path in sorted(here.glob("*.yaml")) if path.name != "panels.yaml"]
+    listed = tuple(model for path in families for model in serde.load_yaml(_Family, path).models)
+    return tuple(_with_own_config(model) if model.repo == BUILT_IN else model for model in listed)
+
+
+@cache
+def panels() -> Mapping[str, Panel]:
+    """All panels by name, best source first."""
+    return {p.name: p for p in serde.load_yaml(_Panels, Path(__file__).parent / "panels.yaml").panels}
+
+
+def find(name: str) -> CatalogModel | None:
+    """The model with this id or repository, in any case; None when there is none."""
+    wanted = name.lower()
+    return next((m for m in models() if wanted in (m.id.lower(), m.repo.lower())), None)
+
+
+def built_in_folder() -> Path:
+    """The Hugging Face folder of the built-in model."""
+    return Path(__file__).parent.parent / "models" / BUILT_IN
+
+
+def _with_own_config(model: CatalogModel) -> CatalogModel:
+    config = serde.read_json(built_in_folder() / "config.json")
+    if not isinstance(config, dict):
+        raise BadInput(f"{built_in_folder() / 'config.json'} is not a set of fields")
+    spec = modelspec.from_config(config, name=model.id)
+    return replace(model, config=config, parameters=spec.parameters)
