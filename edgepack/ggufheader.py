@@ -204,7 +204,9 @@ class _Reader:
         self.at = 4
         version = self.scalar("u32")
         if version == 1:
-            raise BadInput(f"{self.path} is GGUF version 1, which llama.cpp no longer reads", hint="convert it again")
+            raise BadInput(
+                f"{self.path} is GGUF version 1, which llama.cpp no longer reads", hint="convert it again"
+            )
         if not isinstance(version, int) or version & 0xFFFF == 0:
             raise BadInput(f"{self.path} is a big-endian or damaged GGUF file")
         if version > _NEWEST:
@@ -249,7 +251,7 @@ class _Reader:
             end = start + expected + count // weights * size
             if end > self.size:
                 raise BadInput(
-                    f"{self.path} is truncated: tensor {tensor.name} ends at byte {end}, the file at {self.size}",
+                    f"{self.path} is truncated: {tensor.name} ends at byte {end}, the file at {self.size}",
                     hint="fetch or copy the file again",
                 )
             expected += pad(count // weights * size, alignment)
@@ -262,7 +264,9 @@ class _Reader:
         shape = tuple(int(self.scalar("u64")) for _ in range(dims))
         number, offset = int(self.scalar("u32")), int(self.scalar("u64"))
         if number not in _TYPES:
-            raise BadInput(f"{self.path}: tensor {name} has the unknown type {number}", hint="update edgepack")
+            raise BadInput(
+                f"{self.path}: tensor {name} has the unknown type {number}", hint="update edgepack"
+            )
         kind, weights, _ = _TYPES[number]
         if any(n < 1 or n > 1 << 40 for n in shape):
             raise self.damaged(f"tensor {name} has the shape {shape}")
@@ -328,7 +332,9 @@ class _Reader:
         return value
 
     def truncated(self) -> BadInput:
-        return BadInput(f"{self.path} is truncated: the header goes past byte {self.size}", hint="fetch it again")
+        return BadInput(
+            f"{self.path} is truncated: the header goes past byte {self.size}", hint="fetch it again"
+        )
 
     def damaged(self, what: str) -> BadInput:
         return BadInput(f"{self.path} is not a sound GGUF file: {what}", hint="fetch or convert it again")

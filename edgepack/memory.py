@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from edgepack import schemes
+from edgepack.modelspec import ModelSpec
+from edgepack.profile import Arch, Backend
+from edgepack.runtimes import llama_cpp
+from edgepack.settings import Settings
 from edgepack.units import Bytes
 
 Provenance = Literal["exact", "fitted", "measured"]
@@ -50,3 +55,118 @@ class MemoryEstimate:
 
     def part(self, name: str) -> int:
         return sum(p.bytes for p in self.parts if p.name == name)
+
+
+ACCELERATOR_SPREAD = 0.03
+"""Compute buffers on an accelerator are computed as exactly as on a CPU, but only one published log of a
+CUDA device could be compared (Qwen3-1.7B on a Jetson Orin, equal to the last digit)."""
+
+
+def estimate(
+    spec: ModelSpec,
+    scheme: str,
+    settings: Settings,
+    *,
+    backend: Backend,
+    unified: bool,
+    imatrix: bool = False,
+    arch: Arch = "x86_64",
+) -> MemoryEstimate:
+    """What llama-server takes with these weights and settings, part by part.
+
+    ``unified``: accelerator and CPU share one memory, so every part counts against the same budget; places
+    are kept apart all the same. ``arch``: the CPU's, which decides what is repacked. Raises Unsupported for
+    a scheme or KV type the model cannot have.
+    """
+    file_bytes, file_provenance = schemes.file_bytes(spec, scheme, imatrix=imatrix)
+    return MemoryEstimate(
+        parts=(
+            *_weights(spec, scheme, settings, backend=backend, imatrix=imatrix, arch=arch),
+            *_context(spec, settings, backend=backend),
+            _process(spec, settings, unified=unified),
+        ),
+        file_bytes=file_bytes,
+        file_provenance=file_provenance,
+        bits_per_weight=schemes.bits_per_weight(spec, scheme, imatrix=imatrix),
+    )
+
+
+def _exact(name: str, count: int, place: Place, note: str) -> Part:
+    size = Bytes(count)
+    return Part(name=name, bytes=size, low=size, high=size, provenance="exact", place=place, note=note)
+
+
+def _weights(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, imatrix: bool, arch: Arch
+) -> list[Part]:
+    total = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+    pairs = tuple(zip(spec.tensors, kinds, strict=True))
+    embedding = sum(schemes.tensor_bytes(kind, t.shape) for t, kind in pairs if t.name == "token_embd.weight")
+    if backend != "cpu" and settings.gpu_layers > 0:
+        lookup = "rows are looked up on the CPU (llama-model.cpp, input layer)"
+        if spec.tied:
+            reason = f"token_embd again, beside its use as output: {lookup}"
+            return [
+                _exact("weights", total, "device", "all tensors"),
+                _exact("host_copy", embedding, "host", reason),
+            ]
+        return [
+            _exact("weights", total - embedding, "device", "all tensors but token_embd"),
+            _exact("weights", embedding, "host", f"token_embd: {lookup}"),
+        ]
+    parts = [_exact("weights", total, "host", "all tensors")]
+    if settings.repack:
+        mapped = settings.load_mode != "none"
+        again = sum(
+            schemes.tensor_bytes(kind, t.shape)
+            for t, kind in pairs
+            if llama_cpp.repacked(kind, t.shape, arch)
+            and (spec.tied if t.name == "token_embd.weight" else mapped)
+        )
+        if again:
+            reason = "repacked beside the mapped file" if mapped else "token_embd repacked as the output"
+            parts.append(_exact("host_copy", again, "host", f"{reason} (ggml-cpu/repack.cpp)"))
+    return parts
+
+
+def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[Part]:
+    offloaded = backend != "cpu" and settings.gpu_layers > 0
+    device: Place = "device" if offloaded else "host"
+    parts = [_exact("kv_cache", llama_cpp.kv_bytes(spec, settings), device, "src/llama-kv-cache.cpp")]
+    state = llama_cpp.recurrent_bytes(spec, settings)
+    if state:
+        parts.append(_exact("recurrent_state", state, device, "src/llama-memory-recurrent.cpp"))
+    room = llama_cpp.compute(spec, settings, backend)
+    note = "ggml's own placement, repeated (ggml-alloc.c)"
+    if offloaded:
+        spread = round(room.device * ACCELERATOR_SPREAD)
+        parts.append(
+            Part(
+                name="compute",
+                bytes=Bytes(room.device),
+                low=Bytes(room.device - spread),
+                high=Bytes(room.device + spread),
+                provenance="fitted",
+                place="device",
+                note=note,
+            )
+        )
+        parts.append(_exact("compute", room.host, "host", "inputs handed to the accelerator"))
+    else:
+        parts.append(_exact("compute", room.device, "host", note))
+    logits = llama_cpp.output_bytes(spec, settings.slots)
+    return [*parts, _exact("output", logits, "host", "logits, one row per slot")]
+
+
+def _process(spec: ModelSpec, settings: Settings, *, unified: bool) -> Part:
+    expected, low, high = llama_cpp.process_bytes(spec, settings)
+    return Part(
+        name="process",
+        bytes=expected,
+        low=low,
+        high=high,
+        provenance="fitted",
+        place="host",
+        note="code, tokenizer tables and scratch of llama-server, fitted on measured runs",
+    )

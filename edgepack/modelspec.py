@@ -69,7 +69,9 @@ class ModelSpec:
     experts: int = 0
     experts_used: int = 0
     expert_ffn: int = 0
-    recurrent_bytes: Bytes = Bytes(0)
+    window_period: int = 0
+    """With sliding windows: layer il has full attention iff il % window_period == window_period - 1."""
+    recurrent_bytes: int = 0
     """State per sequence of recurrent layers; 0 for the architectures known today."""
     header_bytes: Bytes | None = None
     """Exact bytes before the tensor data of its GGUF (the same for every scheme, since the converter
@@ -80,6 +82,10 @@ class ModelSpec:
     """Name of that GGUF's file type, e.g. Q4_K_M."""
     file_bytes: Bytes | None = None
     """Size of that GGUF on disk."""
+
+    def __hash__(self) -> int:
+        """Cheap, since specs are keys of caches and hold hundreds of tensors; equality compares all."""
+        return hash((self.name, self.architecture, self.layers, self.hidden, self.vocab, self.header_bytes))
 
     @property
     def parameters(self) -> int:
@@ -96,7 +102,9 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
     if model_type == "gemma3":
         text = config.get("text_config")
         if not isinstance(text, Mapping):
-            raise BadInput(f"{name}: model_type gemma3 has no text_config", hint="pass the text model's config.json")
+            raise BadInput(
+                f"{name}: model_type gemma3 has no text_config", hint="pass the text model's config.json"
+            )
         config, model_type = text, "gemma3_text"
     read = _READERS.get(model_type) if isinstance(model_type, str) else None
     if read is None:
@@ -118,7 +126,9 @@ def read(path: Path) -> ModelSpec:
     if path.is_dir():
         config = path / "config.json"
         if not config.is_file():
-            raise BadInput(f"{path} has no config.json", hint="give a Hugging Face model folder or a .gguf file")
+            raise BadInput(
+                f"{path} has no config.json", hint="give a Hugging Face model folder or a .gguf file"
+            )
         return from_config(_json(config), name=path.resolve().name)
     if path.suffix == ".json":
         name = path.resolve().parent.name if path.name == "config.json" else path.stem
@@ -135,7 +145,9 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
             hint=f"known architectures: {', '.join(_GGUF_ARCHITECTURES)}",
         )
     if "split.count" in header.values and header.values["split.count"] not in (0, 1):
-        raise Unsupported(f"{name}: split GGUF files are not read", hint="merge the parts with llama-gguf-split")
+        raise Unsupported(
+            f"{name}: split GGUF files are not read", hint="merge the parts with llama-gguf-split"
+        )
     fields = _GgufFields(header, name, str(architecture))
     shapes = {t.name: t.shape for t in header.tensors}
     embedding = shapes.get("token_embd.weight")
@@ -164,6 +176,7 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
         tied="output.weight" not in shapes,
         context_train=fields.number("context_length"),
         kv=_kv_layers(layers, kv_heads, head_dim, value_dim, window or None, pattern),
+        window_period=pattern,
         tensors=tuple(Tensor(name=t.name, shape=t.shape) for t in header.tensors),
         experts=fields.number("expert_count", default=0),
         experts_used=fields.number("expert_used_count", default=0),
@@ -177,7 +190,7 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
 
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
 _GEMMA3_PERIOD = 6
-"""Layer il of Gemma 3 is global iff il % 6 == 5 (llama.cpp src/models/gemma3.cpp, load_swa_pattern(ml, 6))."""
+"""Layer il of Gemma 3 is global iff il % 6 == 5 (src/models/gemma3.cpp, load_swa_pattern(ml, 6))."""
 
 
 class _Config:
@@ -239,7 +252,7 @@ def _qwen2(config: _Config) -> ModelSpec:
     shape = _dense(config, "qwen2", tied=False)
     if shape.heads * shape.head_dim != shape.hidden:
         raise Unsupported(
-            f"{config.name}: qwen2 with head_dim {shape.head_dim} x {shape.heads} heads != hidden_size {shape.hidden}"
+            f"{config.name}: qwen2 with {shape.heads} heads of {shape.head_dim}, hidden_size {shape.hidden}"
         )
     config.rope_type()
     return _finish(shape, [], qkv_bias=True)
@@ -330,7 +343,9 @@ class _Shape:
 def _dense(config: _Config, architecture: Architecture, *, tied: bool, head_dim: int | None = None) -> _Shape:
     heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
     if config.values.get("head_dim") is None and head_dim is None and hidden % heads != 0:
-        raise BadInput(f"{config.name}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        raise BadInput(
+            f"{config.name}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+        )
     shape = _Shape(
         name=config.name,
         architecture=architecture,
@@ -392,7 +407,11 @@ def _finish(
             "ffn_down_exps.weight": (expert_ffn, hidden, experts),
         }
     else:
-        block |= {"ffn_gate.weight": (hidden, ffn), "ffn_up.weight": (hidden, ffn), "ffn_down.weight": (ffn, hidden)}
+        block |= {
+            "ffn_gate.weight": (hidden, ffn),
+            "ffn_up.weight": (hidden, ffn),
+            "ffn_down.weight": (ffn, hidden),
+        }
     if mlp_bias:
         block |= {"ffn_gate.bias": (ffn,), "ffn_up.bias": (ffn,), "ffn_down.bias": (hidden,)}
     tensors = [
@@ -403,7 +422,9 @@ def _finish(
     if not shape.tied:
         tensors.append(Tensor(name="output.weight", shape=(hidden, shape.vocab)))
     tensors += [
-        Tensor(name=f"blk.{il}.{part}", shape=size) for il in range(shape.layers) for part, size in block.items()
+        Tensor(name=f"blk.{il}.{part}", shape=size)
+        for il in range(shape.layers)
+        for part, size in block.items()
     ]
     return ModelSpec(
         name=shape.name,
@@ -418,6 +439,7 @@ def _finish(
         tied=shape.tied,
         context_train=shape.context_train,
         kv=_kv_layers(shape.layers, shape.kv_heads, dim, dim, window, _GEMMA3_PERIOD),
+        window_period=_GEMMA3_PERIOD if window else 0,
         tensors=tuple(sorted(tensors, key=llama_order)),
         experts=experts,
         experts_used=experts_used,

@@ -65,6 +65,8 @@ ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_
 """llama-quantize's own aliases."""
 
 _FLOATS = ("F32", "F16", "BF16")
+_NEEDY_TYPES = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+_NEEDS_IMATRIX = (*_NEEDY_TYPES, "IQ3_XS", "IQ2_M", "Q2_K_S")
 
 
 def canonical(scheme: str) -> str:
@@ -81,13 +83,13 @@ def needs_imatrix(scheme: str) -> bool:
 
     These are the schemes whose own type must have one (llama-quant.cpp, tensor_requires_imatrix).
     """
-    return canonical(scheme) in ("IQ3_XXS", "IQ3_XS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
+    return canonical(scheme) in _NEEDS_IMATRIX
 
 
 def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     """Whether llama-quantize refuses this scheme for this very model without an importance matrix."""
     name = canonical(scheme)
-    needy = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S", *(("Q2_K",) if name == "Q2_K_S" else ()))
+    needy = (*_NEEDY_TYPES, "Q2_K") if name == "Q2_K_S" else _NEEDY_TYPES
     if spec.gguf_types is not None and spec.gguf_scheme == name:
         return False
     return any(
@@ -100,7 +102,9 @@ def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of one tensor without padding: rows of whole blocks (ggml-common.h)."""
     _, weights, size = BLOCKS[kind]
     if shape[0] % weights != 0:
-        raise Unsupported(f"a row of {shape[0]} weights cannot be stored as {kind}, whose blocks hold {weights}")
+        raise Unsupported(
+            f"a row of {shape[0]} weights cannot be stored as {kind}, whose blocks hold {weights}"
+        )
     elements = 1
     for n in shape:
         elements *= n
@@ -124,12 +128,21 @@ def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[str, .
                 hint="use it as it is, or give the F16 GGUF or the Hugging Face folder",
             )
     state = _State(spec, name, imatrix)
-    sources = spec.gguf_types or tuple(_unquantized(t) for t in spec.tensors)
-    kinds = {
-        tensor.name: state.type_of(tensor, source)
-        for tensor, source in sorted(zip(spec.tensors, sources, strict=True), key=lambda pair: llama_order(pair[0]))
-    }
-    return tuple(kinds[tensor.name] for tensor in spec.tensors)
+    kinds = [""] * len(spec.tensors)
+    for at, tensor, kept in _walk(spec):
+        kinds[at] = kept or state.type_of(tensor)
+    return tuple(kinds)
+
+
+@lru_cache(maxsize=256)
+def _walk(spec: ModelSpec) -> tuple[tuple[int, Tensor, str], ...]:
+    """Tensors in llama.cpp's order: place in the file, tensor, and the type of one that is kept as it is.
+
+    What is never quantized is F32 in a converted file (conversion/base.py, prepare_tensors).
+    """
+    order = sorted(range(len(spec.tensors)), key=lambda at: llama_order(spec.tensors[at]))
+    sources = spec.gguf_types or ("F32",) * len(spec.tensors)
+    return tuple((at, spec.tensors[at], "" if quantizable(spec.tensors[at]) else sources[at]) for at in order)
 
 
 @lru_cache(maxsize=4096)
@@ -152,7 +165,9 @@ def file_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[Bytes, P
     if spec.file_bytes is not None and canonical(scheme) == spec.gguf_scheme:
         return spec.file_bytes, "exact"
     kinds = tensor_types(spec, scheme, imatrix=imatrix)
-    data = sum(pad(tensor_bytes(kind, t.shape), ALIGNMENT) for kind, t in zip(kinds, spec.tensors, strict=True))
+    data = sum(
+        pad(tensor_bytes(kind, t.shape), ALIGNMENT) for kind, t in zip(kinds, spec.tensors, strict=True)
+    )
     if spec.header_bytes is not None:
         return Bytes(spec.header_bytes + data), "exact"
     return Bytes(header_estimate(spec) + data), "fitted"
@@ -223,11 +238,6 @@ def quantizable(tensor: Tensor) -> bool:
     )
 
 
-def _unquantized(tensor: Tensor) -> str:
-    """Type in a converted F16 file; what may not be quantized stays F32 there (conversion/base.py)."""
-    return "F16" if quantizable(tensor) else "F32"
-
-
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape without trailing ones, as ggml_n_dims counts."""
     dims = len(shape)
@@ -236,6 +246,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:dims]
 
 
+@lru_cache(maxsize=65536)
 def _category(name: str) -> str:
     if name == "output.weight":
         return "output"
@@ -273,9 +284,7 @@ class _State:
         self.is_70b = _is_70b(spec)
         self.at = _Counters()
 
-    def type_of(self, tensor: Tensor, source: str) -> str:
-        if not quantizable(tensor):
-            return source
+    def type_of(self, tensor: Tensor) -> str:
         base = _BASE[self.scheme]
         if base in _FLOATS:
             return base
@@ -286,7 +295,9 @@ class _State:
         if columns % weights == 0:
             return kind
         if weights > 32 and kind not in _FALLBACK:
-            raise Unsupported(f"{tensor.name} has rows of {columns}, and llama.cpp has no fallback for {kind}")
+            raise Unsupported(
+                f"{tensor.name} has rows of {columns}, and llama.cpp has no fallback for {kind}"
+            )
         other = _FALLBACK.get(kind, kind)
         return other if columns % BLOCKS[other][1] == 0 else "F16"
 
@@ -325,7 +336,9 @@ class _State:
         if category == "attn_output":
             if self.experts == 8:
                 return "Q5_K"
-            return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}.get(self.scheme, base)
+            return {"IQ1_S": "IQ2_XXS", "IQ1_M": "IQ2_XXS", "IQ2_S": "IQ3_S", "IQ2_M": "IQ3_S"}.get(
+                self.scheme, base
+            )
         return base
 
     def value(self, base: str) -> str:

@@ -1,0 +1,272 @@
+"""llama.cpp as a runtime: what its KV cache, buffers and process take, and the flags that hold it to that.
+
+Held against the pinned version (src/llama-kv-cache*.cpp, llama-context.cpp, llama-model.cpp, tools/server).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from edgepack.errors import BadInput, Unsupported
+from edgepack.ggufheader import BLOCKS
+from edgepack.modelspec import KvLayers, ModelSpec
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes import llama_graph
+from edgepack.settings import Settings
+from edgepack.units import KIB, MIB, Bytes, pad
+
+NAME = "llama.cpp"
+VERSION = "0.5.0-dev (0c1e57098)"
+"""Version that `llama-server --version` prints, and its commit: the one in llama-cpp-python 0.3.36."""
+
+KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+"""What -ctk and -ctv take; "K/V" names two, as in q8_0/q4_0."""
+
+CELL_PAD = 256
+"""Contexts and caches are padded to this many cells (llama-context.cpp, n_ctx; llama-kv-cache-iswa.cpp)."""
+
+_ALIGNMENT: Mapping[Backend, int] = {"cpu": 32, "cuda": 128}
+"""Bytes between tensors of a buffer: TENSOR_ALIGNMENT (ggml-impl.h); ggml-cuda.cu, get_alignment."""
+
+_ALL_LAYERS = 99
+_BATCH = 2048
+"""Logical batch (-b); llama-server's default. Buffers follow -ub."""
+
+
+def settings_for(
+    profile: DeviceProfile, *, context: int, slots: int = 1, kv_type: str = "f16", ubatch: int = 512
+) -> Settings:
+    """How llama-server is started on this device. Raises BadInput for a context or slots below 1.
+
+    Weights are read, not mapped (-lm none). On a CPU that avoids a second copy: a mapped file stays
+    resident beside its repacked tensors. Measured with a 1.5B Q4_K_M at 4096 tokens, peak RSS over the bare
+    process: 1742 MiB mapped and repacked, 1156 MiB read and repacked, 1154 MiB read and not repacked; so
+    repacking stays on, for its faster prefill. On a GPU the mapping would only fill the page cache, which
+    on a Jetson is the same memory.
+    """
+    if context < 1 or slots < 1 or ubatch < 1:
+        raise BadInput(f"context {context}, slots {slots} and ubatch {ubatch} must all be at least 1")
+    split_types(kv_type)
+    offloaded = profile.accelerator is not None and profile.backend != "cpu"
+    return Settings(
+        context=context,
+        slots=slots,
+        kv_type=kv_type,
+        batch=max(_BATCH, ubatch),
+        ubatch=ubatch,
+        flash_attention=True,
+        unified_kv=False,
+        threads=profile.cpu_cores,
+        gpu_layers=_ALL_LAYERS if offloaded else 0,
+        load_mode="none",
+        repack=not offloaded,
+    )
+
+
+def launch(settings: Settings) -> tuple[str, ...]:
+    """llama-server's flags, without model, address and key; everything that bounds memory is explicit.
+
+    The prompt cache (8 GiB by default) and context checkpoints (32 a slot) grow with use, and --fit would
+    change what was planned: all three are off.
+    """
+    key, value = split_types(settings.kv_type)
+    offloaded = settings.gpu_layers > 0
+    return (
+        "--ctx-size", str(settings.context),
+        "--parallel", str(settings.slots),
+        "--kv-unified" if settings.unified_kv else "--no-kv-unified",
+        "--batch-size", str(settings.batch),
+        "--ubatch-size", str(settings.ubatch),
+        "--flash-attn", "on" if settings.flash_attention else "off",
+        "--cache-type-k", key,
+        "--cache-type-v", value,
+        "--cache-ram", "0",
+        "--no-cache-idle-slots",
+        "--ctx-checkpoints", "0",
+        "--fit", "off",
+        "--load-mode", settings.load_mode,
+        "--lazy-mode", "off",
+        "--repack" if settings.repack else "--no-repack",
+        "--gpu-layers", str(settings.gpu_layers),
+        *(("--split-mode", "none", "--main-gpu", "0", "--kv-offload") if offloaded else ("--device", "none")),
+        "--threads", str(settings.threads),
+        "--threads-batch", str(settings.threads),
+        "--threads-http", str(settings.slots + 4),
+        "--no-context-shift",
+        "--no-mmproj",
+        "--metrics",
+        "--slots",
+    )  # fmt: skip
+
+
+def split_types(kv_type: str) -> tuple[str, str]:
+    """K and V types of "q8_0" or "q8_0/q4_0". Raises BadInput for one that -ctk does not take."""
+    key, _, value = kv_type.lower().partition("/")
+    value = value or key
+    for name in (key, value):
+        if name not in KV_TYPES:
+            raise BadInput(f"KV type {name!r} is not known", hint=f"known KV types: {', '.join(KV_TYPES)}")
+    return key, value
+
+
+# -- KV cache -------------------------------------------------------------------------------------------
+
+
+def cells(settings: Settings, window: int | None = None) -> int:
+    """KV cells per stream (llama-context.cpp, n_ctx_seq; llama-kv-cache-iswa.cpp, size_swa)."""
+    whole = pad(settings.context, CELL_PAD)
+    per_stream = whole if settings.unified_kv else pad(whole // settings.slots, CELL_PAD)
+    if window is None:
+        return per_stream
+    shared = settings.slots if settings.unified_kv else 1
+    return pad(min(per_stream, window * shared + _ubatch(settings)), CELL_PAD)
+
+
+def streams(settings: Settings) -> int:
+    return 1 if settings.unified_kv else settings.slots
+
+
+def kv_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of the KV cache of all slots, exact. Raises Unsupported for types the head size forbids."""
+    return sum(layer_kv_bytes(kind, settings) for kind in spec.kv)
+
+
+def layer_kv_bytes(kind: KvLayers, settings: Settings) -> int:
+    """Bytes of the KV cache of the layers of one kind: layers x cells x (K row + V row)."""
+    key, value = split_types(settings.kv_type)
+    rows = _row_bytes(key, kind.heads, kind.key_dim) + _row_bytes(value, kind.heads, kind.value_dim)
+    if kind.value_dim and _quantized(value) and not settings.flash_attention:
+        raise Unsupported(
+            f"a {value} V cache needs flash attention", hint="turn flash attention on, or use f16"
+        )
+    return kind.count * cells(settings, kind.window) * streams(settings) * rows
+
+
+def recurrent_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Bytes of the state that recurrent layers keep for all slots; 0 for pure attention models."""
+    return spec.recurrent_bytes * settings.slots
+
+
+def _row_bytes(kv_type: str, heads: int, dim: int) -> int:
+    """ggml_row_size of one token's keys or values in one layer."""
+    _, weights, size = BLOCKS[kv_type.upper()]
+    if dim % weights != 0:
+        raise Unsupported(
+            f"a {kv_type} KV cache needs heads that are a multiple of {weights}, and these are {dim}",
+            hint="use --kv-type f16",
+        )
+    return heads * dim // weights * size
+
+
+def _quantized(kv_type: str) -> bool:
+    return kv_type not in ("f32", "f16", "bf16")
+
+
+def _ubatch(settings: Settings) -> int:
+    """Tokens of one pass: -ub, never above -b or the context (llama-context.cpp, n_batch, n_ubatch)."""
+    return min(settings.ubatch, settings.batch, settings.context)
+
+
+# -- buffers --------------------------------------------------------------------------------------------
+
+
+def output_bytes(spec: ModelSpec, slots: int) -> int:
+    """Bytes of the host buffer of logits: one row per slot, f32 (llama-context.cpp, output_reserve)."""
+    return 4 * spec.vocab * slots
+
+
+def compute(spec: ModelSpec, settings: Settings, backend: Backend) -> llama_graph.Room:
+    """Bytes of the compute buffers as the server reserves them: one row of logits per slot.
+
+    Exact on a CPU; on an accelerator the same walk over the part of the graph that runs there.
+    """
+    return _compute(batch(spec, settings), backend != "cpu" and settings.gpu_layers > 0, _ALIGNMENT[backend])
+
+
+@lru_cache(maxsize=8192)
+def _compute(shape: llama_graph.Batch, offloaded: bool, alignment: int) -> llama_graph.Room:
+    return llama_graph.room(shape, offloaded=offloaded, alignment=alignment)
+
+
+def batch(spec: ModelSpec, settings: Settings, *, outputs: int | None = None) -> llama_graph.Batch:
+    """The largest batch of ``spec`` under these settings; ``outputs``: rows of logits, slots by default.
+
+    tools/server/server-context.cpp, server_output_limits; llama-context.cpp, sched_reserve.
+    """
+    key, value = split_types(settings.kv_type)
+    window = next((kind.window for kind in spec.kv if kind.window), None)
+    tokens = min(cells(settings) * streams(settings), _ubatch(settings))
+    names = _first_block(spec)
+    dims = spec.head_dim
+    return llama_graph.Batch(
+        layers=spec.layers,
+        hidden=spec.hidden,
+        ffn=spec.ffn,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=dims,
+        vocab=spec.vocab,
+        tokens=pad(tokens, settings.slots),
+        outputs=min(tokens, settings.slots if outputs is None else outputs),
+        cells=cells(settings),
+        streams=streams(settings),
+        window_cells=cells(settings, window) if window else 0,
+        period=spec.window_period,
+        flash_attention=settings.flash_attention,
+        rotate_k=_quantized(key) and dims % 64 == 0,
+        rotate_v=_quantized(value) and dims % 64 == 0,
+        cast_k=key == "f32" and settings.flash_attention,
+        cast_v=value == "f32" and settings.flash_attention,
+        qkv_bias="attn_q.bias" in names,
+        output_bias="attn_output.bias" in names,
+        qk_norm="attn_q_norm.weight" in names,
+        sandwich_norms="post_ffw_norm.weight" in names,
+        mlp_bias="ffn_up.bias" in names,
+        experts=spec.experts,
+        experts_used=spec.experts_used,
+        expert_ffn=spec.expert_ffn,
+    )
+
+
+@lru_cache(maxsize=256)
+def _first_block(spec: ModelSpec) -> frozenset[str]:
+    """Names of the tensors of one block, without its number."""
+    return frozenset(t.name[6:] for t in spec.tensors if t.name.startswith("blk.0."))
+
+
+# -- weights that lie in memory twice ---------------------------------------------------------------------
+
+_REPACKED: Mapping[Arch, Mapping[str, int]] = {
+    "x86_64": {"Q4_0": 8, "Q4_K": 8, "IQ4_NL": 8, "MXFP4": 8},
+    "aarch64": {"Q4_0": 4, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 4, "MXFP4": 4, "Q8_0": 4},
+}
+"""Types that the CPU backend stores in another order, and the rows that must divide their number
+(ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type, for AVX2 and for Arm with dotprod)."""
+
+
+def repacked(kind: str, shape: tuple[int, ...], arch: Arch) -> bool:
+    """Whether the CPU backend repacks a matrix of this type and shape."""
+    rows = _REPACKED[arch].get(kind)
+    return rows is not None and len(shape) > 1 and shape[1] % rows == 0
+
+
+# -- the process ------------------------------------------------------------------------------------------
+
+PROCESS_BASE = 21 * MIB
+"""Code, heap and threads of llama-server before any model."""
+
+PROCESS_PER_TOKEN = 170
+"""Bytes of tokenizer tables per entry of the vocabulary."""
+
+
+def process_bytes(spec: ModelSpec, settings: Settings) -> tuple[Bytes, Bytes, Bytes]:
+    """Expected, lowest and highest bytes of the server process beside its buffers; fitted."""
+    expected = PROCESS_BASE + PROCESS_PER_TOKEN * spec.vocab + work_bytes(spec, settings)
+    return Bytes(expected), Bytes(int(expected * 0.75)), Bytes(int(expected * 1.35) + 4 * MIB)
+
+
+def work_bytes(spec: ModelSpec, settings: Settings) -> int:
+    """Scratch for quantizing activations before a matrix product: the widest input of a full batch."""
+    widest = max(spec.ffn, spec.hidden, spec.heads * spec.head_dim)
+    return _ubatch(settings) * widest * 34 // 32 + 256 * KIB if settings.gpu_layers == 0 else 0
