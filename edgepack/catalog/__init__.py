@@ -1,4 +1,4 @@
-"""The models edgepack knows by name: where they are, what they may be used for, how good they were measured."""
+"""The models edgepack knows by name: where they are, how they may be used, how good they were measured."""
 
 from __future__ import annotations
 
