@@ -1,0 +1,251 @@
+"""One file that runs: writes plan, weights, start files and their provenance into a signed bundle."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+
+import edgepack
+from edgepack import serde
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.bundle import oci, sign
+from edgepack.bundle.provenance import provenance
+from edgepack.bundle.render import image_for, render
+from edgepack.bundle.sbom import sbom
+from edgepack.device import agent
+from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
+from edgepack.plan import Plan
+from edgepack.progress import Progress, Silent
+from edgepack.runtimes import llama_cpp
+from edgepack.units import Bytes
+from edgepack.workspace import sha256_file
+
+WEIGHTS = "model.gguf"
+SERVER = "bin/llama-server"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A bundle on this disk."""
+
+    path: Path
+    manifest_digest: str
+    """sha256:… of the manifest: names the bundle, and is what the signature covers."""
+    bytes: Bytes
+    signed: bool
+
+
+def write(
+    plan: Plan,
+    artifact: Artifact,
+    out: Path,
+    *,
+    checkpoint: Checkpoint,
+    selftest: Mapping[str, object],
+    key: Path | None = None,
+    runtime: Path | None = None,
+    sequence: int = 1,
+    image_digest: str | None = None,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Writes the bundle to the file ``out``; the same inputs give the same bytes.
+
+    ``selftest``: what the model answered here, for the check on the device. ``runtime``: a static
+    llama-server for the device. ``sequence``: the release's number, which a device never lets fall.
+    Without ``key`` the bundle is unsigned, and the caller must say so. Raises BadInput, NoSpace, Untrusted,
+    and what `sign.usable_key` raises.
+    """
+    if sequence < 1:
+        raise BadInput(f"release sequence {sequence} is below 1")
+    if key is not None:
+        sign.usable_key(key)
+    plan, checkpoint = _portable(plan, checkpoint)
+    layers = _layers(plan, artifact, checkpoint, selftest, runtime, image_digest)
+    image = oci.Image(
+        name=_reference_name(plan),
+        config=_config(plan, artifact, checkpoint, layers),
+        annotations=_annotations(plan, artifact, checkpoint, layers, sequence),
+        layers=layers,
+    )
+    total = sum(layer.bytes for layer in layers)
+    with (progress or Silent()).bar("writing the bundle", total) as advance:
+        written = oci.write(out, image, sign=_signer(key), on_bytes=advance)
+    return Bundle(
+        path=out,
+        manifest_digest=f"sha256:{written.manifest_sha256}",
+        bytes=Bytes(written.bytes),
+        signed=key is not None,
+    )
+
+
+def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, object]:
+    """Verifies every byte of a bundle with the device's own verifier and says what it is.
+
+    Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
+    is demanded by ``allowed_signers`` and there is no ssh-keygen.
+    """
+    for file in (path, allowed_signers):
+        if file is not None and not file.is_file():
+            raise NotFound(f"there is no file {file}")
+    try:
+        found = agent.read_bundle(str(path))
+        signature = agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
+    except agent.Refused as error:
+        raise Untrusted(
+            f"{path} is refused: {error}", hint="copy or build it again; do not run what is in it"
+        ) from error
+    except agent.MissingProgram as error:
+        raise MissingTool(str(error), hint="install the OpenSSH client") from error
+    return {
+        "schema_version": 1,
+        "path": str(path),
+        "bytes": found["size"],
+        "name": found["name"],
+        "manifest_digest": found["manifest_digest"],
+        "signature": signature,
+        "annotations": found["annotations"],
+        "files": [
+            {"path": file["path"], "bytes": file["size"], "digest": file["digest"]} for file in found["files"]
+        ],
+    }
+
+
+def launch_document(plan: Plan) -> str:
+    """launch.json: the flags the server is started with, for programs; the start files spell out the same."""
+    return _pretty(
+        {
+            "schema_version": 1,
+            "runtime": plan.runtime,
+            "argv": list(llama_cpp.launch(plan.settings)),
+            "context": plan.settings.context,
+            "slots": plan.settings.slots,
+        }
+    )
+
+
+def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:
+    """Without this machine's paths: a local model is named by its folder alone, its hash says the rest."""
+    if not checkpoint.revision.startswith("sha256:"):
+        return plan, checkpoint
+    name = PurePath(checkpoint.source).name
+    source = PurePath(plan.model.source).name
+    return replace(plan, model=replace(plan.model, source=source)), replace(checkpoint, source=name)
+
+
+def _layers(
+    plan: Plan,
+    artifact: Artifact,
+    checkpoint: Checkpoint,
+    selftest: Mapping[str, object],
+    runtime: Path | None,
+    image_digest: str | None,
+) -> tuple[oci.Layer, ...]:
+    """Small files by name, then the server, the weights last."""
+    plan_json = serde.to_json(plan)
+    rendered = render(plan, with_runtime=runtime is not None, image_digest=image_digest)
+    small = [
+        oci.text_layer("agent.py", "code", Path(agent.__file__).read_text(encoding="utf-8")),
+        oci.text_layer("launch.json", "weight.config", launch_document(plan)),
+        oci.text_layer("plan.json", "weight.config", plan_json),
+        oci.text_layer("selftest.json", "weight.config", _pretty(selftest)),
+        *(oci.text_layer(name, "code", text) for name, text in rendered.items()),
+    ]
+    server = [] if runtime is None else [_file_layer(SERVER, "code", runtime)]
+    weights = oci.Layer(
+        filepath=WEIGHTS,
+        kind="weight",
+        content=artifact.path,
+        sha256=artifact.sha256,
+        bytes=artifact.bytes,
+    )
+    image = image_for(plan, image_digest)
+    small += [
+        oci.text_layer(
+            "sbom.cdx.json", "doc", sbom(plan, artifact, checkpoint, runtime=runtime, image=image)
+        ),
+        oci.text_layer(
+            "provenance.json",
+            "doc",
+            provenance(plan, plan_json, artifact, checkpoint, [*small, *server, weights]),
+        ),
+    ]
+    return (*sorted(small, key=lambda layer: layer.filepath), *server, weights)
+
+
+def _file_layer(filepath: str, kind: oci.Kind, path: Path) -> oci.Layer:
+    return oci.Layer(
+        filepath=filepath, kind=kind, content=path, sha256=sha256_file(path), bytes=path.stat().st_size
+    )
+
+
+def _signer(key: Path | None) -> oci.Signer | None:
+    return None if key is None else lambda digest: sign.sign(key, digest)
+
+
+def _config(
+    plan: Plan, artifact: Artifact, checkpoint: Checkpoint, layers: tuple[oci.Layer, ...]
+) -> Mapping[str, object]:
+    """The ModelPack config: https://github.com/modelpack/model-spec/blob/main/docs/config.md."""
+    return {
+        "descriptor": {
+            "name": plan.model.id,
+            "family": plan.model.architecture,
+            "revision": checkpoint.revision,
+            "licenses": [checkpoint.license],
+        },
+        "config": {
+            "architecture": "transformer",
+            "format": "gguf",
+            "paramSize": _count(plan.model.parameters),
+            "quantization": artifact.scheme,
+        },
+        "modelfs": {"type": "layers", "diffIds": [f"sha256:{layer.sha256}" for layer in layers]},
+    }
+
+
+def _annotations(
+    plan: Plan, artifact: Artifact, checkpoint: Checkpoint, layers: tuple[oci.Layer, ...], sequence: int
+) -> Mapping[str, str]:
+    facts: dict[str, object] = {
+        "version": edgepack.__version__,
+        "profiles": plan.profile.name,
+        "architecture": plan.profile.arch,
+        "runtime": plan.runtime,
+        "runtime-version": plan.runtime_version,
+        "scheme": artifact.scheme,
+        "model": plan.model.id,
+        "revision": checkpoint.revision,
+        "license": checkpoint.license,
+        "context": plan.settings.context,
+        "slots": plan.settings.slots,
+        "kv-type": plan.settings.kv_type,
+        "weights-bytes": plan.memory.part("weights"),
+        "kv-bytes": plan.memory.part("kv_cache"),
+        "compute-bytes": plan.memory.part("compute"),
+        "total-bytes": plan.memory.total,
+        "required-memory-bytes": plan.memory.high,
+        "required-disk-bytes": sum(layer.bytes for layer in layers),
+        "release-sequence": sequence,
+    }
+    own = {f"org.edgepack.{name}": str(value) for name, value in facts.items()}
+    return {**own, "org.opencontainers.image.ref.name": _reference_name(plan)}
+
+
+def _reference_name(plan: Plan) -> str:
+    """The plan's name in the characters that image references may have."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", plan.name).strip("-.") or "model"
+
+
+def _count(parameters: int) -> str:
+    """Parameters as model names say them: "1.5b", "494m"."""
+    for scale, letter in ((10**9, "b"), (10**6, "m"), (10**3, "k")):
+        if parameters >= scale:
+            return f"{parameters / scale:.3g}{letter}"
+    return str(parameters)
+
+
+def _pretty(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

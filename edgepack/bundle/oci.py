@@ -29,6 +29,8 @@ ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 FILEPATH = "org.cncf.model.filepath"
 
+Signer = Callable[[str], bytes]
+"""From the manifest's sha256 (hex) to the bytes of the signature file."""
 Kind = Literal["weight", "weight.config", "doc", "code"]
 
 
@@ -109,14 +111,14 @@ def write(
     out: Path,
     image: Image,
     *,
-    sign: Callable[[str], bytes] | None = None,
+    sign: Signer | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> Written:
     """Writes the tar to ``out``, which appears whole or not at all.
 
-    ``sign`` gets the manifest's sha256 (hex) and returns the signature file's bytes; without it the bundle
-    is unsigned. Files are read once: streamed into the tar and hashed on the way. Raises Untrusted when a
-    file is no longer what its digest says, NoSpace, and BadInput for file names that cannot be unpacked.
+    Without ``sign`` the bundle is unsigned. Files are read once: streamed into the tar and hashed on the way.
+    Raises Untrusted when a file is no longer what its digest says, NoSpace, and BadInput for file names that
+    cannot be unpacked.
     """
     _refuse_bad_layers(image.layers)
     manifest = image.manifest()

@@ -1,0 +1,196 @@
+"""The files that start the server: rendered from the plan alone, every value quoted for the file it is in."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepack.errors import BadInput
+from edgepack.plan import Plan
+from edgepack.profile import RuntimeImage
+from edgepack.runtimes import llama_cpp
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+RELEASE = "/var/lib/edgepack/current"
+"""Where the bundle's files lie on a device; the units name them there."""
+CONTAINER_UID = 10001
+_SLOWEST_DISK = 20_000_000
+"""Bytes per second at which a start may read the weights: a slow SD card (class 10 promises 10 MB/s)."""
+_CONTAINERS = ("compose.yaml", "edgepack.container")
+_JETSON = ("edgepack-power.service", "power.sh")
+
+
+def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None = None) -> Mapping[str, str]:
+    """File name -> text for this plan, sorted by name.
+
+    ``with_runtime``: the bundle carries bin/llama-server. ``image_digest``: "sha256:…" of the profile's
+    image, where the user knows better than the profile. Raises BadInput for a digest that is none.
+    """
+    environment = _environment(templates() / plan.runtime)
+    values = _values(plan, with_runtime=with_runtime, image=image_for(plan, image_digest))
+    names = (name.removesuffix(".j2") for name in environment.list_templates(extensions=["j2"]))
+    return {
+        name: environment.get_template(f"{name}.j2").render(values)
+        for name in sorted(names)
+        if (values["image"] or name not in _CONTAINERS) and (values["jetson"] or name not in _JETSON)
+    }
+
+
+def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
+    """The profile's image for the plan's runtime, under the digest the user gave, if any; None without image.
+
+    Raises BadInput for a digest that is none.
+    """
+    if digest is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        raise BadInput(
+            f"image digest {digest!r} is not sha256: and 64 hexadecimal digits",
+            hint="read it with: skopeo inspect --format '{{.Digest}}' docker://IMAGE",
+        )
+    for image in plan.profile.software.images:
+        if image.runtime == plan.runtime:
+            known = digest or image.digest
+            return RuntimeImage(runtime=image.runtime, reference=image.reference, digest=known)
+    return None
+
+
+def templates() -> Path:
+    """The templates' folder: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).parents[1]
+    beside = package.parent / "templates"
+    return beside if beside.is_dir() else package / "_data" / "templates"
+
+
+def for_sh(value: object) -> str:
+    """One word of a POSIX shell command."""
+    return shlex.quote(str(value))
+
+
+def for_systemd(value: object) -> str:
+    """One word of an ExecStart= line, no specifier or variable in it (systemd.service, Command lines)."""
+    text = _escaped(str(value)).replace("%", "%%").replace("$", "$$")
+    return text if re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", text) else f'"{text}"'
+
+
+def for_unit_text(value: object) -> str:
+    """The right side of Description= and the like: one line, specifiers escaped."""
+    return for_comment(value).replace("%", "%%").rstrip("\\")
+
+
+def for_comment(value: object) -> str:
+    """What may stand behind a #: one line without control characters."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+
+
+def for_yaml(value: object) -> str:
+    """A double-quoted YAML scalar: JSON's spelling, with what YAML cannot hold escaped."""
+    quoted = json.dumps(str(value), ensure_ascii=False)
+    return "".join(c if c.isprintable() else _yaml_escape(ord(c)) for c in quoted)
+
+
+def for_compose(value: object) -> str:
+    """The same for compose files, where $ would start a variable."""
+    return for_yaml(str(value).replace("$", "$$"))
+
+
+def for_variable(value: object) -> str:
+    """The end of an environment variable's name, out of a group's name."""
+    return re.sub(r"[^A-Z0-9]", "_", str(value).upper())
+
+
+def _escaped(text: str) -> str:
+    """Inside double quotes of a unit file: C escapes (systemd.syntax, Quoting)."""
+    return "".join(
+        f"\\{c}"
+        if c in '"\\'
+        else c
+        if c.isprintable()
+        else "".join(f"\\x{b:02x}" for b in c.encode("utf-8"))
+        for c in text
+    )
+
+
+def _yaml_escape(code: int) -> str:
+    return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
+
+
+def _environment(folder: Path) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(folder, encoding="utf-8"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "sh": for_sh,
+        "systemd": for_systemd,
+        "unit_text": for_unit_text,
+        "comment": for_comment,
+        "yaml": for_yaml,
+        "compose": for_compose,
+        "variable": for_variable,
+    }
+    return environment
+
+
+def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> dict[str, object]:
+    jetson = plan.profile.device_class == "jetson"
+    pinned = image is not None and image.digest != "unknown"
+    lines = _lines(llama_cpp.launch(plan.settings))
+    reference = None
+    if image is not None:
+        reference = f"{_without_tag(image.reference)}@{image.digest}" if pinned else image.reference
+    return {
+        "title": f"{plan.model.id} {plan.scheme} on {plan.profile.title}",
+        "alias": plan.model.id,
+        "flag_lines": lines,
+        "flags": {line[0]: " ".join(line[1:]) for line in lines},
+        "release": RELEASE,
+        "server": f"{RELEASE}/bin/llama-server" if with_runtime else "llama-server",
+        "with_runtime": with_runtime,
+        "image": reference,
+        "image_tag": image.reference if image else None,
+        "digest_known": pinned,
+        "container_uid": CONTAINER_UID,
+        "gpu": plan.profile.backend != "cpu",
+        "jetson": jetson,
+        "host_network": jetson,
+        "groups": plan.profile.software.service_groups,
+        "power_mode": plan.power_mode,
+        "drop_caches": jetson and _tight(plan),
+        "memory_max": int(plan.budget.host),
+        "ready_seconds": 60 + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
+    }
+
+
+def _tight(plan: Plan) -> bool:
+    """Whether the server and the page cache of its file, side by side, exceed the budget.
+
+    Before L4T r39 a Jetson's allocator does not reclaim page cache, so that it must be dropped first.
+    """
+    old = any(int(major) < 39 for major in plan.profile.software.l4t)
+    return old and plan.memory.high + plan.memory.file_bytes > plan.budget.device
+
+
+def _without_tag(reference: str) -> str:
+    """Podman refuses references with both a tag and a digest, so the digest stands alone."""
+    name, colon, tag = reference.rpartition(":")
+    return name if colon and "/" not in tag else reference
+
+
+def _lines(flags: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Flags with their values, one tuple a line."""
+    lines: list[list[str]] = []
+    for word in flags:
+        if re.fullmatch(r"--?[a-z][a-z-]*", word):
+            lines.append([])
+        lines[-1].append(word)
+    return tuple(tuple(line) for line in lines)

@@ -1,0 +1,62 @@
+"""Plans for tests of what comes after planning: small, by hand, for a real profile."""
+
+from __future__ import annotations
+
+from edgepack import profile
+from edgepack.memory import MemoryEstimate, Part, Place, Provenance
+from edgepack.plan import ModelRef, Plan, Quality
+from edgepack.runtimes import llama_cpp
+from edgepack.speed import Speed
+from edgepack.units import MIB, Bytes
+
+PROFILES = ("jetson-orin-nano-8gb", "rtx-4060-8gb", "raspberry-pi-5-8gb")
+
+
+def example_plan(profile_name: str, *, model: str = "Qwen/Qwen2.5-1.5B-Instruct") -> Plan:
+    """Qwen2.5-1.5B-Instruct as Q4_K_M with 4096 tokens of context; round figures near the real ones."""
+    device = profile.load(profile_name)
+    place: Place = "host" if device.backend == "cpu" else "device"
+    return Plan(
+        profile=device,
+        session="headless",
+        power_mode=device.default_mode,
+        budget=profile.budget(device),
+        model=ModelRef(
+            id=model,
+            source=model,
+            revision="989aa7980e4cf806f80c7fef2b1adb7bc71aa306",
+            architecture="qwen2",
+            parameters=1_543_714_304,
+            license="Apache-2.0",
+        ),
+        scheme="Q4_K_M",
+        imatrix=False,
+        runtime=llama_cpp.NAME,
+        runtime_version=llama_cpp.VERSION,
+        settings=llama_cpp.settings_for(device, context=4096, slots=1, kv_type="f16", ubatch=512),
+        memory=MemoryEstimate(
+            parts=(
+                _part("weights", 935 * MIB, place, "exact"),
+                _part("kv_cache", 112 * MIB, place, "exact"),
+                _part("compute", 300 * MIB, place, "fitted"),
+                _part("process", 40 * MIB, "host", "fitted"),
+            ),
+            file_bytes=Bytes(941 * MIB),
+            file_provenance="exact",
+            bits_per_weight=5.08,
+        ),
+        speed=Speed(decode=30.0, decode_low=20.0, decode_high=40.0, decode_full=27.0, provenance="fitted"),
+        quality=Quality(score=60.0, low=59.0, high=61.0, retention=0.98, panel="qwen25_instruct_panel"),
+    )
+
+
+def _part(name: str, size: int, place: Place, provenance: Provenance) -> Part:
+    spread = 0 if provenance == "exact" else size // 10
+    return Part(
+        name=name,
+        bytes=Bytes(size),
+        low=Bytes(size - spread),
+        high=Bytes(size + spread),
+        provenance=provenance,
+        place=place,
+    )
