@@ -81,7 +81,7 @@ class Toolchain:
 
     def bindings(self) -> ModuleType:
         """The module llama_cpp.llama_cpp of this toolchain; raises BuildFailed when another is loaded."""
-        return _import_bindings(self.package)
+        return load_bindings(self.package)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +213,27 @@ def static_runtime(arch: Machine, progress: Progress) -> Path:
             run([f"{prefix}strip", out])
             _require_static(out)
     return binary
+
+
+def load_bindings(package: Path) -> ModuleType:
+    """The module llama_cpp.llama_cpp of the toolchain folder ``package``; nothing else of it is imported."""
+    name, variable = "llama_cpp.llama_cpp", "LLAMA_CPP_LIB_PATH"
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        if Path(loaded.__file__ or "").parent == package / "llama_cpp":
+            return loaded
+        raise BuildFailed(f"another llama_cpp is already loaded from {loaded.__file__}")
+    before = os.environ.get(variable)
+    os.environ[variable] = str(package / "llama_cpp" / "lib")
+    sys.path.insert(0, str(package))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(package))
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 # ── where things are ──
@@ -524,23 +545,3 @@ def _cache_entry(tree: Path, name: str) -> str:
     if match is None:
         raise BuildFailed(f"{tree} has no {name}", hint=f"remove {tree} and try again")
     return match.group(1)
-
-
-def _import_bindings(package: Path) -> ModuleType:
-    name, variable = "llama_cpp.llama_cpp", "LLAMA_CPP_LIB_PATH"
-    loaded = sys.modules.get(name)
-    if loaded is not None:
-        if Path(loaded.__file__ or "").parent == package / "llama_cpp":
-            return loaded
-        raise BuildFailed(f"another llama_cpp is already loaded from {loaded.__file__}")
-    before = os.environ.get(variable)
-    os.environ[variable] = str(package / "llama_cpp" / "lib")
-    sys.path.insert(0, str(package))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(package))
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before

@@ -91,6 +91,7 @@ def metadata(folder: Path, *, outtype: OutType = "F16") -> tuple[Entry, ...]:
     """
     config = _text_config(_config(folder))
     spec = modelspec.read(folder)
+    _refuse(spec, config)
     return (*architecture(spec, config, outtype=outtype), *tokenizer.entries(folder, config, spec.vocab))
 
 
@@ -109,7 +110,6 @@ def stored_type(folder: Path) -> OutType:
 def architecture(spec: ModelSpec, config: Mapping[str, object], *, outtype: OutType) -> tuple[Entry, ...]:
     """The general.* keys and those of the architecture (names: gguf-py/gguf/constants.py, Keys)."""
     numbers = _Numbers(config, spec.name)
-    _refuse(spec, config)
     arch = spec.architecture
     file_type = next(number for number, name in FILE_TYPES.items() if name == outtype)
     rope = _rope(config)
@@ -146,6 +146,12 @@ def architecture(spec: ModelSpec, config: Mapping[str, object], *, outtype: OutT
     if softcap:
         value = numbers.real("final_logit_softcapping", 0.0)
         entries.append(Entry(key=f"{arch}.final_logit_softcapping", kind="f32", value=value))
+    if spec.experts:
+        entries += [
+            Entry(key=f"{arch}.expert_count", kind="u32", value=spec.experts),
+            Entry(key=f"{arch}.expert_used_count", kind="u32", value=spec.experts_used),
+            Entry(key=f"{arch}.expert_feed_forward_length", kind="u32", value=spec.expert_ffn),
+        ]
     entries.extend(_rope_scaling(spec, _Numbers(rope, spec.name)))
     return tuple(entries)
 
@@ -268,22 +274,14 @@ def _sources(folder: Path, spec: ModelSpec, config: Mapping[str, object]) -> Map
     head = next(
         (n for n in ("lm_head.weight", "language_model.lm_head.weight") if n in stored), "lm_head.weight"
     )
-    outer = {
-        "token_embd.weight": f"{prefix}embed_tokens.weight",
-        "output_norm.weight": f"{prefix}norm.weight",
-    }
-    names = _GEMMA_NAMES if spec.architecture == "gemma3" else _BLOCK_NAMES
+    names = hf_names(spec, prefix=prefix, head=head)
     sources: dict[str, _Source] = {}
     used = {head} if spec.tied else set()
     for tensor in spec.tensors:
-        if tensor.name == "rope_freqs.weight":
+        if tensor.name not in names:
             sources[tensor.name] = _Source(stored=None, values=_rope_freqs(spec, config))
             continue
-        block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name)
-        if block is not None:
-            name = f"{prefix}layers.{block.group(1)}.{names[block.group(2)]}.{block.group(3)}"
-        else:
-            name = outer.get(tensor.name, head)
+        name = names[tensor.name]
         if name not in stored:
             raise BadInput(
                 f"{folder}: tensor {name} is not in the checkpoint",
@@ -307,6 +305,25 @@ def _sources(folder: Path, spec: ModelSpec, config: Mapping[str, object]) -> Map
             + (f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else "")
         )
     return sources
+
+
+def hf_names(spec: ModelSpec, *, prefix: str = "model.", head: str = "lm_head.weight") -> Mapping[str, str]:
+    """Name in a Hugging Face checkpoint of each GGUF tensor that is stored there (rope_freqs is not)."""
+    inside = _GEMMA_NAMES if spec.architecture == "gemma3" else _BLOCK_NAMES
+    outside = {
+        "token_embd.weight": f"{prefix}embed_tokens.weight",
+        "output_norm.weight": f"{prefix}norm.weight",
+        "output.weight": head,
+    }
+    found: dict[str, str] = {}
+    for tensor in spec.tensors:
+        block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", tensor.name)
+        if block is not None:
+            layer, part, kind = block.groups()
+            found[tensor.name] = f"{prefix}layers.{layer}.{inside[part]}.{kind}"
+        elif tensor.name != "rope_freqs.weight":
+            found[tensor.name] = outside[tensor.name]
+    return found
 
 
 def _permuted_heads(spec: ModelSpec, name: str) -> int:

@@ -1,0 +1,125 @@
+"""A checkpoint to the GGUF of a scheme: converted, then quantized by llama.cpp; a rerun resumes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from edgepack import schemes
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.builders import convert
+from edgepack.builders.convert import OutType
+from edgepack.builders.quantize import quantize
+from edgepack.errors import BadInput, Unsupported
+from edgepack.modelspec import ModelSpec
+from edgepack.progress import Progress
+from edgepack.toolchain import COMMIT, LLAMA_VERSION, SDIST_VERSION, Toolchain
+from edgepack.units import Bytes
+from edgepack.workspace import require_space, sha256_file, whole_file
+
+AS_IT_IS = "as-is"
+"""Scheme of a GGUF that is used unchanged."""
+
+_FLOATS: dict[str, OutType] = {"F16": "F16", "BF16": "BF16", "F32": "F32"}
+_RECIPE = 1
+"""Raised when the converter writes other bytes for the same input, so that old stages are not reused."""
+
+
+def build(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    scheme: str,
+    out_dir: Path,
+    *,
+    imatrix: Path | None = None,
+    toolchain: Toolchain,
+    progress: Progress,
+) -> Artifact:
+    """The artifact of ``scheme`` in ``out_dir``, made unless it is there already.
+
+    ``imatrix`` is an importance matrix (GGUF) or a text to compute one from. A GGUF of the wanted scheme is
+    used where it lies, never copied. Needs room for the result and, while quantizing, for the converted
+    checkpoint; no stage's file is ever visible half-written. Raises Unsupported for schemes that need an
+    importance matrix when there is none, BadInput, NoSpace and BuildFailed.
+    """
+    if spec.gguf_types is not None and scheme in (AS_IT_IS, spec.gguf_scheme):
+        return _artifact(checkpoint.path, spec.gguf_scheme or scheme, None, "used as it is", progress)
+    name = schemes.canonical(scheme)
+    schemes.tensor_types(spec, name, imatrix=imatrix is not None)
+    if imatrix is None and schemes.requires_imatrix(spec, name):
+        raise Unsupported(
+            f"{name} needs an importance matrix for {spec.name}",
+            hint="give one with --imatrix FILE: a GGUF made by llama-imatrix, or a text to make it from",
+        )
+    matrix_id = _imatrix_id(imatrix, spec)
+    tool = f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), llama-cpp-python {SDIST_VERSION}"
+    out = out_dir / f"{_stage(spec, checkpoint, name, matrix_id or '')}.gguf"
+    if name in _FLOATS and spec.gguf_types is None:
+        if not out.is_file():
+            convert.convert(checkpoint.path, out, outtype=_FLOATS[name], progress=progress)
+        return _artifact(out, name, None, "edgepack's converter", progress)
+    if not out.is_file():
+        whole = _full_precision(checkpoint, spec, name, out_dir, imatrix is not None, progress)
+        matrix = _matrix(imatrix, whole, out_dir / f"{out.stem}.imatrix.gguf", toolchain, progress)
+        with whole_file(out) as temporary:
+            quantize(whole, temporary, name, imatrix=matrix, toolchain=toolchain, progress=progress)
+        if whole != checkpoint.path:
+            whole.unlink()
+    return _artifact(out, name, matrix_id, tool, progress)
+
+
+def _full_precision(
+    checkpoint: Checkpoint, spec: ModelSpec, name: str, out_dir: Path, imatrix: bool, progress: Progress
+) -> Path:
+    """The GGUF to quantize from: the given one, or the checkpoint converted without loss where possible."""
+    final, _ = schemes.file_bytes(spec, name, imatrix=imatrix)
+    if spec.gguf_types is not None:
+        require_space(out_dir, final)
+        return checkpoint.path
+    outtype = convert.stored_type(checkpoint.path)
+    whole = out_dir / f"{_stage(spec, checkpoint, outtype, 'to-quantize')}.gguf"
+    if not whole.is_file():
+        size, _ = schemes.file_bytes(spec, outtype, imatrix=False)
+        require_space(out_dir, final + size)
+        convert.convert(checkpoint.path, whole, outtype=outtype, progress=progress)
+    require_space(out_dir, final)
+    return whole
+
+
+def _imatrix_id(imatrix: Path | None, spec: ModelSpec) -> str | None:
+    """sha256 of the importance file or text; a matrix of another model is refused before any work."""
+    if imatrix is None:
+        return None
+    from edgepack.builders.imatrix import is_matrix, require_match
+
+    if is_matrix(imatrix):
+        require_match(imatrix, spec)
+    elif imatrix.stat().st_size == 0:
+        raise BadInput(f"{imatrix} is empty", hint="give a text of at least a few thousand words")
+    return sha256_file(imatrix)
+
+
+def _matrix(
+    imatrix: Path | None, whole: Path, out: Path, toolchain: Toolchain, progress: Progress
+) -> Path | None:
+    from edgepack.builders.imatrix import compute, is_matrix
+
+    if imatrix is None or is_matrix(imatrix):
+        return imatrix
+    return out if out.is_file() else compute(whole, imatrix, out, toolchain=toolchain, progress=progress)
+
+
+def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
+    """Name of a stage's file: readable, and different for every input that changes its bytes."""
+    inputs = (checkpoint.revision, spec.architecture, scheme, also, SDIST_VERSION, COMMIT, str(_RECIPE))
+    digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+    return f"{digest}-{scheme}"
+
+
+def _artifact(path: Path, scheme: str, imatrix: str | None, tool: str, progress: Progress) -> Artifact:
+    size = path.stat().st_size
+    with progress.bar(f"hashing {path.name}", size) as advance:
+        digest = sha256_file(path, on_bytes=advance)
+    return Artifact(
+        path=path, scheme=scheme, sha256=digest, bytes=Bytes(size), imatrix_sha256=imatrix, tool=tool
+    )

@@ -1,0 +1,139 @@
+"""llama.cpp's quantizer, run in a process of its own: `python -m edgepack.builders.quantize`.
+
+A crash or Ctrl-C of the quantizer then ends that process only, and its memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgepack.errors import BuildFailed, NoSpace, Unsupported
+from edgepack.ggufheader import FILE_TYPES
+from edgepack.progress import Progress
+from edgepack.shell import run
+from edgepack.toolchain import Toolchain, load_bindings
+from edgepack.units import MIB
+
+_BUFFER = 64 * MIB
+"""Bytes of one tensor's rows that the quantizer holds at a time; its default is 8 GiB."""
+
+_TENSOR_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
+_PR_SET_PDEATHSIG = 1
+"""linux/prctl.h"""
+
+
+def quantize(
+    source: Path, out: Path, scheme: str, *, imatrix: Path | None, toolchain: Toolchain, progress: Progress
+) -> None:
+    """Writes ``source`` (an F16, BF16 or F32 GGUF) quantized to ``scheme`` to ``out``.
+
+    ``imatrix`` is a GGUF of importances. Peak anonymous memory is about twice `_BUFFER` plus the header.
+    Raises BuildFailed with llama.cpp's words, NoSpace when the disk ran full meanwhile.
+    """
+    threads = str(len(os.sched_getaffinity(0)))
+    words: list[str | Path] = [sys.executable, "-m", __name__, toolchain.package, source, out]
+    words += [str(file_type(scheme)), "--threads", threads]
+    if imatrix is not None:
+        words += ["--imatrix", imatrix]
+    done = 0
+    tail: list[str] = []
+    with progress.bar(f"quantizing to {scheme}", 100) as advance:
+
+        def on_line(line: str) -> None:
+            nonlocal done
+            match = _TENSOR_LINE.match(line)
+            if match is None:
+                tail.append(line)
+                return
+            percent = 100 * int(match.group(1)) // int(match.group(2))
+            advance(percent - done)
+            done = percent
+
+        ended = run(words, env={"PYTHONPATH": import_path()}, on_line=on_line, check=False)
+    if ended.returncode == 0:
+        return
+    said = "\n".join(line for line in tail if line.strip())[-800:]
+    if _free(out.parent) < MIB:
+        raise NoSpace(
+            f"the disk is full while writing {out.parent}; nothing was kept",
+            hint="free some space or set EDGEPACK_CACHE to another disk; the same command resumes",
+        )
+    raise BuildFailed(f"quantizing to {scheme} ended with status {ended.returncode}:\n{said}")
+
+
+def file_type(scheme: str) -> int:
+    """llama.cpp's number of a scheme (include/llama.h, llama_ftype)."""
+    for number, name in FILE_TYPES.items():
+        if name == scheme:
+            return number
+    raise Unsupported(f"scheme {scheme!r} has no file type")
+
+
+def import_path() -> str:
+    """PYTHONPATH with which a child process imports this very edgepack, installed or not."""
+    package = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
+def end_with_parent() -> None:
+    """Makes this process die with the one that started it, and at once on Ctrl-C, also inside llama.cpp."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def importances(llama: Any, path: Path) -> Any:
+    """The array of llama_model_imatrix_data for an importance file, ended by an entry without a name.
+
+    Each entry is the mean square of the inputs of one tensor's columns (tools/imatrix/imatrix.cpp).
+    """
+    from edgepack.builders.imatrix import read
+
+    rows = read(path)
+    array = (llama.llama_model_imatrix_data * (len(rows) + 1))()
+    for entry, (name, values) in zip(array, rows.items(), strict=False):
+        entry.name = name.encode()
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = values.size
+    # The entries point into the arrays of numpy, which must live as long as they do.
+    array.keep = rows
+    return array
+
+
+def _free(folder: Path) -> int:
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def _main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="edgepack.builders.quantize")
+    parser.add_argument("package", type=Path)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("file_type", type=int)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--imatrix", type=Path)
+    asked = parser.parse_args(words)
+    end_with_parent()
+    llama: Any = load_bindings(asked.package)
+    llama.llama_backend_init()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = asked.file_type
+    params.nthread = asked.threads
+    params.max_buf_size = _BUFFER
+    if asked.imatrix is not None:
+        params.imatrix = importances(llama, asked.imatrix)
+    status: int = llama.llama_model_quantize(
+        os.fsencode(asked.source), os.fsencode(asked.out), ctypes.byref(params)
+    )
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))
