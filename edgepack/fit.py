@@ -1,4 +1,4 @@
-"""Does it fit? The memory estimate held against a device's budget, and the cheapest change when it does not."""
+"""Does it fit? The estimate held against a device's budget, and the cheapest change when it does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgepack import memory, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
-from edgepack.profile import Budget, DeviceProfile, Session, budget
+from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
 from edgepack.runtimes import llama_cpp
 from edgepack.settings import Settings
 
@@ -170,7 +170,7 @@ class _Case:
     def estimate(self) -> MemoryEstimate:
         profile = self.profile
         if profile is None:
-            backend = "cuda" if self.settings.gpu_layers else "cpu"
+            backend: Backend = "cuda" if self.settings.gpu_layers else "cpu"
             return memory.estimate(
                 self.spec,
                 self.scheme,

@@ -6,6 +6,7 @@ Held against the pinned version (src/llama-kv-cache*.cpp, llama-context.cpp, lla
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 from edgepack.errors import BadInput, Unsupported
@@ -45,10 +46,20 @@ def settings_for(
     repacking stays on, for its faster prefill. On a GPU the mapping would only fill the page cache, which
     on a Jetson is the same memory.
     """
+    offloaded = profile.accelerator is not None and profile.backend != "cpu"
+    base = cpu_settings(
+        context=context, slots=slots, kv_type=kv_type, ubatch=ubatch, threads=profile.cpu_cores
+    )
+    return replace(base, gpu_layers=_ALL_LAYERS, repack=False) if offloaded else base
+
+
+def cpu_settings(
+    *, context: int, slots: int = 1, kv_type: str = "f16", ubatch: int = 512, threads: int = 4
+) -> Settings:
+    """The same for a CPU whose profile is not known; threads do not change what memory it takes by much."""
     if context < 1 or slots < 1 or ubatch < 1:
         raise BadInput(f"context {context}, slots {slots} and ubatch {ubatch} must all be at least 1")
     split_types(kv_type)
-    offloaded = profile.accelerator is not None and profile.backend != "cpu"
     return Settings(
         context=context,
         slots=slots,
@@ -57,10 +68,10 @@ def settings_for(
         ubatch=ubatch,
         flash_attention=True,
         unified_kv=False,
-        threads=profile.cpu_cores,
-        gpu_layers=_ALL_LAYERS if offloaded else 0,
+        threads=threads,
+        gpu_layers=0,
         load_mode="none",
-        repack=not offloaded,
+        repack=True,
     )
 
 
@@ -135,11 +146,13 @@ def kv_bytes(spec: ModelSpec, settings: Settings) -> int:
 def layer_kv_bytes(kind: KvLayers, settings: Settings) -> int:
     """Bytes of the KV cache of the layers of one kind: layers x cells x (K row + V row)."""
     key, value = split_types(settings.kv_type)
-    rows = _row_bytes(key, kind.heads, kind.key_dim) + _row_bytes(value, kind.heads, kind.value_dim)
     if kind.value_dim and _quantized(value) and not settings.flash_attention:
         raise Unsupported(
             f"a {value} V cache needs flash attention", hint="turn flash attention on, or use f16"
         )
+    per_head = settings.flash_attention
+    rows = _row_bytes(key, kind.heads, kind.key_dim, per_head=per_head)
+    rows += _row_bytes(value, kind.heads, kind.value_dim, per_head=per_head)
     return kind.count * cells(settings, kind.window) * streams(settings) * rows
 
 
@@ -148,12 +161,13 @@ def recurrent_bytes(spec: ModelSpec, settings: Settings) -> int:
     return spec.recurrent_bytes * settings.slots
 
 
-def _row_bytes(kv_type: str, heads: int, dim: int) -> int:
-    """ggml_row_size of one token's keys or values in one layer."""
+def _row_bytes(kv_type: str, heads: int, dim: int, *, per_head: bool) -> int:
+    """ggml_row_size of one token's keys or values in one layer; with flash attention every head must be
+    whole blocks (llama-context.cpp, llama_init_from_model), else the row."""
     _, weights, size = BLOCKS[kv_type.upper()]
-    if dim % weights != 0:
+    if (dim if per_head else heads * dim) % weights != 0:
         raise Unsupported(
-            f"a {kv_type} KV cache needs heads that are a multiple of {weights}, and these are {dim}",
+            f"a {kv_type} KV cache needs heads of a multiple of {weights}, and these have {dim}",
             hint="use --kv-type f16",
         )
     return heads * dim // weights * size
@@ -176,21 +190,25 @@ def output_bytes(spec: ModelSpec, slots: int) -> int:
     return 4 * spec.vocab * slots
 
 
-def compute(spec: ModelSpec, settings: Settings, backend: Backend) -> llama_graph.Room:
-    """Bytes of the compute buffers as the server reserves them: one row of logits per slot.
+def compute(
+    spec: ModelSpec, settings: Settings, backend: Backend, *, outputs: int | None = None
+) -> llama_graph.Room:
+    """Bytes of the compute buffers; ``outputs``: rows of logits, one per slot as the server has it.
 
     Exact on a CPU; on an accelerator the same walk over the part of the graph that runs there.
     """
-    return _compute(batch(spec, settings), backend != "cpu" and settings.gpu_layers > 0, _ALIGNMENT[backend])
+    offloaded = backend != "cpu" and settings.gpu_layers > 0
+    shape = batch(spec, settings, outputs=outputs)
+    return _room(shape, offloaded, _ALIGNMENT["cpu" if not offloaded else backend])
 
 
 @lru_cache(maxsize=8192)
-def _compute(shape: llama_graph.Batch, offloaded: bool, alignment: int) -> llama_graph.Room:
+def _room(shape: llama_graph.Batch, offloaded: bool, alignment: int) -> llama_graph.Room:
     return llama_graph.room(shape, offloaded=offloaded, alignment=alignment)
 
 
 def batch(spec: ModelSpec, settings: Settings, *, outputs: int | None = None) -> llama_graph.Batch:
-    """The largest batch of ``spec`` under these settings; ``outputs``: rows of logits, slots by default.
+    """The largest batch of ``spec`` under these settings.
 
     tools/server/server-context.cpp, server_output_limits; llama-context.cpp, sched_reserve.
     """
@@ -218,6 +236,8 @@ def batch(spec: ModelSpec, settings: Settings, *, outputs: int | None = None) ->
         rotate_v=_quantized(value) and dims % 64 == 0,
         cast_k=key == "f32" and settings.flash_attention,
         cast_v=value == "f32" and settings.flash_attention,
+        unpack_k=key not in ("f16", "f32"),
+        unpack_v=value not in ("f16", "f32"),
         qkv_bias="attn_q.bias" in names,
         output_bias="attn_output.bias" in names,
         qk_norm="attn_q_norm.weight" in names,

@@ -43,6 +43,10 @@ class Batch:
     cast_k: bool = False
     cast_v: bool = False
     """F32 K or V are cast to F16 for flash attention (src/llama-graph.cpp, build_attn_mha)."""
+    unpack_k: bool = False
+    unpack_v: bool = False
+    """K or V are not F16: CUDA's flash attention unpacks them whole beside its result
+    (ggml-cuda/fattn-common.cuh, ggml_cuda_flash_attn_ext_get_f16_extra_data)."""
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: bool = False
@@ -65,7 +69,7 @@ class Room:
 
 def room(batch: Batch, *, offloaded: bool, alignment: int) -> Room:
     """Bytes that llama.cpp reserves for ``batch``; ``offloaded``: all layers on one accelerator."""
-    graph = _decoder(batch)
+    graph = _decoder(batch, unpack=offloaded)
     if not offloaded:
         return Room(device=_high_water(graph.leafs, graph.nodes, alignment), host=0)
     first = graph.embedding
@@ -170,9 +174,11 @@ class _AttentionInputs:
     k_rotation: _Tensor | None
     v_rotation: _Tensor | None
     cells: int
+    unpacked: int
+    """Bytes of K and V unpacked beside the result of flash attention."""
 
 
-def _decoder(b: Batch) -> _Graph:
+def _decoder(b: Batch, *, unpack: bool) -> _Graph:
     graph = _Graph()
     tokens, unused = _input((b.tokens,), _I32), _input((b.hidden, b.tokens), _F32)
     x = _new((b.hidden, b.tokens), tokens)
@@ -182,8 +188,8 @@ def _decoder(b: Batch) -> _Graph:
     if b.sandwich_norms:
         x = _inplace(x)
     positions, out_ids = _input((b.tokens,), _I32), _input((b.outputs,), _I32)
-    full = _attention_inputs(b, b.cells)
-    window = _attention_inputs(b, b.window_cells) if b.window_cells else full
+    full = _attention_inputs(b, b.cells, unpack=unpack)
+    window = _attention_inputs(b, b.window_cells, unpack=unpack) if b.window_cells else full
     for il in range(b.layers):
         sliding = b.window_cells and il % b.period != b.period - 1
         x = _layer(
@@ -197,7 +203,7 @@ def _decoder(b: Batch) -> _Graph:
     return graph
 
 
-def _attention_inputs(b: Batch, cells: int) -> _AttentionInputs:
+def _attention_inputs(b: Batch, cells: int, *, unpack: bool) -> _AttentionInputs:
     k_side = 64
     while b.head_dim % (2 * k_side) == 0:
         k_side *= 2
@@ -209,6 +215,9 @@ def _attention_inputs(b: Batch, cells: int) -> _AttentionInputs:
         k_rotation=_input((k_side, k_side), _F32) if b.rotate_k else None,
         v_rotation=_input((64, 64), _F32) if b.rotate_v else None,
         cells=cells,
+        unpacked=(b.unpack_k + b.unpack_v) * _F16 * b.head_dim * b.kv_heads * cells * b.streams
+        if unpack
+        else 0,
     )
 
 
@@ -276,6 +285,7 @@ def _flash(b: Batch, query: _Tensor, inputs: _AttentionInputs) -> _Tensor:
     size = (b.head_dim * b.kv_heads * inputs.cells * b.streams,)
     casts = tuple(_Tensor(size, item=_F16) for cast in (b.cast_k, b.cast_v) if cast)
     result = _new((b.head_dim, b.heads, b.tokens), query, *casts, inputs.mask)
+    result.size += inputs.unpacked
     return _view(result, (b.head_dim * b.heads, b.tokens))
 
 

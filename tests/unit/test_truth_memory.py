@@ -1,0 +1,215 @@
+"""Published sizes as a gate: what other people's files and logs say, to the digit they print.
+
+tests/truth/memory.jsonl holds the rows that must come out exactly; tests/truth/observational.jsonl lists
+apart what has no closed form here: whole-system readings, other runtimes, files that are no stock scheme.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepack import modelspec, schemes
+from edgepack.modelspec import KvLayers, ModelSpec
+from edgepack.runtimes import llama_cpp
+from edgepack.settings import Settings
+from edgepack.units import GIB, KIB, MIB, Bytes
+
+TRUTH = Path(__file__).parent.parent / "truth"
+UNITS = {"B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "bpw": 1}
+
+Row = Mapping[str, Any]  # one line of the truth file; its values are what the source printed
+
+
+def rows(name: str) -> list[Row]:
+    return [json.loads(line) for line in (TRUTH / name).read_text().splitlines()]
+
+
+GATE = rows("memory.jsonl")
+SIZES = [r for r in GATE if r["quantity"] in ("bits_per_weight", "model_size", "file_size")]
+CACHES = [r for r in GATE if r["quantity"].startswith("kv_cache")]
+BUFFERS = [r for r in GATE if r["quantity"] == "compute_buffer_device"]
+
+
+def ids(row: Row) -> str:
+    return f"{row['id']}-{row['model']}-{row.get('quant') or row.get('kv_type')}-{row['quantity']}"
+
+
+@pytest.mark.parametrize("row", SIZES, ids=ids)
+def test_size_is_what_was_printed(row: Row) -> None:
+    spec, scheme = spec_of(row), row["quant"]
+    imatrix = "imatrix used" in row.get("note", "") or schemes.needs_imatrix(scheme)
+
+    if row["quantity"] == "bits_per_weight":
+        got = schemes.bits_per_weight(spec, scheme, imatrix=imatrix)
+    elif row["quantity"] == "model_size":
+        got = schemes.weights_bytes(spec, scheme, imatrix=imatrix) / UNITS[row["unit"]]
+    else:
+        got = schemes.file_bytes(spec, scheme, imatrix=imatrix)[0] / UNITS[row["unit"]]
+
+    assert got == pytest.approx(row["value"], rel=0, abs=half_a_digit(row))
+
+
+@pytest.mark.parametrize("row", CACHES, ids=ids)
+def test_kv_cache_is_what_was_printed(row: Row) -> None:
+    layers = cache_of(row)
+    settings = settings_of(row)
+
+    got = sum(per_token(kind, settings) * row["ctx"] if row["ctx"] % 256 else
+              llama_cpp.layer_kv_bytes(kind, settings) for kind in layers)  # fmt: skip
+
+    assert got / UNITS[row["unit"]] == pytest.approx(row["value"], rel=0, abs=half_a_digit(row))
+
+
+@pytest.mark.parametrize("row", BUFFERS, ids=ids)
+def test_compute_buffer_of_a_gpu_is_what_was_printed(row: Row) -> None:
+    """Logs from before the server limited its outputs: one row of logits for every token of a batch."""
+    settings = replace(settings_of(row), ubatch=row["n_ubatch"], gpu_layers=99)
+
+    room = llama_cpp.compute(spec_of(row), settings, "cuda", outputs=row["n_ubatch"])
+
+    assert room.device / MIB == pytest.approx(row["value"], abs=half_a_digit(row))
+
+
+def test_every_row_of_the_gate_is_tested() -> None:
+    assert len(SIZES) + len(CACHES) + len(BUFFERS) == len(GATE) == 123
+    assert all(row["check"] == "exact" and row["source"] for row in GATE)
+
+
+def test_what_is_not_gated_is_listed_apart_with_its_reason() -> None:
+    reasons = {row["id"]: reason(row) for row in rows("observational.jsonl")}
+
+    assert len(reasons) == 53
+    assert "" not in reasons.values(), [key for key, value in reasons.items() if not value]
+
+
+def reason(row: Row) -> str:
+    """Why a published figure is not a gate; empty when it should be one."""
+    if row["quantity"] in ("recurrent_state", "context_total"):
+        return "recurrent layers: an architecture of a later release"
+    if row["check"].startswith("within"):
+        return "another runtime (vLLM), approximate by nature"
+    if row["check"] == "observational":
+        whole = ("jetson_system_ram_after_load", "jetson_peak_memory", "vram_process_total", "peak_memory")
+        return "whole-system reading" if row["quantity"] in whole else "no stock scheme, or no closed form"
+    return ""
+
+
+# -- from a row to what it speaks of --------------------------------------------------------------------
+
+
+def spec_of(row: Row) -> ModelSpec:
+    arch, model = row["arch_config"], row["model"]
+    config = {
+        "model_type": model_type(model),
+        "num_hidden_layers": arch["layers"],
+        "hidden_size": arch["hidden"],
+        "num_attention_heads": arch["heads"],
+        "num_key_value_heads": arch["kv_heads"],
+        "head_dim": arch["head_dim"],
+        "intermediate_size": arch.get("intermediate", arch["hidden"]),
+        "vocab_size": arch["vocab"],
+        "tie_word_embeddings": arch["tied"],
+        "max_position_embeddings": 131072,
+        "num_experts": arch.get("experts"),
+        "num_experts_per_tok": arch.get("experts_used"),
+        "moe_intermediate_size": arch.get("expert_intermediate"),
+        "rope_scaling": {"rope_type": "llama3"} if model.startswith("Llama-3.") else None,
+    }
+    spec = modelspec.from_config(config, name=model)
+    header = row.get("header_bytes")
+    return replace(spec, header_bytes=Bytes(header)) if header else spec
+
+
+def model_type(model: str) -> str:
+    if model.startswith("Qwen2"):
+        return "qwen2"
+    if model.startswith("Qwen3"):
+        return "qwen3_moe" if "A3B" in model else "qwen3"
+    return "llama"
+
+
+def cache_of(row: Row) -> tuple[KvLayers, ...]:
+    """The layers a row's KV figure is about, by hand for architectures that ModelSpec does not read yet."""
+    arch, quantity = row["arch_config"], row["quantity"]
+    if "kv_lora_rank" in arch:
+        return (multi_head_latent(row),)
+    if "n_global" in arch:
+        return (of_kind(arch, "kv_cache_swa_full" if "swa_full" in row.get("note", "") else quantity),)
+    if "hidden" in arch:
+        return (
+            KvLayers(
+                count=arch["layers"],
+                heads=arch["kv_heads"],
+                key_dim=arch["head_dim"],
+                value_dim=arch["head_dim"],
+            ),
+        )
+    raise AssertionError(f"{row['id']} has no layers")
+
+
+def multi_head_latent(row: Row) -> KvLayers:
+    """DeepSeek: one latent row per token, keys only; before that path was written, keys and values unfolded."""
+    arch = row["arch_config"]
+    rope = arch["qk_rope_head_dim"]
+    if "non-MLA" in row.get("note", ""):
+        return KvLayers(
+            count=arch["layers"],
+            heads=arch["heads"],
+            key_dim=arch["qk_nope_head_dim"] + rope,
+            value_dim=arch["v_head_dim"],
+        )
+    return KvLayers(count=arch["layers"], heads=1, key_dim=arch["kv_lora_rank"] + rope, value_dim=0)
+
+
+def of_kind(arch: Mapping[str, Any], quantity: str) -> KvLayers:
+    """Gemma and the hybrids: the full-attention layers, or the sliding ones with or without their window."""
+    if quantity in ("kv_cache", "kv_cache_global"):
+        heads, dim, count, window = arch["kv_heads"], arch["head_dim"], arch["n_global"], None
+    else:
+        heads, dim = arch.get("swa_kv_heads", arch["kv_heads"]), arch.get("swa_head_dim", arch["head_dim"])
+        count, window = arch["n_swa"], None if quantity == "kv_cache_swa_full" else arch["swa_window"]
+    return KvLayers(count=count, heads=heads, key_dim=dim, value_dim=dim, window=window)
+
+
+def settings_of(row: Row) -> Settings:
+    return Settings(
+        context=row["ctx"] if row["ctx"] % 256 == 0 else 256,
+        slots=row["batch"] or 1,
+        kv_type=row["kv_type"],
+        batch=2048,
+        ubatch=row.get("n_ubatch", 512),
+        flash_attention=True,
+        unified_kv=False,
+        threads=1,
+        gpu_layers=0,
+        load_mode="none",
+        repack=True,
+    )
+
+
+def per_token(kind: KvLayers, settings: Settings) -> int:
+    """Bytes of one token, for figures that are no multiple of llama.cpp's 256 cells."""
+    whole = llama_cpp.layer_kv_bytes(replace(kind, window=None), settings)
+    assert whole % 256 == 0
+    return whole // 256
+
+
+def half_a_digit(row: Row) -> float:
+    """Half a unit of the last place that the row's source prints for this quantity.
+
+    Tables of sizes print all rows alike, so the row with most digits speaks for all ("3.50" is stored as
+    3.5); logs print MiB with two; other figures are taken as they stand.
+    """
+    alike = [r for r in SIZES if (r["source"], r["quantity"]) == (row["source"], row["quantity"])]
+    digits = 2 if row["unit"] == "MiB" else max(decimals(r["value"]) for r in [*alike, row])
+    return 0.5 * 10.0**-digits + 1e-9
+
+
+def decimals(value: float) -> int:
+    return len(str(value).partition(".")[2]) if value % 1 else 0
