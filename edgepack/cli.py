@@ -51,7 +51,9 @@ def _translated(error: OSError) -> EdgepackError:
     from edgepack.errors import NoSpace
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"the disk is full ({error.filename or 'while writing'})", hint="free some space; then rerun")
+        return NoSpace(
+            f"the disk is full ({error.filename or 'while writing'})", hint="free some space; then rerun"
+        )
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{error.filename} does not exist")
     if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)):
@@ -119,7 +121,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.option("--exact", is_flag=True, help="Ask llama.cpp itself (no weights needed) and print both.")
 @json_option
 @click.pass_obj
-def fit(progress: Progress, **options: Any) -> None:
+def fit(progress: Progress, /, **options: Any) -> None:
     """Does it fit? Exact memory arithmetic; needs no weights, no device and no torch.
 
     \b
@@ -129,13 +131,13 @@ def fit(progress: Progress, **options: Any) -> None:
     """
     from edgepack import pipeline
 
-    report = pipeline.fit_report(progress=progress, **options)
+    document = pipeline.fit_document(options, progress)
     if options["as_json"]:
-        _print_json(report.document)
+        _print_json(document)
     else:
         from edgepack import tables
 
-        click.echo(tables.fit(report.document), nl=False)
+        click.echo(tables.fit(document), nl=False)
 
 
 @cli.command()
@@ -193,12 +195,13 @@ def plan(output: Path | None, as_json: bool, explain: bool, **options: Any) -> N
 @click.option("--offline", is_flag=True, help="Fetch nothing.")
 @click.option("--force", is_flag=True, help="Build even what does not fit; the bundle carries the reason.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("."),
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path(),
               help="Folder for the bundle and its plan.")  # fmt: skip
 @json_option
 @click.pass_obj
 def build(
     progress: Progress,
+    /,
     plan_file: Path | None,
     output: Path,
     key: Path | None,
@@ -230,7 +233,7 @@ def build(
     if dry_run:
         _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
         return
-    made = pipeline.build(
+    _, made = pipeline.build(
         chosen,
         pipeline.BuildOptions(
             out=output,
@@ -246,7 +249,7 @@ def build(
     if not made.signed:
         click.echo("warning: the bundle is UNSIGNED; sign it with --key (edgepack key new PATH)", err=True)
     if as_json:
-        _print_json({"schema_version": 1, **serde.dump(made)})
+        _print_json(_document(serde.dump(made)))
     else:
         click.echo(str(made.path))
 
@@ -280,7 +283,9 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
 @click.option("--memory-limit", metavar="SIZE", help="Simulate a smaller device, e.g. 2GiB.")
 @click.option("--strict-device", is_flag=True, help="Fail when this is not the planned device.")
 @click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
+)
 @json_option
 @click.pass_obj
 def check(
@@ -324,7 +329,9 @@ def check(
         click.echo(checks.table(report), nl=False)
     if not report.passed:
         failed = ", ".join(item.name for item in report.items if item.status == "fail")
-        raise CheckFailed(f"check failed: {failed}", hint="the report above says what was expected and measured")
+        raise CheckFailed(
+            f"check failed: {failed}", hint="the report above says what was expected and measured"
+        )
 
 
 @cli.command()
@@ -348,7 +355,7 @@ def probe(progress: Progress, output: Path | None, as_json: bool) -> None:
         workspace.write_text(output, text)
         progress.step(f"wrote {output}")
     elif as_json:
-        _print_json({"schema_version": 1, **serde.dump(found)})
+        _print_json(_document(serde.dump(found)))
     else:
         click.echo(text, nl=False)
 
@@ -380,7 +387,7 @@ def profiles_show(name: str, as_json: bool) -> None:
 
     found = profile.load(name)
     if as_json:
-        _print_json({"schema_version": 1, **serde.dump(found)})
+        _print_json(_document(serde.dump(found)))
     else:
         click.echo(tables.profile(found), nl=False)
 
@@ -424,9 +431,9 @@ def toolchain_status(as_json: bool) -> None:
     """Say whether llama.cpp is built, and which."""
     from edgepack import serde, toolchain
 
-    status = serde.dump(toolchain.status())
+    status = _document(serde.dump(toolchain.status()))
     if as_json:
-        _print_json({"schema_version": 1, **status})
+        _print_json(status)
     else:
         for name, value in status.items():
             click.echo(f"{name:<10} {value}")
@@ -439,13 +446,14 @@ def key_group() -> None:
 
 @key_group.command("new")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--identity", default="edgepack", show_default=True, help="Name in the allowed_signers file.")
-def key_new(path: Path, identity: str) -> None:
+def key_new(path: Path) -> None:
     """Make a key pair and the allowed_signers line to enroll on devices."""
+    from edgepack import workspace
     from edgepack.bundle import sign
 
     sign.new_key(path)
-    signers = sign.write_allowed_signers(path, identity=identity)
+    signers = path.with_name(path.name + ".allowed_signers")
+    workspace.write_text(signers, sign.allowed_signer(path))
     click.echo(f"private key      {path}  (keep it on the build host)")
     click.echo(f"allowed_signers  {signers}  (give it to devices and to --allowed-signers)")
 
@@ -463,6 +471,11 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise NotFound(f"{path} does not exist", hint="check the path")
     return path
+
+
+def _document(fields: object) -> dict[str, Any]:
+    """A dumped value as a document of its own."""
+    return {"schema_version": 1, **fields} if isinstance(fields, dict) else {}
 
 
 def _print_json(document: Any) -> None:

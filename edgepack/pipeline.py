@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from edgepack import bundle, catalog, hub, modelspec, plan, serde, toolchain, workspace
+from edgepack import (
+    bundle,
+    catalog,
+    fit,
+    hub,
+    modelspec,
+    plan,
+    profile,
+    schemes,
+    serde,
+    toolchain,
+    workspace,
+)
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle
 from edgepack.errors import BadInput, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
+from edgepack.profile import Session
 from edgepack.progress import Progress
+from edgepack.runtimes import llama_cpp
+
+DEFAULT_SCHEME = "Q4_K_M"
+"""For `fit` without --scheme: what most published GGUF files are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +45,6 @@ class BuildOptions:
     sequence: int = 1
     """release_sequence: devices refuse a lower one than they run."""
     offline: bool = False
-    token_text: Path | None = None
-    """Text for the quality probe; None is the built-in one."""
 
 
 def candidates(model: str | None, teacher: str | None, *, revision: str | None = None) -> list[Candidate]:
@@ -60,7 +76,9 @@ def named(model: str, *, revision: str | None = None) -> Candidate:
                 hint=f"`edgepack build --model {model}` fetches it; to plan without fetching, give its config.json",
             )
         known = ", ".join(m.id for m in catalog.models())
-        raise NotFound(f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}")
+        raise NotFound(
+            f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
+        )
     spec = modelspec.read(path)
     reference = ModelRef(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
@@ -76,7 +94,7 @@ def named(model: str, *, revision: str | None = None) -> Candidate:
 def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
     """Surveys all candidates and returns the best plan; raises NothingFits with the nearest one."""
     if len(models) == 1 and models[0].spec.gguf_types is not None and request.scheme is None:
-        request = _as_it_is(request, models[0].spec)
+        request = replace(request, scheme=models[0].spec.gguf_scheme)
     return plan.choose(list(plan.survey(request, models)), request.goal)
 
 
@@ -127,6 +145,74 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     return exact, made
 
 
+def request_from(options: Mapping[str, Any]) -> Request:
+    """The planner's question out of the command line's words; a profile is required."""
+    name = options.get("profile")
+    if not name:
+        raise BadInput("no device is named", hint=f"--profile NAME; known: {', '.join(profile.names())}")
+    _known_runtime(options)
+    return Request(
+        profile=profile.load(name),
+        session="desktop" if options.get("desktop") else "headless",
+        power_mode=options.get("power_mode"),
+        context=options.get("context"),
+        slots=options["slots"],
+        kv_type=options.get("kv_type"),
+        scheme=schemes.canonical(options["scheme"]) if options.get("scheme") else None,
+        ubatch=options["ubatch"],
+        imatrix=bool(options.get("imatrix")),
+        min_decode=options.get("min_decode"),
+        goal=options.get("goal") or "quality",
+        force=bool(options.get("force")),
+    )
+
+
+def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
+    _known_runtime(options)
+    device = profile.load(options["profile"]) if options.get("profile") else None
+    spec = named(options["model"]).spec
+    scheme = schemes.canonical(options.get("scheme") or spec.gguf_scheme or DEFAULT_SCHEME)
+    context = options.get("context") or min(plan.DEFAULT_CONTEXT, spec.context_train) * options["slots"]
+    kv_type = options.get("kv_type") or "f16"
+    settings = (
+        llama_cpp.settings_for(
+            device, context=context, slots=options["slots"], kv_type=kv_type, ubatch=options["ubatch"]
+        )
+        if device
+        else llama_cpp.cpu_settings(
+            context=context, slots=options["slots"], kv_type=kv_type, ubatch=options["ubatch"]
+        )
+    )
+    session: Session = "desktop" if options.get("desktop") else "headless"
+    result = fit.fit(
+        spec,
+        profile=device,
+        session=session,
+        scheme=scheme,
+        settings=settings,
+        imatrix=bool(options["imatrix"]),
+    )
+    document: dict[str, Any] = fit.to_document(result)
+    if options.get("exact"):
+        from edgepack.builders import exact
+
+        toolchain.install(progress)
+        document["exact"] = serde.dump(exact.exact(spec, scheme, settings))
+    return document
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that `edgepack plan -o` or an earlier build wrote; every problem at once."""
+    return serde.load_json(Plan, path)
+
+
+def _known_runtime(options: Mapping[str, Any]) -> None:
+    wanted = options.get("runtime") or llama_cpp.NAME
+    if wanted != llama_cpp.NAME:
+        raise Unsupported(f"runtime {wanted!r} is not known", hint=f"known runtimes: {llama_cpp.NAME}")
+
+
 def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -> Candidate:
     reference = ModelRef(
         id=entry.id,
@@ -142,16 +228,7 @@ def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -
     return Candidate(model=reference, spec=entry.spec(), panels=panels)
 
 
-def _as_it_is(request: Request, spec: modelspec.ModelSpec) -> Request:
-    """A GGUF is used as it is: its scheme is what its tensors are."""
-    from dataclasses import replace
-
-    return replace(request, scheme="as-is")
-
-
 def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:
-    from dataclasses import replace
-
     license_name = model.license if model.license != "unknown" else checkpoint.license
     return replace(model, revision=checkpoint.revision, license=license_name)
 

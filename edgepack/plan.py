@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgepack import degradation, memory, schemes, serde, speed
 from edgepack.errors import BadInput, NothingFits
+from edgepack.fit import excess, longest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -22,6 +23,8 @@ from edgepack.units import MIB, show
 
 Goal = Literal["quality", "latency", "context"]
 
+KEPT = 0.97
+"""For the goal latency: what the lower end of a scheme's quality must keep of its middle."""
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
@@ -29,8 +32,6 @@ SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS"
 """Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
 KV_TYPES = ("f16", "q8_0")
 """8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
-PANELS = ("qwen3_instruct_panel", "qwen25_instruct_panel", "smollm3_instruct_panel", "lfm2_panel")
-"""Single-source panels, in the order in which they are preferred."""
 NOISE = 0.01
 """Relative difference in score below which two candidates count as equal in quality: a panel's standard
 error and the loss law's own error are both about a percent."""
@@ -140,10 +141,12 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
     """Every model, scheme and KV type on this device: a Plan where it fits, else why it does not."""
     room = budget(request.profile, request.session)
     mode = _power_mode(request)
-    for candidate in candidates:
+    models = list(candidates)
+    panels = assign_panels(models)
+    for candidate in models:
         for scheme in (request.scheme,) if request.scheme else SCHEMES:
             for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
-                yield _try(request, room, mode, candidate, scheme, kv_type)
+                yield _try(request, room, mode, candidate, panels[candidate.model.id], scheme, kv_type)
 
 
 def choose(outcomes: Sequence[Plan | Rejection], goal: Goal) -> Plan:
@@ -158,12 +161,30 @@ def choose(outcomes: Sequence[Plan | Rejection], goal: Goal) -> Plan:
 
 
 def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
-    """Best first. Quality: the score, and within its noise the faster; latency: decode speed at equal or
-    tolerable quality; context: the longest context, then quality."""
-    panel = _panel(plans)
-    known = [p for p in plans if p.quality.panel == panel]
-    unknown = [p for p in plans if p.quality.panel != panel]
-    return _ordered(known, goal) + _ordered(unknown, goal)
+    """Best first; candidates whose scores come from different panels are never mixed.
+
+    Quality: the lower end of the score, and within its noise the faster. Latency: the faster among schemes
+    that surely keep ``KEPT`` of their model. Context: the longest, then quality.
+    """
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.quality.panel, []).append(plan)
+    by_size = sorted(groups, key=lambda panel: (panel == "none", -len({p.model.id for p in groups[panel]})))
+    return [plan for panel in by_size for plan in _ordered(groups[panel], goal)]
+
+
+def assign_panels(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Model id -> the panel its quality is read from: as few panels as cover the models, widest first."""
+    assigned: dict[str, str] = {}
+    left = list(candidates)
+    while left:
+        names = sorted({panel for c in left for panel in c.panels})
+        widest = max(names, key=lambda panel: sum(panel in c.panels for c in left), default="none")
+        for candidate in left:
+            if widest in candidate.panels or widest == "none":
+                assigned[candidate.model.id] = widest
+        left = [c for c in left if c.model.id not in assigned]
+    return assigned
 
 
 def label(plan: Plan) -> str:
@@ -182,23 +203,16 @@ def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
     ordered: list[Plan] = []
     while left:
         if goal == "latency":
-            best = max(left, key=lambda p: (p.speed.decode_low, p.quality.score))
+            best = max(left, key=lambda p: (p.quality.low >= KEPT * p.quality.score, p.speed.decode_low))
         elif goal == "context":
-            longest = max(p.settings.context for p in left)
-            best = max((p for p in left if p.settings.context == longest), key=lambda p: p.quality.score)
+            best = max(left, key=lambda p: (p.settings.context, p.quality.low))
         else:
-            top = max(p.quality.score for p in left)
-            equal = [p for p in left if p.quality.score >= top * (1.0 - NOISE)]
-            best = max(equal, key=lambda p: (p.speed.decode_full, p.quality.score))
+            top = max(p.quality.low for p in left)
+            equal = [p for p in left if p.quality.low >= top * (1.0 - NOISE)]
+            best = max(equal, key=lambda p: (p.speed.decode_full, p.quality.low))
         ordered.append(best)
         left.remove(best)
     return ordered
-
-
-def _panel(plans: Sequence[Plan]) -> str:
-    """The panel most of the candidates' scores come from."""
-    names = [p.quality.panel for p in plans if p.quality.panel != "none"]
-    return max(sorted(set(names)), key=names.count) if names else "none"
 
 
 def _power_mode(request: Request) -> PowerMode:
@@ -214,12 +228,25 @@ def _power_mode(request: Request) -> PowerMode:
 def _memory(
     profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool
 ) -> MemoryEstimate:
-    unified = profile.accelerator is None or profile.accelerator.memory is None
-    return memory.estimate(spec, scheme, settings, backend=profile.backend, unified=unified, imatrix=imatrix)
+    return memory.estimate(
+        spec,
+        scheme,
+        settings,
+        backend=profile.backend,
+        unified=profile.unified,
+        imatrix=imatrix,
+        arch=profile.arch,
+    )
 
 
 def _try(
-    request: Request, room: Budget, mode: PowerMode, candidate: Candidate, scheme: str, kv_type: str
+    request: Request,
+    room: Budget,
+    mode: PowerMode,
+    candidate: Candidate,
+    panel: str,
+    scheme: str,
+    kv_type: str,
 ) -> Plan | Rejection:
     spec = candidate.spec
     context = request.context or min(DEFAULT_CONTEXT * request.slots, spec.context_train * request.slots)
@@ -243,11 +270,11 @@ def _try(
     def needs(tokens: int) -> MemoryEstimate:
         return _memory(request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix)
 
-    estimate = needs(context)
-    if request.goal == "context" and request.context is None and excess(estimate, room) <= 0:
-        context = _longest(spec.context_train * request.slots, lambda n: excess(needs(n), room) <= 0)
-        estimate = needs(context)
+    if request.goal == "context" and request.context is None:
+        limit = spec.context_train * request.slots
+        context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
         name = f"{candidate.model.id} {scheme} kv {kv_type} ctx {context}"
+    estimate = needs(context)
     over = excess(estimate, room)
     warnings = list(_warnings(request, candidate.model, spec, scheme))
     if over > 0:
@@ -283,16 +310,9 @@ def _try(
         settings=settings(context),
         memory=estimate,
         speed=pace,
-        quality=_quality(candidate, scheme, imatrix=request.imatrix),
+        quality=_quality(candidate, panel, scheme, imatrix=request.imatrix),
         warnings=tuple(warnings),
     )
-
-
-def excess(estimate: MemoryEstimate, room: Budget) -> int:
-    """Bytes by which the upper end of the estimate exceeds the budget; negative when there is room."""
-    if room.unified:
-        return estimate.high - room.device
-    return max(estimate.at("device") - room.device, estimate.at("host") - room.host)
 
 
 def binding(estimate: MemoryEstimate) -> str:
@@ -305,18 +325,6 @@ def _limit(estimate: MemoryEstimate, room: Budget) -> int:
     if room.unified or estimate.at("device") - room.device >= estimate.at("host") - room.host:
         return room.device
     return room.host
-
-
-def _longest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest multiple of 256 tokens up to ``limit`` that fits; the caller knows that some does."""
-    low, high = 1, max(1, limit // 256)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(middle * 256):
-            low = middle
-        else:
-            high = middle - 1
-    return low * 256
 
 
 def _speed(
@@ -345,11 +353,10 @@ def _speed(
     )
 
 
-def _quality(candidate: Candidate, scheme: str, *, imatrix: bool) -> Quality:
+def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) -> Quality:
     spec = candidate.spec
     types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
     kept = degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
-    panel = next((p for p in PANELS if p in candidate.panels), "none")
     score = candidate.panels.get(panel, 100.0)
     return Quality(
         score=score * kept.retention,
@@ -376,14 +383,14 @@ def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -
 
 def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
     if other.quality.panel != best.quality.panel:
-        return f"no score in {best.quality.panel}, and scores of different sources are not compared"
-    quality = f"scores {other.quality.score:.1f} against {best.quality.score:.1f}"
+        return f"no score in {best.quality.panel}; scores of different sources are not compared"
+    quality = f"scores at least {other.quality.low:.1f} against {best.quality.low:.1f}"
     pace = f"decodes {other.speed.decode_full:.1f} tok/s against {best.speed.decode_full:.1f} with a full context"
     if goal == "latency":
         return pace
     if goal == "context" and other.settings.context != best.settings.context:
         return f"holds {other.settings.context} tokens against {best.settings.context}"
-    if other.quality.score >= best.quality.score * (1.0 - NOISE):
+    if other.quality.low >= best.quality.low * (1.0 - NOISE):
         return f"{quality}, within the noise, and {pace}"
     return quality
 
@@ -395,12 +402,6 @@ def _nothing_fits(rejections: Sequence[Rejection]) -> NothingFits:
     others = [r for r in rejections if r.excess == 0]
     nearest = others[-1] if others else min(too_big, key=lambda r: r.excess)
     hint = nearest.hint or (
-        f"free {show(pad_mib(nearest.excess))} on the device, use a smaller model, a shorter --context, "
-        "or --force"
+        f"free {-(-nearest.excess // MIB)} MiB on the device, use a smaller model, a shorter --context, or --force"
     )
     return NothingFits(f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=hint)
-
-
-def pad_mib(count: int) -> int:
-    """Rounded up to whole MiB, so that a hint's number is enough."""
-    return -(-count // MIB) * MIB

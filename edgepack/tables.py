@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgepack.plan import Plan
-from edgepack.profile import DeviceProfile, budget
+from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.units import show
 
 BAR_WIDTH = 48
@@ -42,8 +42,11 @@ def fit(document: Mapping[str, Any]) -> str:
 def plan(chosen: Plan, *, explain: bool) -> str:
     """The choice in one sentence, its memory map, its speed, and what was not chosen."""
     settings, pace, quality = chosen.settings, chosen.speed, chosen.quality
-    parts = [{"name": p.name, "bytes": p.bytes, "low": p.low, "high": p.high, "provenance": p.provenance}
-             for p in chosen.memory.parts]  # fmt: skip
+    parts: list[dict[str, Any]] = [
+        {"name": p.name, "bytes": p.bytes, "low": p.low, "high": p.high, "provenance": p.provenance,
+         "place": p.place}
+        for p in chosen.memory.parts
+    ]  # fmt: skip
     score = (
         f"keeps {quality.retention:.1%} of the unquantized model (fitted)"
         if quality.panel == "none"
@@ -61,7 +64,9 @@ def plan(chosen: Plan, *, explain: bool) -> str:
         "",
         bar(parts, chosen.budget.device),
         f"budget {show(chosen.budget.device)} = "
-        + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip("+ "),
+        + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip(
+            "+ "
+        ),
         f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
         f"{pace.decode_full:.1f} with a full context",
         f"quality {score}",
@@ -83,12 +88,11 @@ def inspect(document: Mapping[str, Any]) -> str:
     signature = document["signature"]
     lines = [
         f"{document['name']}",
-        f"manifest   {document['digest']}",
-        f"signature  {signature['status']}"
-        + (f" by {signature['key']}" if signature.get("key") else ""),
+        f"manifest   {document['manifest_digest']}",
+        f"signature  {signature['message']}",
         f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified",
         "",
-        *(f"{f['name']:<24}{f['bytes']:>14}  {f['digest']}" for f in document["files"]),
+        *(f"{f['path']:<24}{f['bytes']:>14}  {f['digest']}" for f in document["files"]),
         "",
         *(f"{name:<44}{value}" for name, value in sorted(document["annotations"].items())),
     ]
@@ -126,7 +130,10 @@ def profile_row(found: DeviceProfile) -> dict[str, Any]:
 
 def profile(found: DeviceProfile) -> str:
     """Everything about one profile, with the budget's arithmetic."""
-    lines = [found.title, f"name       {found.name}" + (f" (also {', '.join(found.aliases)})" if found.aliases else "")]
+    lines = [
+        found.title,
+        f"name       {found.name}" + (f" (also {', '.join(found.aliases)})" if found.aliases else ""),
+    ]
     lines += [
         f"arch       {found.arch}, {found.cpu_cores} cores",
         f"memory     {show(found.memory)} reported by the system, {'shared' if found.unified else 'separate'}",
@@ -142,12 +149,15 @@ def profile(found: DeviceProfile) -> str:
         default = " (default)" if mode.name == found.default_mode else ""
         tflops = f", {mode.fp16_tflops:g} TFLOPS FP16" if mode.fp16_tflops else ""
         lines.append(f"mode       {mode.name}: {mode.bandwidth_gbs:g} GB/s{tflops}{default}")
-    for session in ("headless", "desktop"):
-        room = budget(found, session)  # type: ignore[arg-type]  # both are Sessions
+    sessions: tuple[Session, ...] = ("headless", "desktop")
+    for session in sessions:
+        room = budget(found, session)
         terms = " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in room.arithmetic)
         lines.append(f"budget     {session}: {show(room.device)} = {terms.lstrip('+ ')}")
     for image in found.software.images:
-        lines.append(f"image      {image.reference} ({image.digest if image.digest != 'unknown' else 'digest unknown'})")
+        lines.append(
+            f"image      {image.reference} ({image.digest if image.digest != 'unknown' else 'digest unknown'})"
+        )
     if found.uncertain:
         lines.append(f"estimated  {', '.join(found.uncertain)}")
     return _text(lines)
@@ -167,7 +177,11 @@ def bar(parts: Sequence[Mapping[str, Any]], limit: int) -> str:
 
 
 def _parts(parts: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [f"{p['name']:<18}{show(p['bytes']):>12}  {_interval(p)} {p['provenance']}" for p in parts if p["high"]]
+    return [
+        f"{p['name']:<18}{show(p['bytes']):>12}  {p['place']:<7} {p['provenance']:<8} {_interval(p)}"
+        for p in parts
+        if p["high"]
+    ]
 
 
 def _interval(value: Mapping[str, int]) -> str:
@@ -178,10 +192,10 @@ def _interval(value: Mapping[str, int]) -> str:
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
 
 
 def _text(lines: Iterable[str]) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
-
-

@@ -53,7 +53,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         fsync_dir(path.parent)
     except OSError as error:
         _raise_if_full(error, path)
@@ -72,7 +72,7 @@ def whole_dir(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         fsync_dir(temporary)
-        os.rename(temporary, path)
+        temporary.rename(path)
         fsync_dir(path.parent)
     except OSError as error:
         _raise_if_full(error, path)

@@ -80,7 +80,9 @@ def test_starting_loads_nothing_heavy() -> None:
 
 
 def test_every_error_has_its_own_exit_code_and_the_readme_lists_them() -> None:
-    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.EdgepackError)]
+    classes = [
+        c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.EdgepackError)
+    ]
     codes = {c.exit_code: c.__name__ for c in classes}
 
     listed = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", README, re.M)}
@@ -91,7 +93,9 @@ def test_every_error_has_its_own_exit_code_and_the_readme_lists_them() -> None:
 
 def test_commands_in_the_readme_exist() -> None:
     text = "\n".join(re.findall(r"```(?:console|sh)\n(.*?)```", README, re.S)).replace("\\\n", " ")
-    commands = [line.lstrip("$ ").split() for line in text.splitlines() if line.lstrip("$ ").startswith("edgepack ")]
+    commands = [
+        line.lstrip("$ ").split() for line in text.splitlines() if line.lstrip("$ ").startswith("edgepack ")
+    ]
 
     assert len(commands) >= 8
     for words in commands:

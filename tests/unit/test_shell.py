@@ -11,7 +11,10 @@ from edgepack.shell import run
 
 
 def test_output_and_status_come_back() -> None:
-    done = run([sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"], check=False)
+    done = run(
+        [sys.executable, "-c", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"],
+        check=False,
+    )
 
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
 
