@@ -157,6 +157,7 @@ def _tokenizer(folder: Path, vocab: int) -> None:
     split = {"type": "Split", "pattern": {"Regex": _QWEN_REGEX}, "behavior": "Isolated", "invert": False}
     level: dict[str, object] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     level["use_regex"] = False
+    decoder = dict(level, use_regex=True)
     _json(
         folder / "tokenizer.json",
         {
@@ -165,7 +166,7 @@ def _tokenizer(folder: Path, vocab: int) -> None:
             "normalizer": {"type": "NFC"},
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
             "post_processor": level,
-            "decoder": {**level, "use_regex": True},
+            "decoder": decoder,
             "model": {
                 "type": "BPE",
                 "byte_fallback": False,
