@@ -15,7 +15,6 @@ from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
 from edgepack.bundle.render import image_for, render
 from edgepack.bundle.sbom import sbom
-from edgepack.device import agent
 from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
@@ -25,6 +24,7 @@ from edgepack.workspace import sha256_file
 
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
+AGENT = Path(__file__).parents[1] / "device" / "agent.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,8 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
     is demanded by ``allowed_signers`` and there is no ssh-keygen.
     """
+    from edgepack.device import agent  # here, since only this needs it and its imports take 30 ms
+
     for file in (path, allowed_signers):
         if file is not None and not file.is_file():
             raise NotFound(f"there is no file {file}")
@@ -113,17 +115,10 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     }
 
 
-def launch_document(plan: Plan) -> str:
-    """launch.json: the flags the server is started with, for programs; the start files spell out the same."""
-    return _pretty(
-        {
-            "schema_version": 1,
-            "runtime": plan.runtime,
-            "argv": list(llama_cpp.launch(plan.settings)),
-            "context": plan.settings.context,
-            "slots": plan.settings.slots,
-        }
-    )
+def server_document(plan: Plan) -> str:
+    """server.json: the flags the server is started with, for programs; the start files spell out the same."""
+    args = list(llama_cpp.launch(plan.settings))
+    return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": {}})
 
 
 def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:
@@ -147,8 +142,8 @@ def _layers(
     plan_json = serde.to_json(plan)
     rendered = render(plan, with_runtime=runtime is not None, image_digest=image_digest)
     small = [
-        oci.text_layer("agent.py", "code", Path(agent.__file__).read_text(encoding="utf-8")),
-        oci.text_layer("launch.json", "weight.config", launch_document(plan)),
+        oci.text_layer("agent.py", "code", AGENT.read_text(encoding="utf-8")),
+        oci.text_layer("server.json", "weight.config", server_document(plan)),
         oci.text_layer("plan.json", "weight.config", plan_json),
         oci.text_layer("selftest.json", "weight.config", _pretty(selftest)),
         *(oci.text_layer(name, "code", text) for name, text in rendered.items()),

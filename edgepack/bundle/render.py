@@ -166,6 +166,8 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "groups": plan.profile.software.service_groups,
         "power_mode": plan.power_mode,
         "drop_caches": jetson and _tight(plan),
+        "need_host": plan.memory.high if plan.budget.unified else plan.memory.at("host"),
+        "need_device": None if plan.budget.unified else plan.memory.at("device"),
         "memory_max": int(plan.budget.host),
         "ready_seconds": 60 + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }

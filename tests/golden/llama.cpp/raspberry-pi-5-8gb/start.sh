@@ -1,0 +1,150 @@
+#!/bin/sh
+# Qwen/Qwen2.5-1.5B-Instruct Q4_K_M on Raspberry Pi 5 8 GB
+# sh start.sh            run the server here, in the foreground
+# sh start.sh preflight  succeed when there is as much free memory as the plan needs
+# sh start.sh key        make the API key if there is none, and say where it is
+# sh start.sh health     succeed when the server answers
+# sh start.sh ready      wait until it does
+# sh start.sh container  run it with docker compose instead
+# EDGEPACK_HOST (127.0.0.1), EDGEPACK_PORT (8080), EDGEPACK_STATE (folder of the key) and
+# EDGEPACK_LLAMA_SERVER (program) change where it runs; EDGEPACK_FORCE=1 starts in too little memory all the
+# same; nothing changes the flags that bound memory.
+set -eu
+umask 077
+
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+state=${EDGEPACK_STATE:-${STATE_DIRECTORY:-${XDG_STATE_HOME:-${HOME:-/root}/.local/state}/edgepack}}
+key_file=${EDGEPACK_KEY_FILE:-$state/api-key}
+host=${EDGEPACK_HOST:-127.0.0.1}
+port=${EDGEPACK_PORT:-8080}
+
+die() {
+    printf 'start.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+# What the plan needs at most, against what is free: before the load, not by the kernel in the middle of it.
+preflight() {
+    [ "${EDGEPACK_FORCE:-0}" = 1 ] && return
+    available=$(awk '$1 == "MemAvailable:" { printf "%.0f", $2 * 1024 }' "${EDGEPACK_MEMINFO:-/proc/meminfo}")
+    [ "${available:-0}" -ge 1490026496 ] ||
+        die "1490026496 bytes of memory are needed and $available are available (EDGEPACK_FORCE=1 starts it all the same)"
+}
+
+make_key() {
+    if [ -s "$key_file" ]; then return; fi
+    mkdir -p -- "$(dirname -- "$key_file")"
+    fresh=$(mktemp "$key_file.XXXXXX")
+    od -An -v -N32 -tx1 /dev/urandom | tr -d ' \n' >"$fresh"
+    printf '\n' >>"$fresh"
+    # A link, not a rename: of two first starts at once, one makes the key and both use it.
+    if ! ln -- "$fresh" "$key_file"; then
+        [ -s "$key_file" ] || die "cannot make $key_file"
+    fi
+    rm -f -- "$fresh"
+}
+
+find_server() {
+    if [ -n "${EDGEPACK_LLAMA_SERVER:-}" ]; then
+        server=$EDGEPACK_LLAMA_SERVER
+    elif [ -f "$here/bin/llama-server" ]; then
+        server=$here/bin/llama-server
+        if [ ! -x "$server" ]; then chmod 0755 -- "$server"; fi
+    else
+        server=$(command -v llama-server) || die "llama-server is neither in the bundle nor on PATH"
+    fi
+}
+
+healthy() {
+    python3 -c 'import sys, urllib.request
+direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+try:
+    direct.open(sys.argv[1], timeout=5)
+except OSError as error:
+    sys.exit("%s: %s" % (sys.argv[1], error))' "http://$host:$port/health"
+}
+
+ready() {
+    tries=0
+    until healthy 2>/dev/null; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 120 ] || die "no answer from http://$host:$port/health within 120 s"
+        sleep 1
+    done
+}
+
+container() {
+    command -v docker >/dev/null || die "docker is not installed"
+    preflight
+    make_key
+    if [ "$(id -u)" -eq 0 ]; then
+        EDGEPACK_UID=10001
+        EDGEPACK_GID=10001
+        chown "$EDGEPACK_UID:$EDGEPACK_GID" "$key_file"
+    else
+        EDGEPACK_UID=$(id -u)
+        EDGEPACK_GID=$(id -g)
+    fi
+    EDGEPACK_KEY_FILE=$key_file
+    export EDGEPACK_UID EDGEPACK_GID EDGEPACK_KEY_FILE
+    exec docker compose --file "$here/compose.yaml" up --detach
+}
+
+case "${1:-run}" in
+key)
+    make_key
+    if [ -n "${2:-}" ]; then chown "$2" "$key_file"; fi
+    printf '%s\n' "$key_file"
+    exit
+    ;;
+preflight)
+    preflight
+    exit
+    ;;
+health)
+    healthy
+    exit
+    ;;
+ready)
+    ready
+    exit
+    ;;
+container) container ;;
+run) ;;
+*) die "unknown command $1" ;;
+esac
+
+[ -f "$here/model.gguf" ] || die "$here/model.gguf is missing: unpack the whole bundle"
+find_server
+preflight
+make_key
+exec "$server" \
+    --model "$here/model.gguf" \
+    --alias Qwen/Qwen2.5-1.5B-Instruct \
+    --ctx-size 4096 \
+    --parallel 1 \
+    --no-kv-unified \
+    --batch-size 2048 \
+    --ubatch-size 512 \
+    --flash-attn on \
+    --cache-type-k f16 \
+    --cache-type-v f16 \
+    --cache-ram 0 \
+    --no-cache-idle-slots \
+    --ctx-checkpoints 0 \
+    --fit off \
+    --load-mode none \
+    --lazy-mode off \
+    --repack \
+    --gpu-layers 0 \
+    --device none \
+    --threads 4 \
+    --threads-batch 4 \
+    --threads-http 5 \
+    --no-context-shift \
+    --no-mmproj \
+    --metrics \
+    --slots \
+    --offline \
+    --host "$host" --port "$port" \
+    --api-key-file "$key_file"

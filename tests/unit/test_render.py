@@ -1,0 +1,219 @@
+"""The start files: what they say for three devices, whole, and that no value can break out of its place."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import PROFILES, example_plan
+
+from edgepack import profile
+from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, for_yaml, render
+from edgepack.errors import BadInput
+from edgepack.profile import RuntimeImage, Software
+from edgepack.runtimes import llama_cpp
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+DIGEST = "sha256:" + "ab" * 32
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_rendered_files_are_the_golden_ones(name: str, update_golden: bool) -> None:
+    plan = example_plan(name)
+    folder = GOLDEN / plan.runtime / name
+
+    rendered = render(plan)
+
+    if update_golden:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        for file, text in rendered.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()} == rendered
+
+
+@pytest.mark.parametrize("name", profile.names())
+def test_every_profile_renders_and_every_start_file_bounds_memory(name: str) -> None:
+    plan = example_plan(name)
+
+    rendered = render(plan)
+
+    flags = llama_cpp.launch(plan.settings)
+    service = rendered["edgepack.service"].replace("\\\n", " ").split()
+    start = rendered["start.sh"].replace("\\\n", " ").split()
+    quadlet = rendered["edgepack.container"].replace("\\\n", " ").split()
+    command = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]["command"]
+    for words in (service, start, quadlet, command):
+        position = words.index(flags[0])
+        assert tuple(words[position : position + len(flags)]) == flags
+    environment = rendered["server.env"]
+    assert f"LLAMA_ARG_CTX_SIZE={plan.settings.context}\n" in environment
+    assert "LLAMA_ARG_CACHE_RAM=0\n" in environment
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_server_listens_on_loopback_only(name: str) -> None:
+    rendered = render(example_plan(name))
+
+    service = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:")
+    bound = service["command"][service["command"].index("--host") + 1]
+    assert bound == "127.0.0.1" or "network_mode" not in service
+    assert "Environment=EDGEPACK_HOST=127.0.0.1" in rendered["edgepack.service"]
+    assert "LLAMA_ARG_HOST=127.0.0.1" in rendered["server.env"]
+    assert "PublishPort=127.0.0.1:" in rendered["edgepack.container"] or (
+        "Network=host" in rendered["edgepack.container"]
+        and "--host 127.0.0.1" in rendered["edgepack.container"]
+    )
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_container_has_no_more_rights_than_it_needs(name: str) -> None:
+    service = yaml.safe_load(render(example_plan(name))["compose.yaml"])["services"]["llama-server"]
+
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service["user"].startswith("0")
+    assert service["oom_score_adj"] == 500
+    assert service["logging"]["options"]["max-size"] == "10m"
+    assert "healthcheck" in service
+
+
+def test_a_jetson_gets_its_runtime_its_power_mode_and_keeps_its_devices() -> None:
+    rendered = render(example_plan("jetson-orin-nano-8gb"))
+
+    service = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]
+    assert service["runtime"] == "nvidia"
+    assert service["network_mode"] == "host"
+    assert f"{RELEASE}/power.sh 25W" in rendered["edgepack-power.service"]
+    assert "edgepack-power.service" in rendered["edgepack.service"]
+    assert "PrivateDevices=no" in rendered["edgepack.service"]
+    assert "SupplementaryGroups=video render" in rendered["edgepack.service"]
+
+
+def test_only_a_jetson_gets_a_power_unit() -> None:
+    assert "edgepack-power.service" not in render(example_plan("rtx-4060-8gb"))
+
+
+def test_caches_are_dropped_when_file_and_server_together_are_tight() -> None:
+    roomy = example_plan("jetson-orin-nano-8gb")
+    tight = replace(roomy, memory=replace(roomy.memory, file_bytes=roomy.budget.device))
+
+    assert "drop_caches" not in render(roomy)["edgepack.service"]
+    for file in ("edgepack.service", "edgepack.container", "start.sh"):
+        assert "drop_caches" in render(tight)[file]
+    elsewhere = example_plan("raspberry-pi-5-8gb")
+    elsewhere = replace(elsewhere, memory=replace(elsewhere.memory, file_bytes=elsewhere.budget.device))
+    assert "drop_caches" not in "".join(render(elsewhere).values())
+
+
+def test_an_image_is_pinned_by_digest_or_marked_as_unverified() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+
+    unknown = render(plan)
+    pinned = render(plan, image_digest=DIGEST)
+
+    for file in ("compose.yaml", "edgepack.container"):
+        assert "digest unknown: not verified" in unknown[file]
+        assert f"ghcr.io/ggml-org/llama.cpp@{DIGEST}" in pinned[file]
+        assert "not verified" not in pinned[file]
+
+
+@pytest.mark.parametrize("digest", ["latest", "sha256:12", "sha256:" + "g" * 64, f"{DIGEST}\n"])
+def test_a_digest_that_is_none_is_refused(digest: str) -> None:
+    with pytest.raises(BadInput, match="image digest"):
+        render(example_plan("raspberry-pi-5-8gb"), image_digest=digest)
+
+
+def test_a_profile_without_image_gets_no_container_files() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    bare = replace(plan, profile=replace(plan.profile, software=Software()))
+
+    rendered = render(bare)
+
+    assert "compose.yaml" not in rendered
+    assert "edgepack.container" not in rendered
+    assert "container" not in rendered["start.sh"].split("case")[1]
+
+
+def test_a_bundled_server_is_the_one_that_is_started() -> None:
+    rendered = render(example_plan("raspberry-pi-5-8gb"), with_runtime=True)
+
+    assert f"ExecStart={RELEASE}/bin/llama-server " in rendered["edgepack.service"]
+    service = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]
+    assert service["entrypoint"] == ["/bundle/bin/llama-server"]
+
+
+HOSTILE = ["a b", "$(reboot)", "`reboot`", "'; reboot; '", '"; reboot; "', "%n", "${HOME}", "$HOME",
+           "a\nb: c", "\\", "#x", "{{ 1 }}", "é😀", "\x85\x7f\u2028", "*", "-x", "x\\"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_model_name_stays_one_word_everywhere(value: str) -> None:
+    plan = example_plan("jetson-orin-nano-8gb", model=value)
+    plan = replace(plan, profile=replace(plan.profile, title=value))
+
+    rendered = render(plan)
+
+    service = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]
+    assert service["command"][service["command"].index("--alias") + 1] == value.replace("$", "$$")
+    script = rendered["start.sh"]
+    begin = script.index("    --model")
+    words = shlex.split(script[begin:].replace("\\\n", " "))
+    assert words[words.index("--alias") + 1] == value
+    checked = subprocess.run(["sh", "-n"], input=script.encode(), check=False, capture_output=True)
+    assert checked.returncode == 0, checked.stderr
+    for unit in ("edgepack.service", "edgepack.container", "edgepack-power.service"):
+        for line in rendered[unit].splitlines():
+            assert not line or line[0] in "#[ " or line.split("=")[0].isalpha()
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_a_yaml_scalar_reads_back_as_it_was(text: str) -> None:
+    assert yaml.safe_load(for_yaml(text)) == text
+
+
+@given(st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])))
+def test_a_shell_word_reads_back_as_it_was(text: str) -> None:
+    assert shlex.split(for_sh(text)) == [text]
+
+
+@given(st.text())
+def test_a_comment_is_one_line(text: str) -> None:
+    assert len(for_comment(text).splitlines()) <= 1
+    assert for_comment(text).isprintable()
+
+
+@given(st.text())
+def test_unit_text_holds_no_specifier_and_no_continuation(text: str) -> None:
+    shown = for_unit_text(text)
+
+    assert "%" not in shown.replace("%%", "")
+    assert not shown.endswith("\\")
+
+
+def test_rendering_does_not_depend_on_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = render(example_plan("rtx-4060-8gb"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert json.dumps(before) == json.dumps(render(example_plan("rtx-4060-8gb")))
+
+
+def test_an_image_of_another_runtime_is_not_used() -> None:
+    plan = example_plan("rtx-4060-8gb")
+    other = RuntimeImage(runtime="vllm", reference="example/vllm:1")
+    plan = replace(plan, profile=replace(plan.profile, software=Software(images=(other,))))
+
+    assert "compose.yaml" not in render(plan)
