@@ -1,0 +1,107 @@
+"""The SBOM against CycloneDX's own schema, the provenance against its statement's fields, both reproducible."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import PROFILES, example_plan
+
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.bundle.oci import text_layer
+from edgepack.bundle.provenance import provenance
+from edgepack.bundle.render import image_for
+from edgepack.bundle.sbom import sbom
+from edgepack.units import Bytes
+
+ARTIFACT = Artifact(
+    path=Path("model.gguf"),
+    scheme="Q4_K_M",
+    sha256="ab" * 32,
+    bytes=Bytes(1),
+    imatrix_sha256=None,
+    tool="llama.cpp 0.5.0-dev (0c1e57098)",
+)
+CHECKPOINT = Checkpoint(
+    path=Path("model"), source="Qwen/Qwen2.5-1.5B-Instruct", revision="ab" * 20, license="apache-2.0"
+)
+
+
+def assert_valid(document: str) -> None:
+    error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(document)
+    assert error is None, error
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_sbom_is_valid_cyclonedx_and_names_every_part(name: str, tmp_path: Path) -> None:
+    plan = example_plan(name)
+    runtime = tmp_path / "llama-server"
+    runtime.write_bytes(b"binary")
+
+    document = sbom(plan, ARTIFACT, CHECKPOINT, runtime=runtime, image=image_for(plan))
+
+    assert_valid(document)
+    components = {c["bom-ref"]: c for c in json.loads(document)["components"]}
+    assert components["model"]["hashes"] == [{"alg": "SHA-256", "content": ARTIFACT.sha256}]
+    assert components["model"]["licenses"] == [{"license": {"id": "Apache-2.0"}}]
+    assert components["runtime"]["purl"] == "pkg:github/ggml-org/llama.cpp@0c1e57098"
+    assert components["runtime"]["hashes"]
+    assert {"edgepack", "image"} <= set(components)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    license_=st.text(alphabet=st.characters(exclude_categories=["Cs"])),
+    model=st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1),
+)
+def test_the_sbom_is_valid_for_any_license_and_model_name(license_: str, model: str) -> None:
+    plan = example_plan("raspberry-pi-5-8gb", model=model)
+
+    assert_valid(sbom(plan, ARTIFACT, replace(CHECKPOINT, license=license_)))
+
+
+def test_the_serial_number_is_the_contents_own() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+
+    same = sbom(plan, ARTIFACT, CHECKPOINT)
+    other = sbom(plan, replace(ARTIFACT, sha256="cd" * 32), CHECKPOINT)
+
+    assert same == sbom(plan, ARTIFACT, CHECKPOINT)
+    assert json.loads(same)["serialNumber"] != json.loads(other)["serialNumber"]
+
+
+def test_the_provenance_names_subjects_materials_and_plan() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    artifact = replace(ARTIFACT, imatrix_sha256="cd" * 32)
+
+    statement = json.loads(
+        provenance(
+            plan, "{}", artifact, CHECKPOINT, [text_layer("b", "doc", "b"), text_layer("a", "doc", "a")]
+        )
+    )
+
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+    assert statement["predicateType"] == "https://slsa.dev/provenance/v1"
+    assert [subject["name"] for subject in statement["subject"]] == ["a", "b"]
+    build = statement["predicate"]["buildDefinition"]
+    materials = {material["name"]: material for material in build["resolvedDependencies"]}
+    assert materials["model"]["digest"] == {"gitCommit": CHECKPOINT.revision}
+    assert materials["imatrix"]["digest"] == {"sha256": "cd" * 32}
+    assert materials["llama.cpp"]["annotations"]["version"] == plan.runtime_version
+    assert build["internalParameters"]["plan"]["sha256"].startswith("44136fa355b3678a")
+
+
+def test_a_local_models_revision_is_its_hash() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    local = replace(CHECKPOINT, revision="sha256:" + "ef" * 32)
+
+    statement = json.loads(provenance(plan, "{}", ARTIFACT, local, []))
+
+    model = statement["predicate"]["buildDefinition"]["resolvedDependencies"][0]
+    assert model["digest"] == {"sha256": "ef" * 32}
