@@ -335,6 +335,31 @@ def check(
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to decode.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the sampler.")
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
+@click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
+@click.pass_obj
+def run(progress: Progress, /, bundle: Path, prompt: str, **options: Any) -> None:
+    """Start a bundle here, with the flags it ships, and continue a text.
+
+    \b
+    Examples:
+      edgepack run out/demo.tar --prompt "It was the best of times"
+      edgepack run out/demo.tar --prompt "Once upon a time" --temperature 0 --tokens 64
+    """
+    from edgepack.run import speak
+
+    click.echo(prompt, nl=False)
+    for piece in speak(_existing(bundle), prompt, progress=progress, **options):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@cli.command()
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the YAML here.")
 @json_option
 @click.pass_obj

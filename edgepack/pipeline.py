@@ -79,7 +79,7 @@ def named(model: str, *, revision: str | None = None) -> Candidate:
         raise NotFound(
             f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
         )
-    spec = modelspec.read(path)
+    spec = read_model(path)
     reference = ModelRef(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
         source=str(path),
@@ -89,6 +89,17 @@ def named(model: str, *, revision: str | None = None) -> Candidate:
         license="unknown",
     )
     return Candidate(model=reference, spec=spec, panels={})
+
+
+def read_model(path: Path) -> modelspec.ModelSpec:
+    """The shapes of a model; of a Hugging Face folder with a tokenizer also the exact size of its GGUF header."""
+    spec = modelspec.read(path)
+    tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if not path.is_dir() or not tokenizer:
+        return spec
+    from edgepack.builders import convert
+
+    return replace(spec, header_bytes=convert.header_size(path))
 
 
 def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
@@ -112,7 +123,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     checkpoint = hub.resolve(
         chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
     )
-    spec = modelspec.read(checkpoint.path)
+    spec = read_model(checkpoint.path)
     _same_model(chosen, spec)
     exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
     artifact = gguf.build(
@@ -197,8 +208,23 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     if options.get("exact"):
         from edgepack.builders import exact
 
-        toolchain.install(progress)
-        document["exact"] = serde.dump(exact.exact(spec, scheme, settings))
+        asked = exact.exact(
+            spec,
+            scheme,
+            settings,
+            imatrix=bool(options["imatrix"]),
+            toolchain=toolchain.install(progress),
+        )
+        document["exact"] = {
+            "weights_bytes": int(asked.tensor_bytes),
+            "file_bytes": None if asked.file_bytes is None else int(asked.file_bytes),
+            "kv_cache_bytes": int(asked.kv_cache),
+            "recurrent_state_bytes": int(asked.recurrent_state),
+            "compute_bytes": int(asked.compute),
+            "output_bytes": int(asked.output),
+            "provenance": "measured",
+            "note": "llama.cpp's CPU buffers, printed in hundredths of a MiB",
+        }
     return document
 
 

@@ -56,9 +56,7 @@ def run(
             timeout=timeout,
             check=False,
         )
-        finished = Finished(
-            argv=words, returncode=done.returncode, stdout=done.stdout, stderr=done.stderr
-        )
+        finished = Finished(argv=words, returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)
     if check and finished.returncode != 0:
         tail = "\n".join((finished.stderr or finished.stdout).strip().splitlines()[-12:])
         raise BuildFailed(f"{Path(words[0]).name} ended with status {finished.returncode}:\n{tail}")

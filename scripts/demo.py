@@ -1,6 +1,6 @@
 """`make demo`: the main job on the built-in model, offline; every command is printed before it runs.
 
-    python scripts/demo.py OUT
+python scripts/demo.py OUT
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from plans import example_plan
+from tests.plans import example_plan
 
 from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from plans import PROFILES, example_plan
+from tests.plans import PROFILES, example_plan
 
 from edgepack import profile, toolchain
 from edgepack.bundle.render import RELEASE, render

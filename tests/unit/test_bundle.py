@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from plans import PROFILES, example_plan
+from tests.plans import PROFILES, example_plan
 
 from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import PROFILES, example_plan
+from tests.plans import PROFILES, example_plan
 
 from edgepack import profile
 from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, for_yaml, render

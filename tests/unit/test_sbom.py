@@ -11,7 +11,7 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import PROFILES, example_plan
+from tests.plans import PROFILES, example_plan
 
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle.oci import text_layer

@@ -89,6 +89,17 @@ def test_a_value_survives_yaml(box: Box) -> None:
     assert serde.load(Box, data, source="memory") == box
 
 
+@given(boxes)
+def test_sizes_written_for_people_are_read_back_exactly(box: Box) -> None:
+    assert serde.load(Box, serde.dump(box, sizes_as_text=True), source="memory") == box
+
+
+def test_sizes_for_people_are_whole_mebibytes_or_kibibytes() -> None:
+    sizes = [serde.dump(Disk(size=Bytes(n)), sizes_as_text=True) for n in (7620 * MIB, 3072, 1000, 0)]
+
+    assert [row["size"] for row in sizes if isinstance(row, dict)] == ["7620 MiB", "3 KiB", 1000, 0]
+
+
 def test_json_is_sorted_and_ends_with_a_newline() -> None:
     text = serde.to_json({"b": (1,), "a": Path("x")})
 
