@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, NewType, TypeVar, get_args, get_origin
 
 from edgepack.errors import BadInput, NotFound
-from edgepack.units import Bytes, parse_bytes
+from edgepack.units import KIB, MIB, Bytes, parse_bytes
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]
@@ -42,22 +42,42 @@ class Problem:
 # ── values to documents ──────────────────────────────────────────────────────────────────────────────
 
 
-def dump(value: object) -> object:
+def dump(value: object, *, sizes_as_text: bool = False) -> object:
     """A value as what JSON can say: dataclasses become dicts, tuples lists, paths text.
 
-    Raises TypeError for a value that no document can hold (a bug, not a user's mistake).
+    With ``sizes_as_text``, for people, byte counts become "7620 MiB" where they are whole MiB or KiB. Raises
+    TypeError for a value that no document can hold (a bug, not a user's mistake).
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: dump(getattr(value, f.name)) for f in fields(value)}
+        kinds = _fields(type(value)) if sizes_as_text else {}
+        result: dict[str, object] = {}
+        for f in fields(value):
+            item = getattr(value, f.name)
+            if f.name in kinds and isinstance(item, int) and _is_size(kinds[f.name][0]):
+                result[f.name] = _size_text(item)
+            else:
+                result[f.name] = dump(item, sizes_as_text=sizes_as_text)
+        return result
     if isinstance(value, Mapping):
-        return {str(key): dump(item) for key, item in value.items()}
+        return {str(key): dump(item, sizes_as_text=sizes_as_text) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [dump(item) for item in value]
+        return [dump(item, sizes_as_text=sizes_as_text) for item in value]
     if isinstance(value, Path):
         return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _is_size(kind: object) -> bool:
+    return kind is Bytes or Bytes in get_args(kind)
+
+
+def _size_text(count: int) -> str | int:
+    for unit, scale in (("MiB", MIB), ("KiB", KIB)):
+        if count > 0 and count % scale == 0:
+            return f"{count // scale} {unit}"
+    return count
 
 
 def to_json(value: object) -> str:

@@ -39,7 +39,7 @@ class CatalogModel:
     parameters: int = 0
     """Weights, tied embeddings counted once."""
     teacher: str | None = None
-    """The models it was distilled from, where its makers say so."""
+    """The model it was distilled from, where its makers say so."""
     panels: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Panel -> benchmark -> score in percent."""
 
