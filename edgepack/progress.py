@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -15,14 +15,9 @@ class Progress(Protocol):
         """A line that says what starts now."""
         ...
 
-    def bar(self, text: str, total: int | None) -> _Bar:
+    def bar(self, text: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
         """A context manager that yields ``advance(n)``; ``total`` in the unit of ``n``, None if unknown."""
         ...
-
-
-class _Bar(Protocol):
-    def __enter__(self) -> Callable[[int], None]: ...
-    def __exit__(self, *exc: object) -> None: ...
 
 
 class Silent:
@@ -35,7 +30,7 @@ class Silent:
     def _bar(self) -> Iterator[Callable[[int], None]]:
         yield lambda _: None
 
-    def bar(self, text: str, total: int | None) -> _Bar:
+    def bar(self, text: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
         return self._bar()
 
 
@@ -49,7 +44,7 @@ class Terminal:
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
-    def bar(self, text: str, total: int | None) -> _Bar:
+    def bar(self, text: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
         return self._bar(text, total)
 
     @contextmanager

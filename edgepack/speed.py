@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from edgepack.profile import DeviceProfile, PowerMode
+from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,14 @@ class Speed:
     decode_full: float
     """Tokens per second with the context full."""
     provenance: Literal["fitted", "measured"]
+
+
+UNKNOWN = {
+    "cpu": SpeedConstants(decode_efficiency=0.6, layer_overhead_us=60.0, relative_interval=0.6),
+    "cuda": SpeedConstants(decode_efficiency=0.75, layer_overhead_us=70.0, relative_interval=0.6),
+}
+"""For a device nobody timed: x86 and Arm cores reach 0.5 to 0.85 of their bandwidth, GPUs 0.6 to 0.9, with
+43 to 85 us a layer, over the published llama.cpp runs in profiles/*.yaml; hence the wide interval."""
 
 
 def read_per_token(weights: int, embedding: int, *, tied: bool) -> int:
@@ -35,7 +43,7 @@ def estimate(
 
     ``read_bytes``: weights read per token; ``kv_bytes``: KV cache of one slot, read whole when it is full.
     """
-    constants = profile.speed
+    constants = profile.speed or UNKNOWN[profile.backend]
     bandwidth = mode.bandwidth_gbs * 1e9 * constants.decode_efficiency
     overhead = constants.layer_overhead_us * 1e-6 * layers
     short = 1.0 / (read_bytes / bandwidth + overhead)
