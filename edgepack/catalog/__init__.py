@@ -60,11 +60,16 @@ class _Panels:
 
 @cache
 def models() -> tuple[CatalogModel, ...]:
-    """All models, by family and then by size."""
+    """All models, by family and then by size; the built-in one where its files are here."""
     here = Path(__file__).parent
     families = [path for path in sorted(here.glob("*.yaml")) if path.name != "panels.yaml"]
     listed = tuple(model for path in families for model in serde.load_yaml(_Family, path).models)
-    return tuple(_with_own_config(model) if model.repo == BUILT_IN else model for model in listed)
+    own = (built_in_folder() / "config.json").is_file()  # not so in a checkout before the first training
+    return tuple(
+        _with_own_config(model) if model.repo == BUILT_IN else model
+        for model in listed
+        if own or model.repo != BUILT_IN
+    )
 
 
 @cache

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,11 +70,39 @@ def test_only_the_research_licence_forbids_commercial_use() -> None:
 
 
 def test_ids_and_repositories_name_one_model_each_and_unknown_ones_none() -> None:
-    ids = [name for model in catalog.models() for name in {model.id, model.repo.lower()}]
+    ids = [name for model in catalog.models() for name in sorted({model.id, model.repo.lower()})]
 
     assert len(set(ids)) == len(ids)
     assert {model.id for model in HOSTED} == set(PUBLISHED)
+    assert {model.id for model in catalog.models()} - set(PUBLISHED) <= {"demo"}
     assert catalog.find("qwen9") is None
+
+
+def test_the_built_in_model_takes_its_shapes_from_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(catalog, "built_in_folder", lambda: tmp_path)
+    catalog.models.cache_clear()
+
+    model = catalog.find("demo")
+
+    catalog.models.cache_clear()
+    assert model is not None
+    assert (model.repo, model.revision, model.license) == ("demo", None, "Apache-2.0")
+    assert model.config == config
+    assert model.parameters == weights(model) == 4096 * 256 + 6 * (256 * 256 * 3 + 3 * 256 * 768 + 512) + 256
 
 
 def test_the_whole_catalog_is_read_in_a_blink() -> None:
