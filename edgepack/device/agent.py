@@ -937,15 +937,16 @@ def cgroup_facts(limit: Limit) -> Optional[Dict[str, Optional[int]]]:
 SWITCHES = frozenset(
     "--repack -nr --no-repack --kv-unified -kvu --no-kv-unified -no-kvu --slots --no-slots --metrics --no-ui "
     "--no-webui --offline --jinja --no-jinja --warmup --no-warmup --no-host --context-shift "
-    "--no-context-shift --cache-prompt --no-cache-prompt --cont-batching -cb --swa-full --no-op-offload "
-    "--no-mmproj --perf --no-perf".split()
+    "--no-context-shift --cache-prompt --no-cache-prompt --cont-batching -cb --kv-offload --swa-full --no-op-offload "
+    "--no-mmproj --perf --no-perf --no-kv-offload "
+    "--no-cache-idle-slots --no-cont-batching -nocb".split()
 )
 OPTIONS = frozenset(
     "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
     "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
     "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
     "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
-    "--kv-offload -n --predict --alias -a".split()
+    "--lazy-mode -lzm -n --predict --alias -a".split()
 )
 """Every flag a bundle may start its server with: those that bound memory and time, none that names a file."""
 ENVIRONMENT = re.compile(r"^(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z")
@@ -1199,6 +1200,8 @@ class Meter:
         self.available_before = _meminfo().get("MemAvailable")
         self.faults_at_run: Optional[int] = None
         """Major faults when the load was over; None while loading."""
+        self.peak_loaded: Optional[int] = None
+        self.run_began: Optional[float] = None
         self._process = process
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
@@ -1212,7 +1215,10 @@ class Meter:
 
     def loaded(self) -> None:
         """Major faults count as paging from now on."""
-        self.faults_at_run = self.now().get("major_faults", 0)
+        reading = self.now()
+        self.faults_at_run = reading.get("major_faults", 0)
+        self.run_began = time.monotonic()
+        self.peak_loaded = reading.get("VmHWM")
 
     def now(self) -> Dict[str, int]:
         """VmHWM, RSS by kind, swap and faults of the process at this moment; empty when it is gone."""
@@ -1266,6 +1272,7 @@ def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> 
         run_faults = reading["major_faults"] - meter.faults_at_run
     return {
         "peak_rss": reading.get("VmHWM"),
+        "peak_rss_loaded": meter.peak_loaded,
         "peak_address_space": reading.get("VmPeak"),
         "rss": reading.get("VmRSS"),
         "rss_anonymous": reading.get("RssAnon"),
@@ -1276,6 +1283,7 @@ def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> 
         "swap": reading.get("VmSwap"),
         "major_faults_load": meter.faults_at_run,
         "major_faults_run": run_faults,
+        "run_seconds": None if meter.run_began is None else round(time.monotonic() - meter.run_began, 1),
         "read_bytes": reading.get("read_bytes"),
         "system_drop": drop,
         "cgroup": cgroup_facts(server.limit),
@@ -1449,13 +1457,19 @@ def _rate(count: int, milliseconds: float) -> Optional[float]:
     return round(1000 * count / milliseconds, 3) if count > 0 and milliseconds > 0 else None
 
 
+SPEED_SECONDS = 30
+"""About how long the speed is measured; a slow machine gets fewer tokens and runs."""
+
+
 def measure_speed(server: Server, per_slot: int) -> Dict[str, Any]:
     """Prefill and decode speed on an otherwise empty slot; decode is the median of up to three runs."""
     prompt = text_tokens(server, max(8, min(512, per_slot // 2)))
-    predict = max(8, min(32, per_slot // 8))
+    predict = max(8, min(16, per_slot // 8))
     runs = [complete(server, prompt, predict=predict, stage="speed")]
-    if runs[0]["seconds"] < 20:
-        predict = max(8, min(128, per_slot // 4))
+    rate = runs[0]["predicted_per_second"] or 1.0
+    left = SPEED_SECONDS / 3 - len(prompt) / (runs[0]["prompt_per_second"] or 1.0)
+    if left * rate > 2 * predict:
+        predict = int(min(128, per_slot // 4, left * rate))
         runs = [complete(server, prompt, predict=predict, stage="speed") for _ in range(3)]
     return {
         "prompt_tokens": len(prompt),
@@ -1809,10 +1823,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; the server is stopped")
         return 130
+    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
     if options.act is inspect and not options.json:
-        print(_shown_bundle(document))
+        text = _shown_bundle(document)
+    if getattr(options, "out", None):
+        _write(options.out, text)
     else:
-        print(json.dumps(document, indent=2, sort_keys=True))
+        sys.stdout.write(text)
     return 5 if document.get("failure") else 0
 
 
@@ -1826,7 +1843,7 @@ def _shown_bundle(document: Dict[str, Any]) -> str:
         document["signature"]["message"],
     ]
     lines += ["%14d  %s" % (file["size"], file["path"]) for file in document["files"]]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1846,6 +1863,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("bundle")
         command.add_argument("--allowed-signers", metavar="FILE", help="who may sign; demands one of them")
         command.add_argument("--json", action="store_true", help="JSON instead of a listing")
+        command.add_argument("--out", metavar="FILE", help="write the document there, not to stdout")
         if name == "inspect":
             continue
         command.add_argument("--work", metavar="DIR", required=name == "check", default=".")

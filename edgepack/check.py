@@ -1,0 +1,807 @@
+"""Holds what the agent measured against the plan, part by part: every promise gets a verdict and a residual."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgepack import bundle as bundles
+from edgepack import serde, toolchain, workspace
+from edgepack.device import agent
+from edgepack.errors import CheckFailed, Interrupted, MissingTool, NoSpace, Untrusted
+from edgepack.memory import Part
+from edgepack.plan import Plan
+from edgepack.progress import Progress
+from edgepack.shell import run
+from edgepack.units import MIB, show
+
+Status = Literal["pass", "warn", "fail", "note"]
+"""``note``: measured, but nothing was promised for it or this is not the device it was promised for."""
+
+LOG_ROUNDING = MIB * 0.005
+"""llama.cpp's buffer lines are rounded to 0.01 MiB."""
+UNEXPLAINED = 0.05
+"""Share of the predicted total that the peak may lie above it, unless the plan's own interval is wider."""
+PAGING_PER_SECOND = 1.0
+"""Major faults a second above which a running server is paging; one whose memory fits takes none."""
+SPEED_COLLAPSE = 0.5
+"""A fitted speed is an estimate; below this share of its lower end the promise is broken."""
+BUSY_LOAD = 0.75
+"""Load per core, before the server starts, above which this machine is too busy to judge speed."""
+DRIFT = 0.05
+"""Mean drift of recorded log-probabilities, in nats, up to which the answers are the same (see below)."""
+DRIFT_WRONG = 0.25
+"""Above this the answers are another model's. Measured on one machine: threads change nothing, another order
+of additions (flash attention off, other batches) 0.0015, a bf16 instead of an f16 KV cache 0.012; x86 against
+Arm gives 0.0003. Another quantization of the same weights gives several times DRIFT."""
+AGREEMENT = 0.9
+"""Share of probes with the recorded first choice, ties counted as the same."""
+
+
+# ── what the agent measured ──────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleFacts:
+    name: str
+    manifest_digest: str
+    bytes: int
+    agent: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignatureFacts:
+    state: Literal["verified", "unenrolled", "unsigned", "unverified"]
+    principal: str | None
+    key: str | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuFacts:
+    name: str
+    memory_total: int | None
+    memory_used: int | None
+    driver: str
+    compute_capability: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineFacts:
+    arch: str
+    kernel: str
+    python: str
+    cpu: str | None
+    cores: int
+    load: float
+    memory_total: int | None
+    memory_available: int | None
+    swap_total: int | None
+    device_tree: tuple[str, ...] | None
+    l4t: str | None
+    gpus: tuple[GpuFacts, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatchFact:
+    fact: str
+    status: Literal["pass", "fail", "unknown"]
+    expected: str
+    measured: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightFacts:
+    memory_needed: int
+    memory_available: int | None
+    device_memory_needed: int | None
+    disk_needed: int
+    disk_free: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitFacts:
+    bytes: int | None
+    mechanism: Literal["cgroup-v1", "cgroup-v2", "rlimit-as", "none"]
+    address_space: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerFacts:
+    program: str
+    source: Literal["bundle", "option", "path"]
+    args: tuple[str, ...]
+    environment: dict[str, str]
+    load_seconds: float | None = None
+    build: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotFacts:
+    slots: int
+    tokens: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeedFacts:
+    prompt_tokens: int
+    predicted_tokens: int
+    prefill_per_second: float | None
+    decode_per_second: float | None
+    decode_runs: tuple[float | None, ...]
+    first_token_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnFacts:
+    first_turn_tokens: int
+    second_turn_tokens: int
+    reused_tokens: int
+    first_turn: float | None
+    second_turn_with_cache: float | None
+    second_turn_without_cache: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityFacts:
+    probes: int
+    agree: int
+    ties: int
+    missing: int
+    mean_drift: float
+    max_drift: float
+    decode_tokens: int
+    decode_same: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillFacts:
+    slots_filled: int
+    slots: int
+    target_tokens: int
+    held_tokens: tuple[int, ...]
+    prefill_per_second: float | None
+    decode_per_second: float | None
+    together_per_second: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupFacts:
+    peak: int | None
+    anonymous: int | None
+    page_cache: int | None
+    oom_kills: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFacts:
+    peak_rss: int | None
+    peak_rss_loaded: int | None
+    peak_address_space: int | None
+    rss: int | None
+    rss_anonymous: int | None
+    rss_file: int | None
+    rss_shared: int | None
+    peak_anonymous: int
+    peak_file: int
+    swap: int | None
+    major_faults_load: int | None
+    major_faults_run: int | None
+    run_seconds: float | None
+    read_bytes: int | None
+    system_drop: int | None
+    cgroup: CgroupFacts | None
+    gpu: int | None
+    nvmap: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffer:
+    kind: Literal["model", "kv", "rs", "compute", "output"]
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    bytes: int
+    cells: int
+    layers: int
+    sequences: int
+    k_type: str
+    v_type: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogFacts:
+    buffers: tuple[Buffer, ...]
+    lines: dict[str, int]
+    caches: tuple[Cache, ...]
+    context: dict[str, str]
+    offloaded_layers: int | None
+    load_mode: str | None
+    build: str | None
+
+    def size(self, kind: str) -> int:
+        return sum(buffer.bytes for buffer in self.buffers if buffer.kind == kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureFacts:
+    kind: Literal["allocation-refused", "oom-killed", "thrash", "crashed", "did-not-start", "timeout"]
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """The agent's document; a part is None when the run did not get that far."""
+
+    schema_version: int
+    agent: str
+    bundle: BundleFacts
+    signature: SignatureFacts
+    machine: MachineFacts
+    match: tuple[MatchFact, ...]
+    preflight: PreflightFacts
+    limit: LimitFacts
+    server: ServerFacts
+    slots: SlotFacts | None
+    speed: SpeedFacts | None
+    turns: TurnFacts | None
+    quality: QualityFacts | None
+    fill: FillFacts | None
+    memory: MemoryFacts | None
+    log: LogFacts
+    failure: FailureFacts | None
+
+
+def facts_from(document: object, *, source: str) -> Facts:
+    """Facts out of the agent's JSON. Raises BadInput."""
+    return serde.load(Facts, document, source=source)
+
+
+# ── the report ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    name: str
+    status: Status
+    expected: str
+    measured: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """Measured minus predicted bytes of one part."""
+
+    part: str
+    predicted: int
+    measured: int
+    provenance: str
+    """exact, fitted or measured: how sure the plan said it was."""
+
+    @property
+    def bytes(self) -> int:
+        return self.measured - self.predicted
+
+    @property
+    def relative(self) -> float:
+        return self.bytes / self.predicted if self.predicted else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    plan: str
+    """Digest of the plan that was checked."""
+    same_device: bool
+    """Whether nothing here contradicts the plan's profile; else speed is not judged."""
+    items: tuple[Item, ...]
+    residuals: tuple[Residual, ...]
+    facts: Facts
+    notes: tuple[str, ...] = ()
+    schema_version: int = 1
+
+    @property
+    def passed(self) -> bool:
+        return all(item.status != "fail" for item in self.items)
+
+
+def evaluate(
+    plan: Plan, facts: Facts, *, strict_device: bool = False, notes: tuple[str, ...] = ()
+) -> CheckReport:
+    """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
+    same_device = all(row.status != "fail" for row in facts.match)
+    same_backend = _server_backend(facts) == plan.profile.backend
+    residuals = tuple(_residuals(plan, facts, same_backend=same_backend))
+    judged = _Judged(plan=plan, facts=facts, same_device=same_device, same_backend=same_backend)
+    items = (
+        _integrity(facts),
+        _signature(facts),
+        _device(facts, strict=strict_device),
+        _preflight(facts),
+        _run(facts),
+        *_context(plan, facts),
+        *_parts(judged, residuals),
+        *_peak(judged),
+        *_paging(facts),
+        *_speed(judged),
+        *_turns(facts),
+        *_quality(facts),
+    )
+    return CheckReport(
+        plan=plan.digest,
+        same_device=same_device,
+        items=items,
+        residuals=residuals,
+        facts=facts,
+        notes=notes,
+    )
+
+
+def to_document(report: CheckReport) -> dict[str, object]:
+    """The report as JSON: verdicts, residuals, and the facts they rest on."""
+    residuals = [
+        {**_object(serde.dump(r)), "bytes": r.bytes, "relative": round(r.relative, 6)}
+        for r in report.residuals
+    ]
+    return {**_object(serde.dump(report)), "passed": report.passed, "residuals": residuals}
+
+
+def table(report: CheckReport) -> str:
+    """The report for people."""
+    signs: dict[Status, str] = {"pass": "ok", "warn": "warn", "fail": "FAIL", "note": "-"}
+    lines = [f"{report.facts.bundle.name}  {report.facts.bundle.manifest_digest}", ""]
+    lines += _columns(
+        [("", "check", "expected", "measured")]
+        + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items]
+    )
+    remarks = [f"{i.name}: {i.message}" for i in report.items if i.message]
+    if remarks or report.notes:
+        lines += ["", *remarks, *report.notes]
+    bad = [i.name for i in report.items if i.status == "fail"]
+    lines += ["", f"FAILED: {', '.join(bad)}" if bad else "passed"]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+# ── judgements, in the order in which they are shown ─────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    plan: Plan
+    facts: Facts
+    same_device: bool
+    same_backend: bool
+
+    def at_home(self, status: Status) -> Status:
+        """A failure counts as one only on the device that the plan is for."""
+        return "warn" if status == "fail" and not (self.same_device and self.same_backend) else status
+
+
+def _integrity(facts: Facts) -> Item:
+    return Item(
+        name="integrity",
+        status="pass",
+        expected=_short(facts.bundle.manifest_digest),
+        measured=f"all {facts.bundle.bytes:,} bytes verified",
+    )
+
+
+def _signature(facts: Facts) -> Item:
+    verified = facts.signature.state == "verified"
+    return Item(
+        name="signature",
+        status="pass" if verified else "warn",
+        expected="signed by an enrolled key",
+        measured=facts.signature.state,
+        message="" if verified else facts.signature.message,
+    )
+
+
+def _device(facts: Facts, *, strict: bool) -> Item:
+    wrong = [row for row in facts.match if row.status == "fail"]
+    unknown = [row.fact for row in facts.match if row.status == "unknown"]
+    expected = ", ".join(row.fact for row in facts.match)
+    if wrong:
+        details = "; ".join(f"{row.fact} is {row.measured}, not {row.expected}" for row in wrong)
+        message = (
+            f"checked on another machine ({details}): speed is not judged, peak memory only warned about"
+        )
+        return Item(
+            name="device",
+            status="fail" if strict else "warn",
+            expected=expected,
+            measured=f"{len(wrong)} of {len(facts.match)} differ",
+            message=message,
+        )
+    if unknown:
+        return Item(
+            name="device",
+            status="warn",
+            expected=expected,
+            measured="not all can be read",
+            message=f"this machine does not tell its {', '.join(unknown)}",
+        )
+    return Item(name="device", status="pass", expected=expected, measured="all match")
+
+
+def _preflight(facts: Facts) -> Item:
+    need, free = facts.preflight.memory_needed, facts.preflight.memory_available
+    limit = facts.limit
+    how = f" (limited by {limit.mechanism})" if limit.bytes is not None else ""
+    if free is None:
+        return Item(name="free memory", status="warn", expected=show(need), measured="cannot be read")
+    return Item(
+        name="free memory",
+        status="pass" if free >= need else "warn",
+        expected=f"up to {show(need)}",
+        measured=f"{show(free)}{how}",
+        message="" if free >= need else "less is free than the plan may need",
+    )
+
+
+def _run(facts: Facts) -> Item:
+    failure = facts.failure
+    if failure is None:
+        seconds = facts.server.load_seconds
+        return Item(
+            name="run",
+            status="pass",
+            expected="starts, answers, stops",
+            measured=f"ready after {seconds:.1f} s" if seconds is not None else "ran",
+        )
+    limit = facts.limit
+    within = "" if limit.bytes is None else f" with {show(limit.bytes)} of memory ({limit.mechanism})"
+    return Item(
+        name="run",
+        status="fail",
+        expected="starts, answers, stops",
+        measured=f"{failure.kind} during {failure.stage}",
+        message=f"{failure.message}{within}",
+    )
+
+
+def _context(plan: Plan, facts: Facts) -> Iterator[Item]:
+    settings, slots, fill = plan.settings, facts.slots, facts.fill
+    per_slot = settings.context // settings.slots
+    if slots is not None:
+        enough = slots.slots == settings.slots and min(slots.tokens) >= per_slot
+        yield Item(
+            name="slots",
+            status="pass" if enough else "fail",
+            expected=f"{settings.slots} of {per_slot} tokens",
+            measured=f"{slots.slots} of {min(slots.tokens)} tokens",
+            message="" if enough else "the server did not allocate the planned context",
+        )
+    if fill is not None:
+        held = min(fill.held_tokens)
+        full = held >= fill.target_tokens - 2
+        every = fill.slots_filled == fill.slots
+        yield Item(
+            name="context filled",
+            status="pass" if full else "fail",
+            expected=f"{fill.target_tokens} tokens in {'every slot' if every else 'one slot'}",
+            measured=f"{held} in {fill.slots_filled} of {fill.slots}, {fill.seconds:.1f} s",
+            message="" if full else "the context could not be filled",
+        )
+
+
+def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
+    """One verdict per buffer that llama.cpp reports in its log."""
+    for residual in residuals:
+        parts = _named(judged.plan, residual.part)
+        low, high = sum(p.low for p in parts), sum(p.high for p in parts)
+        if residual.part == "weights":
+            low = min(int(low), judged.plan.memory.part("weights"))
+        slack = LOG_ROUNDING * max(1, _log_lines(judged.facts, residual.part))
+        inside = low - slack <= residual.measured <= high + slack
+        status: Status = "pass" if inside else "fail"
+        backend_dependent = residual.part in ("compute", "weights")
+        yield Item(
+            name=residual.part,
+            status=judged.at_home(status) if backend_dependent else status,
+            expected=show(residual.predicted),
+            measured=f"{show(residual.measured)} ({residual.relative:+.2%})",
+            message="" if inside else f"{residual.bytes:+,} bytes from the plan ({residual.provenance})",
+        )
+
+
+def _peak(judged: _Judged) -> Iterator[Item]:
+    memory, plan = judged.facts.memory, judged.plan
+    if memory is None or memory.peak_rss is None or judged.facts.failure is not None:
+        return
+    estimate = plan.memory
+    used, how = _used(memory, judged.facts)
+    if used is None:
+        yield Item(
+            name="peak memory", status="warn", expected=show(estimate.total), measured="cannot be read"
+        )
+        return
+    rest = used - estimate.total
+    allowed = max(estimate.high, round(estimate.total * (1 + UNEXPLAINED)))
+    least = min(estimate.low, round(estimate.total * (1 - UNEXPLAINED)))
+    status: Status = "fail" if used > allowed else "warn" if used < least else "pass"
+    yield Item(
+        name="peak memory",
+        status=judged.at_home(status),
+        expected=f"{show(estimate.total)} [{show(estimate.low)}, {show(estimate.high)}]",
+        measured=f"{show(used)} ({rest / estimate.total:+.2%})",
+        message=f"by {how}",
+    )
+    explained = estimate.total - estimate.part("process")
+    process = used - explained
+    yield Item(
+        name="unexplained rest",
+        status=judged.at_home("pass" if used <= allowed else "fail"),
+        expected=f"process {show(estimate.part('process'))}, up to {show(allowed - explained)}",
+        measured=show(process),
+        message="" if used <= allowed else "more memory is used than the parts explain",
+    )
+    within = used <= plan.budget.device
+    yield Item(
+        name="budget",
+        status=judged.at_home("pass" if within else "fail"),
+        expected=f"at most {show(plan.budget.device)}",
+        measured=show(used),
+        message="" if within else "more than the device has to give",
+    )
+
+
+def _paging(facts: Facts) -> Iterator[Item]:
+    memory = facts.memory
+    if memory is None or memory.major_faults_run is None or not memory.run_seconds:
+        return
+    rate = memory.major_faults_run / memory.run_seconds
+    swapped = memory.swap or 0
+    bad = rate > PAGING_PER_SECOND
+    yield Item(
+        name="paging",
+        status="fail" if bad else "warn" if swapped else "pass",
+        expected="none while running",
+        measured=f"{memory.major_faults_run} major faults in {memory.run_seconds:.0f} s, {show(swapped)} swapped",
+        message="the memory is not enough: it reads its own pages back from disk" if bad else "",
+    )
+
+
+def _speed(judged: _Judged) -> Iterator[Item]:
+    plan, facts, speed = judged.plan, judged.facts, judged.facts.speed
+    if speed is None:
+        return
+    if speed.decode_per_second is not None:
+        yield _decode(judged, speed.decode_per_second)
+    yield Item(
+        name="prefill",
+        status="note",
+        expected="",
+        measured=f"{speed.prefill_per_second or 0:.1f} tok/s over {speed.prompt_tokens} tokens",
+    )
+    yield Item(
+        name="first token",
+        status="note",
+        expected="",
+        measured=f"{speed.first_token_seconds or 0:.2f} s after {speed.prompt_tokens} tokens",
+    )
+    if facts.fill is not None and facts.fill.decode_per_second is not None:
+        yield Item(
+            name="decode, context full",
+            status="note",
+            expected=f"{plan.speed.decode_full:.1f} tok/s",
+            measured=f"{facts.fill.decode_per_second:.1f} tok/s",
+        )
+
+
+def _decode(judged: _Judged, measured: float) -> Item:
+    promise, machine = judged.plan.speed, judged.facts.machine
+    status: Status = "pass"
+    message = ""
+    if not (judged.same_device and judged.same_backend):
+        status = "note"
+    elif machine.load > BUSY_LOAD * machine.cores:
+        status = "warn" if measured < promise.decode_low else "pass"
+        if status == "warn":
+            message = f"not judged: the load was {machine.load:.1f} on {machine.cores} cores before the start"
+    elif measured < promise.decode_low * SPEED_COLLAPSE:
+        status, message = "fail", "far slower than planned"
+    elif measured < promise.decode_low:
+        status, message = "warn", "slower than planned"
+    elif measured > promise.decode_high:
+        message = "faster than planned"
+    return Item(
+        name="decode",
+        status=status,
+        expected=f"{promise.decode:.1f} tok/s [{promise.decode_low:.1f}, {promise.decode_high:.1f}]",
+        measured=f"{measured:.1f} tok/s",
+        message=message,
+    )
+
+
+def _turns(facts: Facts) -> Iterator[Item]:
+    turns = facts.turns
+    if turns is None or turns.second_turn_with_cache is None or turns.second_turn_without_cache is None:
+        return
+    gain = turns.second_turn_without_cache / max(turns.second_turn_with_cache, 1e-4)
+    yield Item(
+        name="second turn",
+        status="pass" if turns.reused_tokens > 0 else "warn",
+        expected="the first turn's KV cache is used again",
+        measured=(
+            f"{turns.second_turn_with_cache:.2f} s with, {turns.second_turn_without_cache:.2f} s without "
+            f"({gain:.1f}x), {turns.reused_tokens} of {turns.second_turn_tokens} tokens reused"
+        ),
+        message="" if turns.reused_tokens > 0 else "every turn reads the whole conversation again",
+    )
+
+
+def _quality(facts: Facts) -> Iterator[Item]:
+    quality = facts.quality
+    if quality is None:
+        return
+    share = (quality.agree + quality.ties) / quality.probes
+    wrong = quality.mean_drift > DRIFT_WRONG or share < AGREEMENT - 0.2
+    doubtful = quality.mean_drift > DRIFT or share < AGREEMENT
+    yield Item(
+        name="quality",
+        status="fail" if wrong else "warn" if doubtful else "pass",
+        expected=f"drift up to {DRIFT} nats, {AGREEMENT:.0%} same first choice",
+        measured=(
+            f"drift {quality.mean_drift:.4f} (worst {quality.max_drift:.3f}), "
+            f"{quality.agree} of {quality.probes} same and {quality.ties} tied, "
+            f"{quality.decode_same} of {quality.decode_tokens} decoded tokens the same"
+        ),
+        message="the answers are not those recorded at build" if wrong or doubtful else "",
+    )
+
+
+# ── measured parts ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _residuals(plan: Plan, facts: Facts, *, same_backend: bool) -> Iterator[Residual]:
+    """Each part that llama.cpp reports on its own; a run that ended before allocating it reports none."""
+    log = facts.log
+    caches = sum(cache.bytes for cache in log.caches)
+    measured = {
+        "weights": log.size("model"),
+        "kv_cache": caches or log.size("kv"),
+        "recurrent_state": log.size("rs"),
+        "compute": log.size("compute"),
+        "output": log.size("output"),
+    }
+    for name, size in measured.items():
+        parts = _named(plan, name) if same_backend else _named(plan, name, copies=False)
+        predicted = sum(part.bytes for part in parts)
+        if predicted and (size or name in ("weights",)) and _log_lines(facts, name):
+            provenance = "exact" if all(part.provenance == "exact" for part in parts) else "fitted"
+            yield Residual(part=name, predicted=predicted, measured=size, provenance=provenance)
+
+
+def _named(plan: Plan, name: str, *, copies: bool = True) -> list[Part]:
+    """Parts of the plan that one kind of log line covers: copies of weights are model buffers too."""
+    names = ("weights", "host_copy") if name == "weights" and copies else (name,)
+    return [part for part in plan.memory.parts if part.name in names]
+
+
+_LOG_KIND = {
+    "weights": "model",
+    "kv_cache": "kv",
+    "recurrent_state": "rs",
+    "compute": "compute",
+    "output": "output",
+}
+
+
+def _log_lines(facts: Facts, part: str) -> int:
+    return facts.log.lines.get(_LOG_KIND[part], 0)
+
+
+def _used(memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
+    """Peak bytes of the server on host and accelerator together, and by which source."""
+    if memory.peak_rss is None:
+        return None, "nothing"
+    if _server_backend(facts) == "cpu":
+        return memory.peak_rss, "VmHWM"
+    if memory.nvmap is not None:
+        return memory.peak_rss + memory.nvmap, "VmHWM and nvmap"
+    if memory.gpu is not None:
+        return memory.peak_rss + memory.gpu, "VmHWM and the GPU's own count"
+    return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
+
+
+def _server_backend(facts: Facts) -> str:
+    """What the server really used, by its buffers' names."""
+    names = [buffer.name for buffer in facts.log.buffers if buffer.kind in ("model", "kv", "compute")]
+    return "cuda" if any(name.startswith("CUDA") for name in names) else "cpu"
+
+
+# ── running it ───────────────────────────────────────────────────────────────────────────────────────
+
+_RAISES: dict[int, Callable[[str], Exception]] = {
+    6: lambda text: Untrusted(text, hint="copy or build the bundle again; do not run what is in it"),
+    7: lambda text: MissingTool(text, hint="edgepack toolchain install, or --server PATH"),
+    10: lambda text: NoSpace(text, hint="free some space, or set EDGEPACK_CACHE to another disk"),
+    130: lambda text: Interrupted(text),
+}
+
+
+def check(
+    bundle: Path,
+    *,
+    progress: Progress,
+    server: Path | None = None,
+    work: Path | None = None,
+    full: bool = False,
+    memory_limit: int | None = None,
+    allowed_signers: Path | None = None,
+    strict_device: bool = False,
+    load_mode: str | None = None,
+) -> CheckReport:
+    """Runs a bundle on this machine and judges it; the weights are unpacked under ``work`` or the cache.
+
+    Our own agent verifies first. The bundle's own agent runs when it is ours, or when its signer is verified;
+    otherwise ours runs in its place. Raises Untrusted, MissingTool, NoSpace, Interrupted, and CheckFailed when
+    the agent itself breaks; a device that does not carry the bundle is a report.
+    """
+    progress.step(f"verifying {bundle.name}")
+    state = bundles.inspect(bundle, allowed_signers=allowed_signers)["signature"]
+    verified = isinstance(state, dict) and state["state"] == "verified"
+    found = agent.read_bundle(str(bundle))
+    plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+    carried = agent.find_file(found, bundles.SERVER) is not None
+    if server is None and not (carried and verified):
+        server = toolchain.find_server()
+    cache = workspace.cache_root()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="check-", dir=cache) as folder:
+        place = Path(folder)
+        program, notes = _agent(found, place, verified=verified)
+        words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
+        words += ["--work", work or place / "work"]
+        words += ["--server", server] if server is not None else []
+        words += ["--allowed-signers", allowed_signers] if allowed_signers is not None else []
+        words += ["--full"] if full else []
+        words += ["--memory-limit", str(memory_limit)] if memory_limit is not None else []
+        words += ["--load-mode", load_mode] if load_mode is not None else []
+        finished = run(words, check=False, on_line=progress.step)
+        if finished.returncode not in (0, 5):
+            tail = finished.stdout.strip().splitlines()[-1:] or ["it said nothing"]
+            raises = _RAISES.get(finished.returncode, CheckFailed)
+            raise raises(f"the agent ended with status {finished.returncode}: {tail[0]}")
+        facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
+    return evaluate(plan, facts, strict_device=strict_device, notes=notes)
+
+
+def _agent(found: agent.Bundle, folder: Path, *, verified: bool) -> tuple[Path, tuple[str, ...]]:
+    """The agent to run: the bundle's when it may be, else ours with a note."""
+    ours = Path(agent.__file__)
+    carried = agent.find_file(found, "agent.py")
+    if carried is None or carried["digest"] == f"sha256:{workspace.sha256_file(ours)}":
+        return ours, ()
+    if verified:
+        theirs = folder / "agent.py"
+        theirs.write_bytes(agent.read_file(found, "agent.py"))
+        return theirs, ()
+    return ours, ("the bundle's agent differs from this edgepack's and nobody vouches for it: ours was run",)
+
+
+def _object(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise TypeError("a dataclass dumps to an object")
+    return value
+
+
+def _short(digest: str) -> str:
+    return digest[: len("sha256:") + 12]
+
+
+def _columns(rows: list[tuple[str, str, str, str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
