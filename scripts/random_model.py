@@ -86,7 +86,7 @@ def write(
     names = hf_names(spec)
     with whole_dir(folder) as temporary:
         _json(temporary / "config.json", config)
-        _tokenizer(temporary, spec.vocab)
+        write_tokenizer(temporary, spec.vocab)
         rows = [(names[t.name], t.shape[::-1]) for t in spec.tensors if t.name in names]
         parts = [rows[i::shards] for i in range(shards)]
         files = ["model.safetensors"]
@@ -131,7 +131,7 @@ def _bits(values: np.ndarray[tuple[int], np.dtype[np.float32]], dtype: str) -> b
     return (values.view("<u4") >> 16).astype("<u2").tobytes()
 
 
-def _tokenizer(folder: Path, vocab: int) -> None:
+def write_tokenizer(folder: Path, vocab: int) -> None:
     """Byte-level BPE: every byte, then merges of earlier tokens in a fixed order, up to the vocabulary."""
     alphabet = byte_alphabet()
     tokens = list(alphabet)

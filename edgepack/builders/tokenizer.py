@@ -23,7 +23,7 @@ _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
 )
-_PRE_BY_REGEX: Mapping[tuple[str, bool], str] = {
+PRE_BY_REGEX: Mapping[tuple[str, bool], str] = {
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}", False): "qwen2",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}", True): "llama-bpe",
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}", False): "smaug-bpe",
@@ -138,7 +138,7 @@ def _pre_tokenizer(files: _Files, model: Mapping[str, object]) -> str:
         pattern = parts[0].get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, dict) else None
         isolated = parts[0].get("behavior") == "Isolated" and parts[0].get("invert") is not True
-        known = _PRE_BY_REGEX.get((str(regex), ignore_merges))
+        known = PRE_BY_REGEX.get((str(regex), ignore_merges))
         if isolated and known is not None:
             return known
     raise Unsupported(
