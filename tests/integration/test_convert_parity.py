@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.native import Native
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
