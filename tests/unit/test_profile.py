@@ -24,6 +24,9 @@ class Case:
     aliases: tuple[str, ...]
     headless: int
     desktop: int
+    host_headless: int | None = None
+    """System memory beside a card of its own; None where both are one pool."""
+    host_desktop: int | None = None
     bandwidth: Mapping[str, float] = field(default_factory=dict)
     facts: str
     why: str
@@ -49,6 +52,8 @@ def test_a_built_in_profile_leaves_the_budget_it_was_written_for(case: Case) -> 
     assert loaded.aliases == case.aliases
     assert budget(loaded, "headless").device == case.headless * MIB, case.why
     assert budget(loaded, "desktop").device == case.desktop * MIB, case.why
+    host = (case.host_headless or case.headless, case.host_desktop or case.desktop)
+    assert (budget(loaded, "headless").host, budget(loaded, "desktop").host) == (host[0] * MIB, host[1] * MIB)
     assert {name: loaded.mode(name).bandwidth_gbs for name in case.bandwidth} == case.bandwidth
 
 
