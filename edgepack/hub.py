@@ -264,7 +264,7 @@ class _Hub:
             return _listing(json.loads(raw))
         except (OSError, HTTPException) as error:
             raise Offline(
-                f"{self.endpoint} could not be reached for {repo} at revision {revision}: {error}",
+                f"{self.endpoint} could not be reached for {repo} at revision {revision}: {_said(error)}",
                 hint=_way_around(repo, revision),
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -364,7 +364,7 @@ class _Hub:
             finally:
                 answer.close()
         except (OSError, HTTPException) as error:
-            return str(error) or type(error).__name__
+            return _said(error)
         return "it is whole"
 
     def _open(self, url: str, repo: str, revision: str, start: int = 0) -> _Answer:
@@ -515,6 +515,11 @@ def _link(link: Path, target: Path) -> None:
 
 def _is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
+
+
+def _said(error: Exception) -> str:
+    """What a library says, without its wrapping."""
+    return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def _way_around(repo: str, revision: str) -> str:

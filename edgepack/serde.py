@@ -325,8 +325,7 @@ class _Reader:
         known = _fields(cls)
         for key in data:
             if key not in known:
-                near = did_you_mean(str(key), [name for name in known if name not in data])
-                self.problem((*place, str(key)), f"unknown field{near}")
+                self.problem((*place, str(key)), f"unknown field{did_you_mean(str(key), known)}")
         values: dict[str, object] = {}
         for name, (kind, required) in known.items():
             if name in data:
@@ -369,7 +368,7 @@ def _overlap(cls: type, data: Mapping[object, object]) -> tuple[int, int, int]:
 
 def _listing(source: str, problems: Sequence[Problem]) -> str:
     rows = []
-    for problem in problems:
+    for problem in sorted(problems, key=lambda problem: problem.line or 0):
         line = f"line {problem.line}: " if problem.line is not None else ""
         where = f"{_dotted(problem.place)}: " if problem.place else ""
         rows.append(f"{line}{where}{problem.text}")

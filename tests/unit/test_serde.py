@@ -118,9 +118,9 @@ def test_all_problems_of_a_yaml_file_come_at_once_with_lines(tmp_path: Path) -> 
 
     assert caught.value.message.splitlines() == [
         f"{path} has 8 problems:",
-        "  line 2: memroy: unknown field; did you mean 'memory'?",
         "  line 1: name: 7 is not text",
         "  line 1: memory: is missing",
+        "  line 2: memroy: unknown field; did you mean 'memory'?",
         "  line 3: colour: 'grean' is not one of red, green; did you mean 'green'?",
         "  line 4: weight: true is not a number",
         "  line 5: ready: 'no' is not true or false",
