@@ -1,0 +1,83 @@
+"""Shapes of known models as config.json values, for tests of the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgepack import modelspec
+from edgepack.modelspec import ModelSpec
+from edgepack.settings import Settings
+
+
+def config(
+    model_type: str, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int, vocab: int, **more: object
+) -> dict[str, object]:
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 32768,
+        **more,
+    }
+
+
+TIED = {"tie_word_embeddings": True}
+LLAMA3 = {"rope_scaling": {"rope_type": "llama3"}}
+
+CONFIGS: Mapping[str, Mapping[str, object]] = {
+    "qwen2.5-0.5b": config("qwen2", 24, 896, 4864, 14, 2, 151936, **TIED),
+    "qwen2.5-1.5b": config("qwen2", 28, 1536, 8960, 12, 2, 151936, **TIED),
+    "qwen2.5-3b": config("qwen2", 36, 2048, 11008, 16, 2, 151936, **TIED),
+    "qwen2.5-7b": config("qwen2", 28, 3584, 18944, 28, 4, 152064),
+    "qwen2.5-72b": config("qwen2", 80, 8192, 29568, 64, 8, 152064),
+    "qwen3-0.6b": config("qwen3", 28, 1024, 3072, 16, 8, 151936, head_dim=128, **TIED),
+    "llama-3.2-1b": config("llama", 16, 2048, 8192, 32, 8, 128256, head_dim=64, **TIED, **LLAMA3),
+    "llama-3-70b": config("llama", 80, 8192, 28672, 64, 8, 128256),
+    "gemma-3-1b": config("gemma3_text", 26, 1152, 6912, 4, 1, 262144, head_dim=256, sliding_window=512),
+    "gemma-3-4b": config("gemma3_text", 34, 2560, 10240, 8, 4, 262208, head_dim=256, sliding_window=1024),
+    "gemma-3-12b": config("gemma3_text", 48, 3840, 15360, 16, 8, 262208, head_dim=256, sliding_window=1024),
+    "gemma-3-27b": config("gemma3_text", 62, 5376, 21504, 32, 16, 262208, head_dim=128, sliding_window=1024),
+    "gemma-3-eleven": config("gemma3_text", 11, 640, 2048, 4, 1, 32000, head_dim=256, sliding_window=512),
+    "stories260k": config("llama", 5, 64, 172, 8, 4, 512),
+    "odd-biased": config("llama", 3, 320, 840, 5, 5, 1000, head_dim=64, attention_bias=True, mlp_bias=True),
+    "odd-heads": config("llama", 7, 288, 768, 6, 6, 32000),
+    "qwen3-8-experts": config(
+        "qwen3_moe", 16, 1024, 3072, 16, 4, 32000,
+        head_dim=64, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=768,
+    ),
+}  # fmt: skip
+
+
+def spec(name: str) -> ModelSpec:
+    return modelspec.from_config(CONFIGS[name], name=name)
+
+
+def settings(
+    context: int = 4096,
+    *,
+    slots: int = 1,
+    kv_type: str = "f16",
+    ubatch: int = 512,
+    flash_attention: bool = True,
+    unified_kv: bool = False,
+    gpu_layers: int = 0,
+    load_mode: str = "none",
+    repack: bool = True,
+) -> Settings:
+    return Settings(
+        context=context,
+        slots=slots,
+        kv_type=kv_type,
+        batch=max(2048, ubatch),
+        ubatch=ubatch,
+        flash_attention=flash_attention,
+        unified_kv=unified_kv,
+        threads=2,
+        gpu_layers=gpu_layers,
+        load_mode=load_mode,
+        repack=repack,
+    )
