@@ -211,7 +211,7 @@ def static_runtime(arch: Machine, progress: Progress) -> Path:
             out = folder / "llama-server"
             run(_static_link(tree, out), cwd=tree)
             run([f"{prefix}strip", out])
-            _require_static(out)
+            require_static(out)
     return binary
 
 
@@ -375,6 +375,8 @@ def unpack(archive: Path, folder: Path, *, wanted: Callable[[str], bool]) -> Non
             if content is None:
                 raise Untrusted(f"{archive.name}: {member.name!r} cannot be read")
             target = folder / name
+            if target.exists():
+                raise Untrusted(f"{archive.name} holds {member.name!r} twice")
             target.parent.mkdir(parents=True, exist_ok=True)
             with content, target.open("xb") as out:
                 shutil.copyfileobj(content, out, 1 << 20)
@@ -487,7 +489,7 @@ def _static_link(tree: Path, out: Path) -> list[str]:
     return [*command[launcher:position], "-static", "-o", str(out), *command[position + 2 :]]
 
 
-def _require_static(binary: Path) -> None:
+def require_static(binary: Path) -> None:
     """Raises BuildFailed when the ELF file asks for a dynamic loader (has a PT_INTERP header)."""
     data = binary.read_bytes()
     if data[:6] != b"\x7fELF\x02\x01":

@@ -417,7 +417,7 @@ def _cast(bits: NDArray[np.unsignedinteger], stored: Stored, info: TensorInfo, s
     if info.type == "F32":
         return values.data.cast("B")
     if info.type == "BF16":
-        return _round_to_bf16(values).data.cast("B")
+        return round_to_bf16(values).data.cast("B")
     with np.errstate(over="raise"):
         try:
             return values.astype("<f2").data.cast("B")
@@ -428,7 +428,7 @@ def _cast(bits: NDArray[np.unsignedinteger], stored: Stored, info: TensorInfo, s
             ) from error
 
 
-def _round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+def round_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """To nearest, ties to even; NaN stays a quiet NaN (ggml-impl.h, ggml_compute_fp32_to_bf16)."""
     import numpy as np
 
