@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import edgepack
 from edgepack import serde
@@ -20,7 +21,10 @@ from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import llama_cpp
 from edgepack.units import Bytes
-from edgepack.workspace import sha256_file
+from edgepack.workspace import require_space, sha256_file, whole_dir
+
+if TYPE_CHECKING:
+    from edgepack.device import agent
 
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
@@ -87,20 +91,7 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
     is demanded by ``allowed_signers`` and there is no ssh-keygen.
     """
-    from edgepack.device import agent  # here, since only this needs it and its imports take 30 ms
-
-    for file in (path, allowed_signers):
-        if file is not None and not file.is_file():
-            raise NotFound(f"there is no file {file}")
-    try:
-        found = agent.read_bundle(str(path))
-        signature = agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
-    except agent.Refused as error:
-        raise Untrusted(
-            f"{path} is refused: {error}", hint="copy or build it again; do not run what is in it"
-        ) from error
-    except agent.MissingProgram as error:
-        raise MissingTool(str(error), hint="install the OpenSSH client") from error
+    found, signature = _verified(path, allowed_signers)
     return {
         "schema_version": 1,
         "path": str(path),
@@ -115,10 +106,47 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     }
 
 
+def unpack(
+    path: Path, folder: Path, *, allowed_signers: Path | None = None, progress: Progress | None = None
+) -> None:
+    """Verifies a bundle and lays its files out in a new ``folder``, as the start files expect them.
+
+    The folder appears whole or not at all. Raises what `inspect` raises, BadInput when the folder is there
+    already, and NoSpace.
+    """
+    from edgepack.device import agent
+
+    if folder.exists():
+        raise BadInput(f"{folder} is there already and is not overwritten", hint="name a new folder")
+    found, _ = _verified(path, allowed_signers)
+    total = sum(file["size"] for file in found["files"])
+    require_space(folder.parent, total)
+    with whole_dir(folder) as temporary, (progress or Silent()).bar("unpacking", total) as advance:
+        for file in found["files"]:
+            agent.extract(found, file["path"], str(temporary), advance)
+
+
 def server_document(plan: Plan) -> str:
     """server.json: the flags the server is started with, for programs; the start files spell out the same."""
     args = list(llama_cpp.launch(plan.settings))
     return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": {}})
+
+
+def _verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, dict[str, object]]:
+    from edgepack.device import agent  # here, since only readers need it and its imports take 30 ms
+
+    for file in (path, allowed_signers):
+        if file is not None and not file.is_file():
+            raise NotFound(f"there is no file {file}")
+    try:
+        found = agent.read_bundle(str(path))
+        return found, agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
+    except agent.Refused as error:
+        raise Untrusted(
+            f"{path} is refused: {error}", hint="copy or build it again; do not run what is in it"
+        ) from error
+    except agent.MissingProgram as error:
+        raise MissingTool(str(error), hint="install the OpenSSH client") from error
 
 
 def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:

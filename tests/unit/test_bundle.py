@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.plans import PROFILES, example_plan
 
 from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint
@@ -19,6 +18,7 @@ from edgepack.device import agent
 from edgepack.errors import BadInput, NotFound, Untrusted
 from edgepack.plan import Plan
 from edgepack.units import Bytes
+from tests.plans import PROFILES, example_plan
 
 SELFTEST: Mapping[str, object] = {"schema_version": 1, "text": "It was the best of times"}
 
@@ -126,6 +126,31 @@ def test_another_sequence_is_another_bundle(tmp_path: Path) -> None:
 def test_a_sequence_below_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="release sequence 0"):
         write(tmp_path, tmp_path / "b.tar", sequence=0)
+
+
+def test_unpacking_gives_every_file_and_makes_the_server_executable(tmp_path: Path) -> None:
+    server = tmp_path / "llama-server"
+    server.write_bytes(b"\x7fELF")
+    written = write(tmp_path, tmp_path / "b.tar", runtime=server)
+
+    bundle.unpack(written.path, tmp_path / "release")
+
+    assert (tmp_path / "release" / "model.gguf").read_bytes() == (tmp_path / "artifact.gguf").read_bytes()
+    assert (tmp_path / "release" / "bin" / "llama-server").stat().st_mode & 0o111
+    files = {p.relative_to(tmp_path / "release").as_posix() for p in (tmp_path / "release").rglob("*.*")}
+    assert {"start.sh", "plan.json", "edgepack.service"} <= files
+    with pytest.raises(BadInput, match="not overwritten"):
+        bundle.unpack(written.path, tmp_path / "release")
+
+
+def test_a_damaged_bundle_leaves_no_folder(tmp_path: Path) -> None:
+    path = tiny(tmp_path)
+    path.write_bytes(path.read_bytes()[:-600] + bytes([1]) + path.read_bytes()[-599:])
+
+    with pytest.raises(Untrusted):
+        bundle.unpack(path, tmp_path / "release")
+
+    assert not (tmp_path / "release").exists()
 
 
 def test_a_missing_bundle_is_not_found(tmp_path: Path) -> None:
