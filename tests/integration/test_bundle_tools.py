@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.plans import example_plan
 
 from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle, oci, sign
 from edgepack.errors import Untrusted
 from edgepack.units import Bytes
+from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
 
@@ -146,10 +146,10 @@ def test_any_flipped_byte_of_a_signed_bundle_is_refused(tmp_path: Path, key: Pat
 
 _BUILD = """
 import sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests", sys.argv[1] + "/tests/integration"]
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-import test_bundle_tools
-test_bundle_tools.write(Path(sys.argv[2]), Path(sys.argv[3]))
+from tests.integration.test_bundle_tools import write
+write(Path(sys.argv[2]), Path(sys.argv[3]))
 """
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from tests.plans import PROFILES, example_plan
 
 from edgepack import profile, toolchain
 from edgepack.bundle.render import RELEASE, render
+from tests.plans import PROFILES, example_plan
 
 pytestmark = pytest.mark.integration
 

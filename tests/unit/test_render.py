@@ -12,13 +12,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.plans import PROFILES, example_plan
 
 from edgepack import profile
 from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, for_yaml, render
 from edgepack.errors import BadInput
 from edgepack.profile import RuntimeImage, Software
 from edgepack.runtimes import llama_cpp
+from tests.plans import PROFILES, example_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DIGEST = "sha256:" + "ab" * 32

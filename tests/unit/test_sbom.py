@@ -11,7 +11,6 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.plans import PROFILES, example_plan
 
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle.oci import text_layer
@@ -19,6 +18,7 @@ from edgepack.bundle.provenance import provenance
 from edgepack.bundle.render import image_for
 from edgepack.bundle.sbom import sbom
 from edgepack.units import Bytes
+from tests.plans import PROFILES, example_plan
 
 ARTIFACT = Artifact(
     path=Path("model.gguf"),
