@@ -500,9 +500,9 @@ def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
     """One verdict per buffer that llama.cpp reports in its log."""
     for residual in residuals:
         parts = _named(judged.plan, residual.part)
-        low, high = sum(p.low for p in parts), sum(p.high for p in parts)
+        low, high = int(sum(p.low for p in parts)), sum(p.high for p in parts)
         if residual.part == "weights":
-            low = min(int(low), judged.plan.memory.part("weights"))
+            low = min(low, judged.plan.memory.part("weights"))
         slack = LOG_ROUNDING * max(1, _log_lines(judged.facts, residual.part))
         inside = low - slack <= residual.measured <= high + slack
         status: Status = "pass" if inside else "fail"
@@ -511,9 +511,13 @@ def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
             name=residual.part,
             status=judged.at_home(status) if backend_dependent else status,
             expected=show(residual.predicted),
-            measured=f"{show(residual.measured)} ({residual.relative:+.2%})",
+            measured=f"{show(residual.measured)} ({_difference(residual, slack)})",
             message="" if inside else f"{residual.bytes:+,} bytes from the plan ({residual.provenance})",
         )
+
+
+def _difference(residual: Residual, slack: float) -> str:
+    return "equal, to the log's digit" if abs(residual.bytes) <= slack else f"{residual.relative:+.2%}"
 
 
 def _peak(judged: _Judged) -> Iterator[Item]:
@@ -679,7 +683,7 @@ def _residuals(plan: Plan, facts: Facts, *, same_backend: bool) -> Iterator[Resi
     for name, size in measured.items():
         parts = _named(plan, name) if same_backend else _named(plan, name, copies=False)
         predicted = sum(part.bytes for part in parts)
-        if predicted and (size or name in ("weights",)) and _log_lines(facts, name):
+        if predicted and _log_lines(facts, name):
             provenance = "exact" if all(part.provenance == "exact" for part in parts) else "fitted"
             yield Residual(part=name, predicted=predicted, measured=size, provenance=provenance)
 

@@ -949,6 +949,7 @@ OPTIONS = frozenset(
     "--lazy-mode -lzm -n --predict --alias -a".split()
 )
 """Every flag a bundle may start its server with: those that bound memory and time, none that names a file."""
+THREAD_FLAGS = ("-t", "--threads", "-tb", "--threads-batch")
 ENVIRONMENT = re.compile(r"^(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z")
 
 OUT_OF_MEMORY = (
@@ -963,7 +964,11 @@ OUT_OF_MEMORY = (
 
 
 def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tuple[List[str], Dict[str, str]]:
-    """Flags and environment from the bundle's server.json, each on the list above. Raises Refused."""
+    """Flags and environment from the bundle's server.json, each on the list above. Raises Refused.
+
+    More threads than this machine has cores become as many as it has: llama.cpp's threads wait for each other
+    in a busy loop, and one without a core of its own stops all (6 on 2 cores: a hundred times slower).
+    """
     args, environment = document.get("args"), document.get("env", {})
     if not isinstance(args, list) or not isinstance(environment, dict):
         raise Refused("server.json has no list args or no object env")
@@ -984,7 +989,8 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     for name, value in environment.items():
         if not ENVIRONMENT.match(name) or not isinstance(value, str) or "\0" in value:
             raise Refused("server.json sets %r in the environment, which a bundle may not" % _shown(name))
-    return (list(args) if load_mode is None else with_load_mode(args, load_mode)), dict(environment)
+    flags = list(args) if load_mode is None else with_load_mode(args, load_mode)
+    return with_threads(flags, len(os.sched_getaffinity(0))), dict(environment)
 
 
 def with_load_mode(args: Sequence[str], mode: str) -> List[str]:
@@ -997,6 +1003,15 @@ def with_load_mode(args: Sequence[str], mode: str) -> List[str]:
         else:
             kept.append(word)
     return [*kept, "--load-mode", mode]
+
+
+def with_threads(args: Sequence[str], cores: int) -> List[str]:
+    """The flags with no more threads than cores."""
+    flags = list(args)
+    for at, word in enumerate(flags[:-1]):
+        if word in THREAD_FLAGS and flags[at + 1].isdigit():
+            flags[at + 1] = str(min(int(flags[at + 1]), cores))
+    return flags
 
 
 class Server:
