@@ -333,6 +333,8 @@ def _sdist(progress: Progress) -> Path:
         said = (done.stderr or done.stdout).strip()
         if "DO NOT MATCH THE HASHES" in said:
             raise Untrusted(f"the package index gave a {name} that is not the pinned one:\n{said[-600:]}")
+        if "No module named pip" in said:
+            raise MissingTool("this Python environment has no pip", hint="python -m ensurepip, and try again")
         fetched = Path(temporary) / name
         if done.returncode != 0 or not fetched.is_file():
             raise Offline(

@@ -369,7 +369,7 @@ class _Tokens:
 
 
 def _special(files: _Files, tokens: _Tokens) -> Iterator[Entry]:
-    """Ids of bos, eos, unk and pad, and whether bos and eos are put around a text."""
+    """Ids of bos, eos, unk and pad as far as they are named, and whether bos and eos are put around a text."""
     numbers = {text: number for number, text in enumerate(tokens.texts)}
     found: dict[str, int] = {}
     for name in ("bos", "eos", "unk", "pad"):
@@ -383,23 +383,34 @@ def _special(files: _Files, tokens: _Tokens) -> Iterator[Entry]:
             number = tokens.ids.get(name)
         if number is not None and 0 <= number < len(tokens.texts):
             found[name] = number
+    around = _around(files)
+    for name, text in around.items():
+        if isinstance(text, str) and text in numbers:
+            found.setdefault(name, numbers[text])
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for name, number in found.items():
         yield Entry(key=f"tokenizer.ggml.{keys[name]}_token_id", kind="u32", value=number)
-    first, last = _around(files)
-    yield Entry(key="tokenizer.ggml.add_bos_token", kind="bool", value=first and "bos" in found)
-    yield Entry(key="tokenizer.ggml.add_eos_token", kind="bool", value=last and "eos" in found)
+    for name, wanted in around.items():
+        yield Entry(key=f"tokenizer.ggml.add_{name}_token", kind="bool", value=bool(wanted) and name in found)
 
 
-def _around(files: _Files) -> tuple[bool, bool]:
-    """Whether a token is put before and after a text: what the post-processor does, else the settings."""
+def _around(files: _Files) -> Mapping[Literal["bos", "eos"], str | bool]:
+    """What is put before and after a text: the post-processor's token, else whether the settings say so."""
     for part in files.parts("post_processor", "processors"):
         single = part.get("single")
         if part.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            ends = [isinstance(end, dict) and "SpecialToken" in end for end in (single[0], single[-1])]
-            return ends[0], ends[1]
+            return {"bos": _special_token(single[0]), "eos": _special_token(single[-1])}
     first, last = files.settings.get("add_bos_token"), files.settings.get("add_eos_token")
-    return first if isinstance(first, bool) else files.tokenizer is None, last is True
+    return {"bos": first if isinstance(first, bool) else files.tokenizer is None, "eos": last is True}
+
+
+def _special_token(step: object) -> str | bool:
+    """Text of the special token of a template's step; False when the step is the text itself."""
+    match step:
+        case {"SpecialToken": {"id": str(text)}}:
+            return text
+        case _:
+            return False
 
 
 def _chat_template(files: _Files) -> Iterator[Entry]:

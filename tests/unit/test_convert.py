@@ -146,15 +146,40 @@ def test_a_config_that_does_not_fit_is_refused(
 
 
 def test_gemma_s_attention_scale_must_be_llama_cpp_s(tmp_path: Path) -> None:
-    config = {
-        "model_type": "gemma3_text", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-        "query_pre_attn_scalar": 168,
-    }  # fmt: skip
+    config = {**_GEMMA, "query_pre_attn_scalar": 168}
     random_model.write(config, tmp_path / "gemma", seed=0)
 
     with pytest.raises(Unsupported, match="query_pre_attn_scalar 168"):
         convert.metadata(tmp_path / "gemma")
+
+
+_GEMMA = {
+    "model_type": "gemma3_text", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64,
+    "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "query_pre_attn_scalar": 32,
+}  # fmt: skip
+
+
+def test_the_text_model_of_a_multimodal_checkpoint_is_converted(tmp_path: Path) -> None:
+    alone, inside = tmp_path / "alone", tmp_path / "inside"
+    random_model.write(_GEMMA, alone, seed=0)
+    random_model.write(_GEMMA, inside, seed=0)
+    (inside / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": _GEMMA}))
+    weights = inside / "model.safetensors"
+    data = weights.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {
+        name.replace("model.", "language_model.model."): e for name, e in json.loads(data[8:start]).items()
+    }
+    end = len(data) - start
+    header["vision_tower.x"] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+    text = json.dumps(header).encode()
+    weights.write_bytes(len(text).to_bytes(8, "little") + text + data[start:] + bytes(4))
+
+    one = convert.convert(alone, tmp_path / "1.gguf", outtype="F16", progress=Silent())
+    two = convert.convert(inside, tmp_path / "2.gguf", outtype="F16", progress=Silent())
+
+    assert one.read_bytes() == two.read_bytes()
 
 
 @given(values=st.lists(st.floats(width=32), min_size=1, max_size=50))
