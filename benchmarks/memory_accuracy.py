@@ -45,7 +45,9 @@ def main() -> None:
     for shape in options.shapes:
         source = random_model(shape, options.folder)
         for scheme in SCHEMES:
-            cases = [(c, k) for c in options.contexts for k in KV_TYPES if f"{shape} {scheme} {c} {k}" not in done]
+            cases = [
+                (c, k) for c in options.contexts for k in KV_TYPES if f"{shape} {scheme} {c} {k}" not in done
+            ]
             if not cases:
                 continue
             spec = pipeline.read_model(source)
@@ -70,7 +72,9 @@ def random_model(shape: str, folder: Path) -> Path:
 
 def build(source: Path, spec: modelspec.ModelSpec, scheme: str, folder: Path) -> Artifact:
     checkpoint = resolve(str(source), progress=Silent())
-    return gguf.build(checkpoint, spec, scheme, folder / "artifacts", toolchain=toolchain.find(), progress=Silent())
+    return gguf.build(
+        checkpoint, spec, scheme, folder / "artifacts", toolchain=toolchain.find(), progress=Silent()
+    )
 
 
 def measure(

@@ -336,6 +336,24 @@ def check(
 
 @cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
+@click.pass_obj
+def unpack(progress: Progress, /, bundle: Path, folder: Path, allowed_signers: Path | None) -> None:
+    """Lay a verified bundle's files out as its start script, units and compose file expect them.
+
+    \b
+    Examples:
+      edgepack unpack out/demo.tar /opt/edgepack --allowed-signers signers
+    """
+    from edgepack import bundle as bundles
+
+    bundles.unpack(_existing(bundle), folder, allowed_signers=allowed_signers, progress=progress)
+    click.echo(str(folder))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to decode.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 is greedy.")
@@ -486,7 +504,10 @@ def key_new(path: Path) -> None:
 def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
     request: Request = pipeline.request_from(options)
     models = pipeline.candidates(
-        options.get("model"), options.get("teacher"), revision=options.get("revision")
+        options.get("model"),
+        options.get("teacher"),
+        revision=options.get("revision"),
+        offline=bool(options.get("offline")),
     )
     chosen: Plan = pipeline.make_plan(request, models)
     return chosen

@@ -25,7 +25,7 @@ from edgepack.bundle import Bundle
 from edgepack.errors import BadInput, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
-from edgepack.progress import Progress
+from edgepack.progress import Progress, Silent
 from edgepack.runtimes import llama_cpp
 
 DEFAULT_SCHEME = "Q4_K_M"
@@ -47,10 +47,12 @@ class BuildOptions:
     offline: bool = False
 
 
-def candidates(model: str | None, teacher: str | None, *, revision: str | None = None) -> list[Candidate]:
+def candidates(
+    model: str | None, teacher: str | None, *, revision: str | None = None, offline: bool = False
+) -> list[Candidate]:
     """The models to choose from: one that is named, the students of a teacher, or the whole catalog."""
     if model is not None:
-        return [named(model, revision=revision)]
+        return [named(model, revision=revision, offline=offline)]
     everything = catalog.models()
     if teacher is not None:
         wanted = teacher.lower()
@@ -63,22 +65,22 @@ def candidates(model: str | None, teacher: str | None, *, revision: str | None =
     return [_from_catalog(m) for m in everything if m.id != "demo" and m.commercial]
 
 
-def named(model: str, *, revision: str | None = None) -> Candidate:
-    """A catalog id, "demo", a folder, a config.json or a GGUF file, as a candidate."""
+def named(model: str, *, revision: str | None = None, offline: bool = False) -> Candidate:
+    """A catalog id, "demo", a folder, a config.json, a GGUF file or a Hub id, as a candidate.
+
+    Of a Hub repository only config and tokenizer are fetched. Raises NotFound, Offline, Unsupported.
+    """
     entry = catalog.find(model)
     path = Path(model)
     if entry is not None and not path.exists():
         return _from_catalog(entry, revision=revision)
     if not path.exists():
-        if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+            known = ", ".join(m.id for m in catalog.models())
             raise NotFound(
-                f"{model} is not in the catalog and not on this disk",
-                hint=f"`edgepack build --model {model}` fetches it; to plan without fetching, give its config.json",
+                f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
             )
-        known = ", ".join(m.id for m in catalog.models())
-        raise NotFound(
-            f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
-        )
+        return _from_hub(model, revision=revision, offline=offline)
     spec = read_model(path)
     reference = ModelRef(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
@@ -119,12 +121,12 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             f"{chosen.profile.name} is for planning only", hint="edgepack profiles list shows deployable ones"
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
-    tools = toolchain.install(progress)
     checkpoint = hub.resolve(
         chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
     )
     spec = read_model(checkpoint.path)
     _same_model(chosen, spec)
+    tools = toolchain.install(progress)
     exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
     artifact = gguf.build(
         checkpoint,
@@ -237,6 +239,22 @@ def _known_runtime(options: Mapping[str, Any]) -> None:
     wanted = options.get("runtime") or llama_cpp.NAME
     if wanted != llama_cpp.NAME:
         raise Unsupported(f"runtime {wanted!r} is not known", hint=f"known runtimes: {llama_cpp.NAME}")
+
+
+def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candidate:
+    checkpoint = hub.resolve(
+        repository, revision=revision, offline=offline, weights=False, progress=Silent()
+    )
+    spec = read_model(checkpoint.path)
+    reference = ModelRef(
+        id=repository,
+        source=repository,
+        revision=checkpoint.revision,
+        architecture=spec.architecture,
+        parameters=spec.parameters,
+        license=checkpoint.license,
+    )
+    return Candidate(model=reference, spec=spec, panels={})
 
 
 def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -> Candidate:

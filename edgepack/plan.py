@@ -372,13 +372,16 @@ def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -
         yield f"{model.license} forbids commercial use of {model.id}"
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
+    for image in request.profile.software.images:
+        if image.runtime == llama_cpp.NAME and image.digest == "unknown":
+            yield f"image {image.reference}: digest unknown, pin it with --image-digest"
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
-    if limit is not None:
-        types = schemes.tensor_types(spec, scheme, imatrix=request.imatrix)
-        pairs = zip(spec.tensors, types, strict=True)
-        size, tensor = max((schemes.tensor_bytes(kind, t.shape), t.name) for t, kind in pairs)
-        if size > limit:
-            yield f"{tensor} is {show(size)} in one piece; allocations above {show(limit)} have failed there"
+    weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix)
+    if limit is not None and weights > limit:
+        yield (
+            f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "
+            "software releases of this device: run edgepack check on it"
+        )
 
 
 def _why_not(best: Plan, other: Plan, goal: Goal) -> str:

@@ -43,7 +43,7 @@ def estimate(
 
     ``read_bytes``: weights read per token; ``kv_bytes``: KV cache of one slot, read whole when it is full.
     """
-    constants = profile.speed or UNKNOWN[profile.backend]
+    constants = profile.constants(mode.name) or UNKNOWN[profile.backend]
     bandwidth = mode.bandwidth_gbs * 1e9 * constants.decode_efficiency
     overhead = constants.layer_overhead_us * 1e-6 * layers
     short = 1.0 / (read_bytes / bandwidth + overhead)

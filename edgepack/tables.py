@@ -25,7 +25,9 @@ def fit(document: Mapping[str, Any]) -> str:
     ]
     if document.get("exact") is not None:
         lines += ["", "llama.cpp itself says:"]
-        asked = {n.removesuffix("_bytes"): v for n, v in document["exact"].items() if isinstance(v, int) and v}
+        asked = {
+            n.removesuffix("_bytes"): v for n, v in document["exact"].items() if isinstance(v, int) and v
+        }
         lines += [f"{name:<18}{show(value):>12}" for name, value in asked.items()]
     if document["budget_bytes"] is not None:
         verdict = "fits" if document["fits"] else "does NOT fit"

@@ -41,11 +41,15 @@ def main() -> None:
         points = []
         for scheme, ratio in rows.items():
             types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-            points.append((math.log(degradation.rounding_error(spec.tensors, types)), math.log(math.log(ratio))))
+            points.append(
+                (math.log(degradation.rounding_error(spec.tensors, types)), math.log(math.log(ratio)))
+            )
         exponent, offset = least_squares(points)
         print(f"{title}: scale={math.exp(offset):.2f} exponent={exponent:.3f}")
         for (x, y), scheme in zip(points, rows, strict=True):
-            print(f"  {scheme:<8} published {math.exp(y):.5f} nats, law {math.exp(offset + exponent * x):.5f}")
+            print(
+                f"  {scheme:<8} published {math.exp(y):.5f} nats, law {math.exp(offset + exponent * x):.5f}"
+            )
 
 
 def least_squares(points: list[tuple[float, float]]) -> tuple[float, float]:

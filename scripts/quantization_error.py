@@ -54,7 +54,9 @@ def main() -> None:
         ggml.ggml_quantize_init(kind)
         ggml.ggml_quantize_chunk(kind, rows.ctypes.data, packed.ctypes.data, 0, ROWS, COLUMNS, importance)
         back = np.zeros_like(rows)
-        ggml.ggml_get_type_traits(kind).contents.to_float(packed.ctypes.data, back.ctypes.data, ROWS * COLUMNS)
+        ggml.ggml_get_type_traits(kind).contents.to_float(
+            packed.ctypes.data, back.ctypes.data, ROWS * COLUMNS
+        )
         print(f"{name:<8} {float(((rows - back) ** 2).mean() / (rows**2).mean()):.3e}")
 
 

@@ -148,7 +148,9 @@ def test_scores_of_different_sources_are_never_mixed() -> None:
 
     order = [p.quality.panel for p in ranked]
     assert len(set(panels.values())) > 1
-    assert [panel for i, panel in enumerate(order) if i == 0 or order[i - 1] != panel] == list(dict.fromkeys(order))
+    assert [panel for i, panel in enumerate(order) if i == 0 or order[i - 1] != panel] == list(
+        dict.fromkeys(order)
+    )
 
 
 def test_a_context_beyond_training_is_refused() -> None:
