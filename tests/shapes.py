@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-from edgepack import modelspec
+from edgepack import modelspec, schemes
+from edgepack.builders import ggufwriter
+from edgepack.ggufheader import FILE_TYPES, Entry
 from edgepack.modelspec import ModelSpec
 from edgepack.settings import Settings
 
@@ -81,3 +84,42 @@ def settings(
         load_mode=load_mode,
         repack=repack,
     )
+
+
+def write_gguf(path: Path, model: ModelSpec, scheme: str) -> Path:
+    """A GGUF of header and hole that llama.cpp loads without its weights; it has no tokenizer."""
+    arch = model.architecture
+    numbers = {
+        "block_count": model.layers,
+        "context_length": model.context_train,
+        "embedding_length": model.hidden,
+        "feed_forward_length": model.ffn,
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.kv_heads,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "rope.dimension_count": model.head_dim,
+        "vocab_size": model.vocab,
+        "expert_count": model.experts,
+        "expert_used_count": model.experts_used,
+        "expert_feed_forward_length": model.expert_ffn,
+        "attention.sliding_window": max((kind.window or 0 for kind in model.kv), default=0),
+    }
+    file_type = next(n for n, name in FILE_TYPES.items() if name == scheme)
+    entries = [
+        Entry(key="general.architecture", kind="str", value=arch),
+        Entry(key="general.file_type", kind="u32", value=file_type),
+        Entry(key="general.quantization_version", kind="u32", value=2),
+        *(Entry(key=f"{arch}.{key}", kind="u32", value=value) for key, value in numbers.items() if value),
+        Entry(key=f"{arch}.attention.layer_norm_rms_epsilon", kind="f32", value=1e-6),
+        Entry(key="tokenizer.ggml.model", kind="str", value="none"),
+    ]
+    kinds = schemes.tensor_types(model, scheme, imatrix=False)
+    infos = ggufwriter.layout([(t.name, k, t.shape) for t, k in zip(model.tensors, kinds, strict=True)])
+    header = ggufwriter.header(entries, infos)
+    last = infos[-1]
+    size = last.offset + schemes.tensor_bytes(last.type, last.shape)
+    with path.open("wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + -(-size // 32) * 32)
+    return path

@@ -10,9 +10,8 @@ import pytest
 from edgepack import modelspec, schemes
 from edgepack.builders import ggufwriter
 from edgepack.errors import BadInput, NotFound, Unsupported
-from edgepack.ggufheader import FILE_TYPES, Entry
-from edgepack.modelspec import ModelSpec
-from tests.shapes import CONFIGS, spec
+from edgepack.ggufheader import Entry
+from tests.shapes import CONFIGS, spec, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -170,39 +169,3 @@ def test_an_unknown_gguf_architecture_is_named(tmp_path: Path) -> None:
 def _empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
-
-
-def write_gguf(path: Path, model: ModelSpec, scheme: str) -> Path:
-    """A GGUF of header and hole."""
-    arch = model.architecture
-    numbers = {
-        "block_count": model.layers,
-        "context_length": model.context_train,
-        "embedding_length": model.hidden,
-        "feed_forward_length": model.ffn,
-        "attention.head_count": model.heads,
-        "attention.head_count_kv": model.kv_heads,
-        "attention.key_length": model.head_dim,
-        "attention.value_length": model.head_dim,
-        "expert_count": model.experts,
-        "expert_used_count": model.experts_used,
-        "expert_feed_forward_length": model.expert_ffn,
-        "attention.sliding_window": max((kind.window or 0 for kind in model.kv), default=0),
-    }
-    file_type = next(n for n, name in FILE_TYPES.items() if name == scheme)
-    entries = [
-        Entry(key="general.architecture", kind="str", value=arch),
-        Entry(key="general.file_type", kind="u32", value=file_type),
-        Entry(key="general.quantization_version", kind="u32", value=2),
-        *(Entry(key=f"{arch}.{key}", kind="u32", value=value) for key, value in numbers.items() if value),
-        Entry(key="tokenizer.ggml.tokens", kind="str", value=tuple(f"t{i}" for i in range(20))),
-    ]
-    kinds = schemes.tensor_types(model, scheme, imatrix=False)
-    infos = ggufwriter.layout([(t.name, k, t.shape) for t, k in zip(model.tensors, kinds, strict=True)])
-    header = ggufwriter.header(entries, infos)
-    last = infos[-1]
-    size = last.offset + schemes.tensor_bytes(last.type, last.shape)
-    with path.open("wb") as stream:
-        stream.write(header)
-        stream.truncate(len(header) + -(-size // 32) * 32)
-    return path
