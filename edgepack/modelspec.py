@@ -162,7 +162,6 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
     value_dim = fields.number("attention.value_length", default=hidden // heads)
     window = fields.number("attention.sliding_window", default=0) if architecture == "gemma3" else 0
     pattern = fields.number("attention.sliding_window_pattern", default=_GEMMA3_PERIOD) if window else 0
-    file_type = header.values.get("general.file_type")
     return ModelSpec(
         name=name,
         architecture=str(architecture),
@@ -183,7 +182,7 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
         expert_ffn=fields.number("expert_feed_forward_length", default=0),
         header_bytes=Bytes(pad(header.unpadded + _missing_quantize_keys(header), header.alignment)),
         gguf_types=tuple(t.type for t in header.tensors),
-        gguf_scheme=ggufheader.FILE_TYPES.get(file_type) if isinstance(file_type, int) else None,
+        gguf_scheme=_scheme_of(header),
         file_bytes=Bytes(header.file_bytes),
     )
 
@@ -481,6 +480,20 @@ class _GgufFields:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise Unsupported(f"{self.name}: GGUF key {full} is {value!r}, not one whole number")
         return value
+
+
+def _scheme_of(header: ggufheader.Header) -> str | None:
+    """The file type's name; without the key, what llama.cpp guesses from the most frequent type of the
+    matrices (src/llama-model-loader.cpp). None for a file type that is not known."""
+    file_type = header.values.get("general.file_type")
+    if isinstance(file_type, int):
+        return ggufheader.FILE_TYPES.get(file_type)
+    matrices = [t.type for t in header.tensors if len(t.shape) > 1]
+    if not matrices:
+        return None
+    common = max(sorted(set(matrices)), key=matrices.count)
+    name = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}.get(common, common)
+    return name if name in ggufheader.FILE_TYPES.values() else None
 
 
 def _missing_quantize_keys(header: ggufheader.Header) -> int:

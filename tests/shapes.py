@@ -86,7 +86,7 @@ def settings(
     )
 
 
-def write_gguf(path: Path, model: ModelSpec, scheme: str) -> Path:
+def write_gguf(path: Path, model: ModelSpec, scheme: str, *, with_file_type: bool = True) -> Path:
     """A GGUF of header and hole that llama.cpp loads without its weights; it has no tokenizer."""
     arch = model.architecture
     numbers = {
@@ -108,7 +108,7 @@ def write_gguf(path: Path, model: ModelSpec, scheme: str) -> Path:
     file_type = next(n for n, name in FILE_TYPES.items() if name == scheme)
     entries = [
         Entry(key="general.architecture", kind="str", value=arch),
-        Entry(key="general.file_type", kind="u32", value=file_type),
+        *([Entry(key="general.file_type", kind="u32", value=file_type)] if with_file_type else []),
         Entry(key="general.quantization_version", kind="u32", value=2),
         *(Entry(key=f"{arch}.{key}", kind="u32", value=value) for key, value in numbers.items() if value),
         Entry(key=f"{arch}.attention.layer_norm_rms_epsilon", kind="f32", value=1e-6),

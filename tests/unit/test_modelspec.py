@@ -158,6 +158,12 @@ def test_an_f16_gguf_may_be_quantized_and_its_file_counted_exactly(tmp_path: Pat
     assert schemes.file_bytes(full, "Q8_0", imatrix=False) == (small.stat().st_size, "exact")
 
 
+def test_a_gguf_that_does_not_name_its_file_type_is_known_by_its_matrices(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", spec("stories260k"), "F32", with_file_type=False)
+
+    assert modelspec.read(path).gguf_scheme == "F32"
+
+
 def test_an_unknown_gguf_architecture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(ggufwriter.header([Entry(key="general.architecture", kind="str", value="rwkv7")], ()))
