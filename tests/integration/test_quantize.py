@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.native import Native
@@ -219,7 +220,7 @@ gguf.build(checkpoint, modelspec.read(path), "Q4_K_M", out, toolchain=toolchain.
 
 def test_ctrl_c_leaves_nothing_half_written_and_a_rerun_resumes(tmp_path: Path) -> None:
     path, out = tmp_path / "larger", tmp_path / "out"
-    random_model.write({**random_model.SHAPES["tiny"], "num_hidden_layers": 96}, path, seed=1)
+    random_model.write({**random_model.SHAPES["tiny"], "num_hidden_layers": 256}, path, seed=1)
     root = str(Path(__file__).parents[2])
     started = subprocess.Popen(
         [sys.executable, "-c", _INTERRUPTED, path, out],
@@ -231,8 +232,14 @@ def test_ctrl_c_leaves_nothing_half_written_and_a_rerun_resumes(tmp_path: Path) 
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
+    workers = psutil.Process(started.pid).children(recursive=True)
+
     started.send_signal(signal.SIGINT)
     started.wait(timeout=30)
+    _, left_over = psutil.wait_procs(workers, timeout=1)
+
+    assert len(workers) == 1
+    assert not [worker for worker in left_over if worker.status() != psutil.STATUS_ZOMBIE]
 
     left = sorted(file.name.split("-", 1)[1] for file in out.iterdir())
     assert left == ["BF16.gguf"]

@@ -182,8 +182,14 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_converted(tmp_path: Path) 
     assert one.read_bytes() == two.read_bytes()
 
 
+def test_bf16_ties_go_to_the_even_neighbour() -> None:
+    ties = np.asarray([0x3F808000, 0x3F818000, 0xBF808000], dtype="<u4").view("<f4")
+
+    assert [hex(bits) for bits in convert.round_to_bf16(ties)] == ["0x3f80", "0x3f82", "0xbf80"]
+
+
 @given(values=st.lists(st.floats(width=32), min_size=1, max_size=50))
-def test_bf16_rounds_to_nearest_even(values: list[float]) -> None:
+def test_bf16_rounds_to_nearest(values: list[float]) -> None:
     floats = np.asarray(values, dtype="<f4")
 
     bits = convert.round_to_bf16(floats)
