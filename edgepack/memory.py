@@ -117,6 +117,8 @@ def _weights(
         ]
     parts = [_exact("weights", total, "host", "all tensors")]
     if settings.repack:
+        # A tied embedding whose type is repacked is loaded twice, as it is for look-ups and repacked as the
+        # output: 0.5B with a Q4_0 embedding on x86-64 logged 73 + 265 MiB of buffers for 265 MiB of tensors.
         mapped = settings.load_mode != "none"
         again = sum(
             schemes.tensor_bytes(kind, t.shape)
