@@ -119,8 +119,10 @@ def find_server() -> Path:
     if toolchain.server.is_file():
         return toolchain.server
     on_path = shutil.which("llama-server")
-    if on_path is not None and is_known(run([on_path, "--version"], check=False).stderr):
-        return Path(on_path)
+    if on_path is not None:
+        said = run([on_path, "--version"], check=False)
+        if is_known(said.stderr + said.stdout):
+            return Path(on_path)
     return find().server
 
 

@@ -98,6 +98,19 @@ def test_an_absent_toolchain_says_how_to_get_it(tmp_path: Path, monkeypatch: pyt
     assert json.loads(to_json(status))["commit"] == toolchain.COMMIT
 
 
+@pytest.mark.parametrize(("commit", "used"), [("0c1e570", True), ("feedbee", False)])
+def test_a_server_on_path_is_used_when_its_commit_is_known(
+    commit: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text(f"#!/bin/sh\necho 'version: 0.5.0-dev (build 1, commit {commit})'\n")
+    server.chmod(0o755)
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert (toolchain.status().server == server) is used
+
+
 def elf(kinds: list[int]) -> bytes:
     head = b"\x7fELF\x02\x01" + bytes(26) + struct.pack("<QQIHHH", 64, 0, 0, 64, 56, len(kinds)) + bytes(6)
     return head + b"".join(struct.pack("<I", kind) + bytes(52) for kind in kinds)
