@@ -115,7 +115,7 @@ def measure(
 
 
 def error(row: dict[str, Any]) -> float:
-    return float(row["predicted"]) / row["measured"] - 1.0
+    return float(row["predicted"]) / float(row["measured"]) - 1.0
 
 
 def line(row: dict[str, Any]) -> str:

@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+ANYWHERE = frozenset({"-q", "--quiet", "-v", "--verbose"})
+
+
 class Group(click.Group):
     """Turns every EdgepackError into one message on stderr and its own exit code."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """-q and -v count wherever they stand, as people type them."""
+        early = [word for word in args if word in ANYWHERE]
+        return super().parse_args(ctx, early + [word for word in args if word not in ANYWHERE])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

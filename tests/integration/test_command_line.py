@@ -209,18 +209,27 @@ def test_offline_the_plan_and_the_repository_are_named(cache: Path) -> None:
     assert "weights" in said, "the plan is printed first"
 
 
-def test_a_full_disk_leaves_nothing_half_written(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", ["out", "cache"])
+def test_a_full_disk_leaves_nothing_half_written(tiny: Path, tmp_path: Path, full: str) -> None:
+    """A tmpfs of 1 MiB, in a mount namespace of its own, holds the output folder or the cache."""
     small = tmp_path / "small"
     small.mkdir()
-    script = 'mount -t tmpfs -o size=3m tmpfs "$1" && shift && "$@"; code=$?; find "$0" -type f | wc -l; exit $code'
+    folders = {"out": fresh_cache(tmp_path / "roomy"), "cache": tmp_path / "roomy-out"}
+    cache = small / "cache" if full == "cache" else folders["out"]
+    out = small / "out" if full == "out" else folders["cache"]
+    script = (
+        'mount -t tmpfs -o size=1m tmpfs "$0" && mkdir "$0/cache" && ln -s "$1" "$0/cache/toolchain" && shift && "$@";'
+        ' code=$?; find "$0" -name "*part*" -o -name "*.gguf" -o -name "*.tar" | wc -l; exit $code'
+    )
     command = [sys.executable, "-m", "edgepack", "build", "--profile", "jetson-orin", "--model", str(tiny), "-o",
-               str(small / "out")]  # fmt: skip
+               str(out)]  # fmt: skip
     namespace = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "EDGEPACK_CACHE": str(cache)}
+    toolchain = str((workspace.cache_root() / "toolchain").resolve())
 
     done = subprocess.run(
-        [*namespace, "sh", "-c", script, str(small), str(small), *command], capture_output=True, text=True, env=env,
-        check=False,
+        [*namespace, "sh", "-c", script, str(small), toolchain, *command],
+        capture_output=True, text=True, env=env, check=False,
     )  # fmt: skip
 
     said = refused(done, 10)
