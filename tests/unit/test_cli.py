@@ -1,0 +1,133 @@
+"""What each command prints: documents with the agreed names on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edgepack import profile
+from edgepack.cli import cli
+
+FIT_FIELDS = {
+    "model", "runtime", "scheme", "context", "slots", "kv_type", "parts", "total", "weights_bytes", "file_bytes",
+    "bits_per_weight", "kv_cache_bytes", "compute_bytes", "output_bytes", "recurrent_state_bytes", "host_bytes",
+    "device_bytes", "budget_bytes", "fits", "max_context", "binding", "hint", "schema_version",
+}  # fmt: skip
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def document(*words: object) -> dict[str, Any]:
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_fit_has_the_agreed_fields_and_its_parts_add_up() -> None:
+    found = document("fit", "--model", "qwen2.5-1.5b-instruct", "--profile", "jetson-orin", "--scheme", "Q4_K_M", "--json")
+
+    assert set(found) >= FIT_FIELDS
+    assert found["total"]["bytes"] == sum(part["bytes"] for part in found["parts"])
+    assert {part["provenance"] for part in found["parts"]} <= {"exact", "fitted", "measured"}
+    assert found["host_bytes"] + found["device_bytes"] == found["total"]["bytes"]
+    assert all(isinstance(part["bytes"], int) for part in found["parts"])
+
+
+def test_fit_takes_a_bare_config_and_judges_nothing_without_a_device(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
+              "num_key_value_heads": 2, "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True,
+              "max_position_embeddings": 32768}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = document("fit", "--model", tmp_path / "config.json", "--scheme", "Q4_0", "--context", 4096, "--json")
+
+    assert found["fits"] is None
+    assert found["budget_bytes"] is None
+    assert found["kv_cache_bytes"] == 48 * 2**20
+
+
+def test_a_hint_of_fit_applied_fits() -> None:
+    words = ("fit", "--model", "qwen2.5-7b-instruct", "--profile", "raspberry-pi-5-8gb", "--scheme", "Q8_0", "--json")
+    found = document(*words)
+    assert found["fits"] is False
+
+    hint = found["hint"].split()
+    flags = [word for pair in zip(hint, hint[1:], strict=False) if pair[0].startswith("--") for word in pair]
+    again = document(*words, *flags)
+
+    assert flags
+    assert again["fits"] is True
+
+
+@pytest.mark.parametrize("name", profile.names())
+def test_plan_prints_a_document_that_build_takes(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.plan.json"
+
+    found = document("plan", "--profile", name, "--json", "-o", file)
+
+    assert found == json.loads(file.read_text())
+    assert found["schema_version"] == 1
+    dry = run("build", "--plan", file, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.stderr
+    assert json.loads(dry.stdout) == found
+
+
+def test_plan_for_people_shows_bar_interval_and_reasons() -> None:
+    shown = run("plan", "--profile", "jetson-orin", "--explain").stdout
+
+    assert "budget 5.51 GiB = " in shown
+    assert "█" in shown
+    assert "not chosen (" in shown
+    assert "tok/s [" in shown
+
+
+def test_quiet_counts_wherever_it_stands() -> None:
+    words = ("build", "--profile", "jetson-orin", "--model", "demo", "--dry-run")
+
+    assert run(*words).stderr.count("\n") > 3
+    assert run(*words, "-q").stderr.count("\n") <= 1
+
+
+def test_a_plan_with_mistakes_names_them_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.plan.json"
+    found = document("plan", "--profile", "jetson-orin", "--json", "-o", file)
+    del found["scheme"]
+    found["settings"]["context"] = "long"
+    file.write_text(json.dumps(found))
+
+    result = run("build", "--plan", file, "--dry-run")
+
+    assert result.exit_code == 2
+    assert "scheme" in result.stderr
+    assert "settings.context" in result.stderr
+
+
+def test_profiles_are_listed_shown_and_described() -> None:
+    listed = document("profiles", "list", "--json")
+    shown = document("profiles", "show", "jetson-orin", "--json")
+    schema = document("profiles", "schema")
+
+    assert {row["name"] for row in listed["profiles"]} == set(profile.names())
+    assert shown["name"] == "jetson-orin-nano-8gb"
+    assert "properties" in schema
+
+
+def test_a_device_must_be_named() -> None:
+    result = run("plan")
+
+    assert result.exit_code == 2
+    assert "--profile" in result.stderr
+
+
+def test_an_unknown_runtime_lists_the_known() -> None:
+    result = run("plan", "--profile", "jetson-orin", "--runtime", "vllm")
+
+    assert result.exit_code == 11
+    assert "llama.cpp" in result.stderr
