@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+
+LINE_SECONDS = 30.0
 
 
 class Progress(Protocol):
@@ -34,6 +38,22 @@ class Silent:
         return self._bar()
 
 
+class _Lines:
+    """A bar where there is no terminal: one line whenever LINE_SECONDS have passed."""
+
+    def __init__(self, out: Terminal, text: str, total: int | None) -> None:
+        self._out, self._text, self._total = out, text, total
+        self._done = 0
+        self._said = time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if self._total and now - self._said >= LINE_SECONDS:
+            self._said = now
+            self._out.step(f"{self._text}: {self._done / self._total:.0%}")
+
+
 class Terminal:
     """Lines and rich bars on stderr; bars only when stderr is a terminal."""
 
@@ -51,7 +71,7 @@ class Terminal:
     def _bar(self, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
         if not sys.stderr.isatty():
             self.step(text)
-            yield lambda _: None
+            yield _Lines(self, text, total)
             return
         from rich.console import Console
         from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -82,8 +82,12 @@ def _stream(
     ) as process:
         if process.stdout is None:
             raise BuildFailed(f"{words[0]} has no output stream")
-        for line in process.stdout:
-            lines.append(line)
-            on_line(line.rstrip("\n"))
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                on_line(line.rstrip("\n"))
+        except BaseException:
+            process.terminate()
+            raise
         returncode = process.wait()
     return Finished(argv=words, returncode=returncode, stdout="".join(lines), stderr="")

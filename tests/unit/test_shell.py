@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -35,3 +36,18 @@ def test_lines_arrive_while_it_runs() -> None:
     run([sys.executable, "-c", "print('a'); print('b')"], on_line=seen.append)
 
     assert seen == ["a", "b"]
+
+
+def test_a_child_does_not_outlive_an_interrupted_parent() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        raise Stop(line)
+
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with pytest.raises(Stop) as caught:
+        run([sys.executable, "-c", code], on_line=stop)
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(caught.value)), 0)
