@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test lint bench train-demo clean system-tools
+.PHONY: demo test lint bench clean system-tools
 
 $(BIN)/edgepack: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
