@@ -863,6 +863,10 @@ def _make_cgroup(size: Optional[int]) -> Optional[Tuple[str, str]]:
                 _write(os.path.join(parent, "cgroup.subtree_control"), "+memory")
         else:
             settings = [("memory.limit_in_bytes", str(size)), ("memory.memsw.limit_in_bytes", str(size))]
+        for left_over in os.listdir(parent):
+            if left_over.startswith("edgepack-check-"):  # of a killed check; one in use cannot be removed
+                with contextlib.suppress(OSError):
+                    os.rmdir(os.path.join(parent, left_over))
         try:
             os.mkdir(folder)
         except OSError:

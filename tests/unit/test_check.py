@@ -1,0 +1,187 @@
+"""Verdicts on recorded runs: what a promise broken looks like, and what is only said."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from edgepack import check, serde
+from edgepack.errors import BadInput
+from edgepack.memory import MemoryEstimate, Part, Provenance
+from edgepack.plan import Plan
+from edgepack.units import MIB, Bytes
+from tests.plans import example_plan
+
+CASES = Path(__file__).parents[1] / "cases"
+RECORDED = json.loads((CASES / "check" / "qwen2.5-0.5b-q8_0.facts.json").read_text(encoding="utf-8"))
+TABLE = yaml.safe_load((CASES / "check.yaml").read_text(encoding="utf-8"))
+AT_REST = {"signature": "warn", "decode": "warn"}
+
+
+def part(name: str, size: int, low: int | None = None, high: int | None = None) -> Part:
+    provenance: Provenance = "exact" if low is None else "fitted"
+    return Part(
+        name=name,
+        bytes=Bytes(size),
+        low=Bytes(size if low is None else low),
+        high=Bytes(size if high is None else high),
+        provenance=provenance,
+        place="host",
+    )
+
+
+def recorded_plan() -> Plan:
+    """The plan of the recorded run: Qwen2.5-0.5B's shape, Q8_0, 1024 tokens, on a CPU."""
+    plan = example_plan("raspberry-pi-5-8gb")
+    return replace(
+        plan,
+        settings=replace(plan.settings, context=1024, slots=1, kv_type="f16"),
+        memory=MemoryEstimate(
+            parts=(
+                part("weights", 525_120_000),
+                part("kv_cache", 12_582_912),
+                part("compute", 38_285_344),
+                part("output", 607_744),
+                part("process", 65_431_000, 49_100_000, 88_000_000),
+            ),
+            file_bytes=Bytes(529_600_000),
+            file_provenance="exact",
+            bits_per_weight=8.5,
+        ),
+        speed=replace(plan.speed, decode=12.1, decode_low=8.6, decode_high=16.9, decode_full=11.8),
+    )
+
+
+def changed(changes: dict[str, Any]) -> dict[str, Any]:
+    document: dict[str, Any] = copy.deepcopy(RECORDED)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        place: Any = document
+        for name in parents:
+            place = place[int(name)] if isinstance(place, list) else place[name]
+        assert last in place
+        place[last] = value
+    return document
+
+
+def judged(changes: dict[str, Any], *, strict: bool = False) -> check.CheckReport:
+    facts = check.facts_from(changed(changes), source="the case")
+    return check.evaluate(recorded_plan(), facts, strict_device=strict)
+
+
+@pytest.mark.parametrize("case", TABLE, ids=[case["name"] for case in TABLE])
+def test_verdicts(case: dict[str, Any]) -> None:
+    report = judged(case["change"], strict=case.get("strict", False))
+
+    found = {item.name: item.status for item in report.items}
+    absent = case.get("absent", [])
+    special = {
+        name: status
+        for name, status in found.items()
+        if status not in ("pass", "note") or name in case["expect"]
+    }
+    expected = {name: status for name, status in {**AT_REST, **case["expect"]}.items() if name in found}
+    assert special == expected
+    assert not set(absent) & set(found)
+    assert report.passed == ("fail" not in found.values())
+    assert case["why"]
+
+
+def test_residuals_are_kept_with_their_sign_and_provenance() -> None:
+    report = judged({"log.caches.0.bytes": 12_582_912 + 4096})
+
+    residuals = {r.part: r for r in report.residuals}
+    assert set(residuals) == {"weights", "kv_cache", "compute", "output"}
+    assert residuals["kv_cache"].bytes == 4096
+    assert residuals["kv_cache"].provenance == "exact"
+    assert residuals["kv_cache"].relative == pytest.approx(4096 / 12_582_912)
+
+
+def test_the_report_goes_to_json_whole() -> None:
+    report = judged({})
+
+    document = json.loads(serde.to_json(check.to_document(report)))
+
+    assert document["schema_version"] == 1
+    assert document["passed"] is True
+    assert document["plan"] == recorded_plan().digest
+    assert document["facts"] == RECORDED
+    assert [item["name"] for item in document["items"]] == [item.name for item in report.items]
+    assert document["residuals"][0].keys() == {
+        "part", "predicted", "measured", "provenance", "bytes", "relative",
+    }  # fmt: skip
+
+
+def test_the_table_says_what_failed_and_why() -> None:
+    text = check.table(judged({"memory.major_faults_run": 40_000}))
+
+    assert "FAILED: paging" in text
+    assert "the memory is not enough" in text
+    assert check.table(judged({})).endswith("\npassed\n")
+
+
+def test_facts_of_another_shape_are_refused() -> None:
+    document = changed({})
+    document["memory"]["peak_rss"] = "many"
+    document["surprise"] = 1
+
+    with pytest.raises(BadInput, match="surprise") as caught:
+        check.facts_from(document, source="the case")
+    assert "peak_rss" in caught.value.message
+
+
+def on_orin(**memory: object) -> check.CheckReport:
+    """The recorded run as an Orin would report it: buffers on CUDA0, unified memory."""
+    plan = example_plan("jetson-orin-nano-8gb")
+    plan = replace(
+        plan,
+        settings=replace(plan.settings, context=1024),
+        memory=MemoryEstimate(
+            parts=(
+                replace(part("weights", 525_120_000), place="device"),
+                replace(part("host_copy", 144_000_000), place="host"),
+                replace(part("kv_cache", 12_582_912), place="device"),
+                replace(part("compute", 38_285_344, 37_000_000, 40_000_000), place="device"),
+                part("output", 607_744),
+                part("process", 60 * MIB, 40 * MIB, 90 * MIB),
+            ),
+            file_bytes=Bytes(529_600_000),
+            file_provenance="exact",
+            bits_per_weight=8.5,
+        ),
+    )
+    changes: dict[str, Any] = {f"memory.{name}": value for name, value in memory.items()}
+    changes["log.buffers"] = [
+        {"kind": "model", "name": "CUDA0", "bytes": 525_116_375},
+        {"kind": "model", "name": "CPU", "bytes": 144_000_000},
+        {"kind": "kv", "name": "CUDA0", "bytes": 12_582_912},
+        {"kind": "compute", "name": "CUDA0", "bytes": 38_283_510},
+        {"kind": "output", "name": "CPU", "bytes": 608_174},
+    ]
+    changes["log.lines"] = {"model": 2, "kv": 1, "compute": 1, "output": 1}
+    return check.evaluate(plan, check.facts_from(changed(changes), source="the case"))
+
+
+@pytest.mark.parametrize(
+    ("memory", "how"),
+    [
+        ({"peak_rss": 220_000_000, "nvmap": 580_000_000}, "VmHWM and nvmap"),
+        ({"peak_rss": 220_000_000, "gpu": 580_000_000}, "VmHWM and the GPU's own count"),
+        ({"peak_rss": 220_000_000, "system_drop": 800_000_000}, "what the whole system lost"),
+    ],
+)
+def test_memory_of_an_accelerator_is_added_to_what_the_process_holds(
+    memory: dict[str, int], how: str
+) -> None:
+    report = on_orin(**memory)
+
+    items = {item.name: item for item in report.items}
+    assert items["peak memory"].status == "pass"
+    assert how in items["peak memory"].message
+    assert items["weights"].status == "pass"
