@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+PLANNED = (
+    "profile",
+    "power_mode",
+    "desktop",
+    "model",
+    "teacher",
+    "scheme",
+    "context",
+    "kv_type",
+    "min_decode",
+)
+"""Options of `build` that a plan file has already answered."""
 ANYWHERE = frozenset({"-q", "--quiet", "-v", "--verbose"})
 
 
@@ -87,7 +99,7 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
       edgepack plan  --profile jetson-orin
       edgepack fit   --profile raspberry-pi-5-8gb --model ./Qwen2.5-1.5B-Instruct --scheme Q4_K_M
       edgepack build --profile jetson-orin --model demo --key ~/.ssh/edgepack -o out/
-      edgepack check out/demo-q8_0-jetson-orin-nano-8gb.tar
+      edgepack check out/demo-q6_k-jetson-orin-nano-8gb.tar
     """
     ctx.obj = Silent() if quiet else Terminal(verbose=verbose)
 
@@ -155,7 +167,7 @@ def fit(progress: Progress, /, **options: Any) -> None:
 @_model_options
 @click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
 @click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
-              help="Refuse slower candidates (default 5; 0 switches it off).")  # fmt: skip
+              help="Refuse candidates that may be slower with a full context (default 5; 0: off).")  # fmt: skip
 @click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
               show_default=True, help="What to make most of.")  # fmt: skip
 @click.option("--explain", is_flag=True, help="Say why this, and why not each of the others.")
@@ -189,16 +201,16 @@ def plan(output: Path | None, as_json: bool, explain: bool, **options: Any) -> N
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
 @click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
-              help="Refuse slower candidates (default 5; 0 switches it off).")  # fmt: skip
+              help="Refuse candidates that may be slower with a full context (default 5; 0: off).")  # fmt: skip
 @click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
               show_default=True, help="What to make most of.")  # fmt: skip
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
-              help="Importance matrix made by `edgepack imatrix` or llama-imatrix.")  # fmt: skip
+              help="Importance matrix: a GGUF by llama-imatrix, or a text to compute it from.")  # fmt: skip
 @click.option("--key", type=click.Path(path_type=Path), help="Sign with this ed25519 private key.")
 @click.option("--with-runtime", is_flag=True, help="Carry a static llama-server (CPU devices).")
 @click.option("--image-digest", metavar="SHA256", help="Pin the runtime image to this digest.")
 @click.option("--release-sequence", type=click.IntRange(1), default=1, show_default=True,
-              help="Devices refuse a lower one than they run.")  # fmt: skip
+              help="Recorded and signed, for installers to refuse a lower one.")  # fmt: skip
 @click.option("--revision", metavar="REV", help="Commit of the Hub repository.")
 @click.option("--offline", is_flag=True, help="Fetch nothing.")
 @click.option("--force", is_flag=True, help="Build even what does not fit; the bundle carries the reason.")
@@ -233,6 +245,12 @@ def build(
     from edgepack import pipeline, serde, tables
 
     if plan_file is not None:
+        given = [name for name in PLANNED if options.get(name)]
+        if given:
+            raise BadInput(
+                f"--plan holds the whole plan, and --{given[0].replace('_', '-')} would change it",
+                hint="plan again with `edgepack plan … -o FILE`",
+            )
         chosen = pipeline.read_plan(plan_file)
     else:
         chosen = _planned(pipeline, {**options, "imatrix": imatrix_file is not None, "offline": offline})

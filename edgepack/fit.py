@@ -75,7 +75,7 @@ def fit(
         budget=case.room,
         fits=fits,
         max_context=case.max_context(),
-        binding=_binding(estimate, case.room),
+        binding=binding(estimate, case.room),
         hint="" if fits else _hint(case),
     )
 
@@ -85,9 +85,16 @@ def excess(estimate: MemoryEstimate, room: Budget) -> int:
 
     One pool when CPU and accelerator share their memory; else the worse of the two.
     """
+    need, limit = tightest(estimate, room)
+    return need - limit
+
+
+def tightest(estimate: MemoryEstimate, room: Budget) -> tuple[int, int]:
+    """Upper end of the need and the limit of the pool that has least room, in bytes."""
     if room.unified:
-        return estimate.high - room.device
-    return max(estimate.at("device") - room.device, estimate.at("host") - room.host)
+        return estimate.high, room.device
+    device, host = estimate.at("device"), estimate.at("host")
+    return (device, room.device) if device - room.device >= host - room.host else (host, room.host)
 
 
 def longest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -176,16 +183,13 @@ class _Case:
                 self.scheme,
                 self.settings,
                 backend=backend,
-                unified=backend == "cpu",
                 imatrix=self.imatrix,
             )
-        own = profile.accelerator.memory if profile.accelerator else None
         return memory.estimate(
             self.spec,
             self.scheme,
             self.settings,
             backend=profile.backend,
-            unified=own is None,
             imatrix=self.imatrix,
             arch=profile.arch,
         )
@@ -215,7 +219,7 @@ def _hint(case: _Case) -> str:
 def _changes(case: _Case) -> Iterator[tuple[str, _Case]]:
     settings = case.settings
     if case.session == "desktop":
-        yield "run without a desktop (--session headless)", replace(case, session="headless")
+        yield "leave out --desktop (run the device without one)", replace(case, session="headless")
     light = case
     if settings.kv_type in ("f32", "f16", "bf16"):
         light = replace(light, settings=replace(light.settings, kv_type="q8_0"))
@@ -264,7 +268,8 @@ def _smaller(case: _Case) -> list[str]:
     return sorted((s for s in _STEPS_DOWN if weight(s) < weight(case.scheme)), key=weight, reverse=True)
 
 
-def _binding(estimate: MemoryEstimate, room: Budget) -> str:
+def binding(estimate: MemoryEstimate, room: Budget) -> str:
+    """The pool with least room, and the part that takes most of it: "memory: weights"."""
     if room.unified:
         return f"memory: {_largest(estimate)}"
     device, host = estimate.at("device") - room.device, estimate.at("host") - room.host

@@ -22,7 +22,7 @@ from edgepack import (
 )
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle
-from edgepack.errors import BadInput, NotFound, Unsupported
+from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
@@ -108,7 +108,7 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
     """Surveys all candidates and returns the best plan; raises NothingFits with the nearest one."""
     if len(models) == 1 and models[0].spec.gguf_types is not None and request.scheme is None:
         request = replace(request, scheme=models[0].spec.gguf_scheme)
-    return plan.choose(list(plan.survey(request, models)), request.goal)
+    return plan.choose(list(plan.survey(request, models)), request, models)
 
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
@@ -118,8 +118,16 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
 
     if not chosen.profile.deployable:
         raise Unsupported(
-            f"{chosen.profile.name} is for planning only", hint="edgepack profiles list shows deployable ones"
+            f"{chosen.profile.name} is for planning only", hint="edgepack profiles list marks such profiles"
         )
+    if options.with_runtime and chosen.profile.backend != "cpu":
+        raise Unsupported(
+            f"--with-runtime carries a CPU server, and {chosen.profile.name} runs on {chosen.profile.backend}",
+            hint="leave it out: the bundle names an image (docker/ has its Dockerfile)",
+        )
+    if chosen.imatrix != (options.imatrix is not None):
+        wanted = "an importance matrix" if chosen.imatrix else "no importance matrix"
+        raise BadInput(f"the plan counts with {wanted}", hint="give or leave out --imatrix FILE accordingly")
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
     checkpoint = hub.resolve(
         chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
@@ -242,9 +250,7 @@ def _known_runtime(options: Mapping[str, Any]) -> None:
 
 
 def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candidate:
-    checkpoint = hub.resolve(
-        repository, revision=revision, offline=offline, weights=False, progress=Silent()
-    )
+    checkpoint = hub.resolve(repository, revision=revision, offline=offline, weights=False, progress=Silent())
     spec = read_model(checkpoint.path)
     reference = ModelRef(
         id=repository,
@@ -289,7 +295,7 @@ def _same_model(chosen: Plan, spec: modelspec.ModelSpec) -> None:
 def _same_size(exact: Plan, artifact: Artifact) -> None:
     predicted = exact.memory.file_bytes
     if exact.memory.file_provenance == "exact" and artifact.bytes != predicted:
-        raise BadInput(
+        raise BuildFailed(
             f"the artifact has {artifact.bytes} bytes, the plan says {predicted}",
             hint="this is a bug in edgepack's arithmetic; report it with the model's config.json",
         )

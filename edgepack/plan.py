@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgepack import degradation, memory, schemes, serde, speed
-from edgepack.errors import BadInput, NothingFits
-from edgepack.fit import excess, longest
+from edgepack.errors import BadInput, NothingFits, Unsupported
+from edgepack.fit import binding, excess, fit, longest, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -24,7 +25,7 @@ from edgepack.units import MIB, show
 Goal = Literal["quality", "latency", "context"]
 
 KEPT = 0.97
-"""For the goal latency: what the lower end of a scheme's quality must keep of its middle."""
+"""For the goal latency: what a scheme must surely keep of its unquantized model."""
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
@@ -79,7 +80,7 @@ class Request:
     ubatch: int = 512
     imatrix: bool = False
     min_decode: float | None = None
-    """Tokens per second that the lower end of the prediction must reach."""
+    """Tokens per second that the lower end of the prediction must reach with the context full."""
     goal: Goal = "quality"
     force: bool = False
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
@@ -93,17 +94,28 @@ class Quality:
     high: float
     retention: float
     """What the scheme keeps of the unquantized model, 1.0 being all; fitted."""
+    kept_low: float
+    """Its lower end."""
     panel: str
     """Name of the single-source panel; "none" when the model has no published score in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
-    candidate: str
+    model: str
+    scheme: str
+    kv_type: str
+    context: int
     reason: str
     excess: int = 0
     """Bytes over the budget; 0 when memory was not the reason."""
+    slowness: float = 0.0
+    """How many times too slow, above 1; 0 when speed was not the reason."""
     hint: str = ""
+
+    @property
+    def candidate(self) -> str:
+        return f"{self.model} {self.scheme} kv {self.kv_type} ctx {self.context}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +145,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 of the plan's JSON; names work folders."""
+        """sha256 of the plan's JSON: the check's report names the plan by it."""
         return hashlib.sha256(serde.to_json(self).encode()).hexdigest()
 
 
@@ -146,17 +158,45 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
     for candidate in models:
         for scheme in (request.scheme,) if request.scheme else SCHEMES:
             for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
-                yield _try(request, room, mode, candidate, panels[candidate.model.id], scheme, kv_type)
+                try:
+                    yield _try(request, room, mode, candidate, panels[candidate.model.id], scheme, kv_type)
+                except Unsupported as error:
+                    context = request.context or _default_context(request, candidate.spec)
+                    yield _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
 
 
-def choose(outcomes: Sequence[Plan | Rejection], goal: Goal) -> Plan:
+def _default_context(request: Request, spec: ModelSpec) -> int:
+    return min(DEFAULT_CONTEXT, spec.context_train) * request.slots
+
+
+def _reject(
+    candidate: Candidate, scheme: str, kv_type: str, context: int, reason: str, *, excess: int = 0,
+    slowness: float = 0.0, hint: str = "",
+) -> Rejection:  # fmt: skip
+    return Rejection(
+        model=candidate.model.id, scheme=scheme, kv_type=kv_type, context=context, reason=reason, excess=excess,
+        slowness=slowness, hint=hint,
+    )  # fmt: skip
+
+
+def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: Sequence[Candidate]) -> Plan:
     """The best plan, carrying the reasons against the others; raises NothingFits when there is none."""
+    goal = request.goal
     plans = rank([o for o in outcomes if isinstance(o, Plan)], goal)
     rejections = tuple(o for o in outcomes if isinstance(o, Rejection))
     if not plans:
-        raise _nothing_fits(rejections)
+        raise _nothing_fits(rejections, request, candidates)
     best = plans[0]
-    others = tuple(Rejection(candidate=label(p), reason=_why_not(best, p, goal)) for p in plans[1:])
+    others = tuple(
+        Rejection(
+            model=p.model.id,
+            scheme=p.scheme,
+            kv_type=p.settings.kv_type,
+            context=p.settings.context,
+            reason=_why_not(best, p, goal),
+        )
+        for p in plans[1:]
+    )
     return replace(best, rejected=others + rejections)
 
 
@@ -203,7 +243,7 @@ def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
     ordered: list[Plan] = []
     while left:
         if goal == "latency":
-            best = max(left, key=lambda p: (p.quality.low >= KEPT * p.quality.score, p.speed.decode_low))
+            best = max(left, key=lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_full_low))
         elif goal == "context":
             best = max(left, key=lambda p: (p.settings.context, p.quality.low))
         else:
@@ -233,7 +273,6 @@ def _memory(
         scheme,
         settings,
         backend=profile.backend,
-        unified=profile.unified,
         imatrix=imatrix,
         arch=profile.arch,
     )
@@ -249,18 +288,17 @@ def _try(
     kv_type: str,
 ) -> Plan | Rejection:
     spec = candidate.spec
-    context = request.context or min(DEFAULT_CONTEXT * request.slots, spec.context_train * request.slots)
-    name = f"{candidate.model.id} {scheme} kv {kv_type} ctx {context}"
-    if schemes.needs_imatrix(scheme) and not request.imatrix:
-        return Rejection(candidate=name, reason=f"{scheme} is unusable without an importance matrix",
-                         hint="give one with --imatrix")  # fmt: skip
-    if context > spec.context_train * request.slots:
-        return Rejection(
-            candidate=name,
-            reason=f"context {context} is beyond the {spec.context_train} tokens the model was trained on"
-            + (f" times {request.slots} slots" if request.slots > 1 else ""),
-            hint=f"--context {spec.context_train * request.slots}",
+    context = request.context or _default_context(request, spec)
+    limit = spec.context_train * request.slots
+    if schemes.requires_imatrix(spec, scheme) and not request.imatrix:
+        reason = f"{scheme} is unusable without an importance matrix"
+        return _reject(candidate, scheme, kv_type, context, reason, hint="give one with --imatrix")
+    if context > limit:
+        slots = f" times {request.slots} slots" if request.slots > 1 else ""
+        reason = (
+            f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
         )
+        return _reject(candidate, scheme, kv_type, context, reason, hint=f"--context {limit}")
 
     def settings(tokens: int) -> Settings:
         return llama_cpp.settings_for(
@@ -271,31 +309,30 @@ def _try(
         return _memory(request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix)
 
     if request.goal == "context" and request.context is None:
-        limit = spec.context_train * request.slots
         context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
-        name = f"{candidate.model.id} {scheme} kv {kv_type} ctx {context}"
     estimate = needs(context)
-    over = excess(estimate, room)
+    need, there_is = tightest(estimate, room)
     warnings = list(_warnings(request, candidate.model, spec, scheme))
-    if over > 0:
+    if need > there_is:
         reason = (
-            f"needs {show(estimate.high)}, {show(over)} more than the {show(_limit(estimate, room))} there is; "
-            f"{binding(estimate)}"
+            f"needs {show(need)}, {show(need - there_is)} more than the {show(there_is)} there is; "
+            f"most goes to {binding(estimate, room)}"
         )
         if not request.force:
-            return Rejection(candidate=name, reason=reason, excess=over)
+            return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
         warnings.append(f"forced: {reason}")
     pace = _speed(request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots)
     floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
-    if pace.decode_low < floor:
+    if pace.decode_full_low < floor:
+        default = "" if request.min_decode is not None else " (the default)"
         reason = (
-            f"decodes {pace.decode:.1f} tok/s, at least {pace.decode_low:.1f}, and {floor:g} were asked for"
-            + ("" if request.min_decode is not None else " (the default)")
+            f"decodes {pace.decode_full:.1f} tok/s with a full context, perhaps only {pace.decode_full_low:.1f}, and "
+            f"{floor:g} are asked for{default}"
         )
         if not request.force:
-            return Rejection(
-                candidate=name, reason=reason, hint=f"--min-tokens-per-second {pace.decode_low:.1f}"
-            )
+            slowness = floor / pace.decode_full_low
+            hint = f"--min-tokens-per-second {math.floor(pace.decode_full_low * 10) / 10:g}"
+            return _reject(candidate, scheme, kv_type, context, reason, slowness=slowness, hint=hint)
         warnings.append(f"forced: {reason}")
     return Plan(
         profile=request.profile,
@@ -313,18 +350,6 @@ def _try(
         quality=_quality(candidate, panel, scheme, imatrix=request.imatrix),
         warnings=tuple(warnings),
     )
-
-
-def binding(estimate: MemoryEstimate) -> str:
-    """The part that takes most, in words."""
-    part = max(estimate.parts, key=lambda p: p.high)
-    return f"{part.name} take {show(part.high)}"
-
-
-def _limit(estimate: MemoryEstimate, room: Budget) -> int:
-    if room.unified or estimate.at("device") - room.device >= estimate.at("host") - room.host:
-        return room.device
-    return room.host
 
 
 def _speed(
@@ -363,6 +388,7 @@ def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) ->
         low=score * kept.low,
         high=score * kept.high,
         retention=kept.retention,
+        kept_low=kept.low,
         panel=panel,
     )
 
@@ -398,13 +424,42 @@ def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
     return quality
 
 
-def _nothing_fits(rejections: Sequence[Rejection]) -> NothingFits:
+def _nothing_fits(
+    rejections: Sequence[Rejection], request: Request, candidates: Sequence[Candidate]
+) -> NothingFits:
+    """The refusal: the nearest candidate, its arithmetic, and the cheapest change that was tried and fits."""
     if not rejections:
         return NothingFits("there is no model to choose from", hint="name one with --model")
-    too_big = [r for r in rejections if r.excess > 0]
-    others = [r for r in rejections if r.excess == 0]
-    nearest = others[-1] if others else min(too_big, key=lambda r: r.excess)
-    hint = nearest.hint or (
-        f"free {-(-nearest.excess // MIB)} MiB on the device, use a smaller model, a shorter --context, or --force"
+    slow = [r for r in rejections if r.slowness]
+    large = [r for r in rejections if r.excess]
+    if slow:
+        nearest = min(slow, key=lambda r: r.slowness)
+        return NothingFits(
+            f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+        )
+    if not large:
+        nearest = rejections[0]
+        return NothingFits(
+            f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+        )
+    nearest = min(large, key=lambda r: r.excess)
+    spec = next(c.spec for c in candidates if c.model.id == nearest.model)
+    settings = llama_cpp.settings_for(
+        request.profile,
+        context=nearest.context,
+        slots=request.slots,
+        kv_type=nearest.kv_type,
+        ubatch=request.ubatch,
     )
-    return NothingFits(f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=hint)
+    tried = fit(
+        spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
+        imatrix=request.imatrix,
+    )  # fmt: skip
+    terms = " ".join(
+        f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"
+        for name, value in budget(request.profile, request.session).arithmetic
+    )
+    return NothingFits(
+        f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
+        hint=f"{tried.hint}; or free {-(-nearest.excess // MIB)} MiB on the device, or --force",
+    )

@@ -20,6 +20,7 @@ class Speed:
     decode_high: float
     decode_full: float
     """Tokens per second with the context full."""
+    decode_full_low: float
     provenance: Literal["fitted", "measured"]
 
 
@@ -54,5 +55,6 @@ def estimate(
         decode_low=short / (1.0 + spread),
         decode_high=short * (1.0 + spread),
         decode_full=full,
+        decode_full_low=full / (1.0 + spread),
         provenance="fitted",
     )

@@ -33,9 +33,8 @@ def fit(document: Mapping[str, Any]) -> str:
         verdict = "fits" if document["fits"] else "does NOT fit"
         lines += [
             "",
-            bar(document["parts"], document["budget_bytes"]),
-            f"{verdict}: up to {show(total['high'])} of {show(document['budget_bytes'])}"
-            f"; largest context {document['max_context']} tokens",
+            *_pools(document["parts"], document["budget_bytes"], document["budget_host_bytes"]),
+            f"{verdict}; largest context {document['max_context']} tokens",
         ]
         if not document["fits"]:
             lines += [f"binding: {document['binding']}", f"hint: {document['hint']}"]
@@ -65,7 +64,7 @@ def plan(chosen: Plan, *, explain: bool) -> str:
         f"{'total':<18}{show(chosen.memory.total):>12}  "
         f"{_interval({'low': chosen.memory.low, 'high': chosen.memory.high})}",
         "",
-        bar(parts, chosen.budget.device),
+        *_pools(parts, chosen.budget.device, None if chosen.budget.unified else chosen.budget.host),
         f"budget {show(chosen.budget.device)} = "
         + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip(
             "+ "
@@ -109,7 +108,7 @@ def profiles(everything: Iterable[DeviceProfile]) -> str:
         row = profile_row(p)
         rows.append(
             (p.name, ", ".join(p.aliases), show(row["memory_bytes"]), show(row["budget_bytes"]),
-             f"{row['bandwidth_gbs']:g}", row["power_mode"], p.arch)
+             f"{row['bandwidth_gbs']:g}", row["power_mode"], p.arch if p.deployable else f"{p.arch}, planning only")
         )  # fmt: skip
     return _text(_columns(rows))
 
@@ -177,6 +176,17 @@ def bar(parts: Sequence[Mapping[str, Any]], limit: int) -> str:
     edge = round(BAR_WIDTH * limit / scale)
     inside, over = drawn[:edge].ljust(edge), drawn[edge:]
     return f"[{inside}]{'!' * len(over)}"
+
+
+def _pools(parts: Sequence[Mapping[str, Any]], device: int, host: int | None) -> list[str]:
+    """A bar for the shared memory, or one each for the card's and the system's."""
+    if host is None or host == device:
+        return [f"{bar(parts, device)} up to {show(sum(p['high'] for p in parts))} of {show(device)}"]
+    lines = []
+    for place, limit in (("device", device), ("host", host)):
+        own = [p for p in parts if p["place"] == place]
+        lines.append(f"{bar(own, limit)} {place}: up to {show(sum(p['high'] for p in own))} of {show(limit)}")
+    return lines
 
 
 def _parts(parts: Iterable[Mapping[str, Any]]) -> list[str]:

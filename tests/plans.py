@@ -45,8 +45,17 @@ def example_plan(profile_name: str, *, model: str = "Qwen/Qwen2.5-1.5B-Instruct"
             file_provenance="exact",
             bits_per_weight=5.08,
         ),
-        speed=Speed(decode=30.0, decode_low=20.0, decode_high=40.0, decode_full=27.0, provenance="fitted"),
-        quality=Quality(score=60.0, low=59.0, high=61.0, retention=0.98, panel="qwen25_instruct_panel"),
+        speed=Speed(
+            decode=30.0,
+            decode_low=20.0,
+            decode_high=40.0,
+            decode_full=27.0,
+            decode_full_low=18.0,
+            provenance="fitted",
+        ),
+        quality=Quality(
+            score=60.0, low=59.0, high=61.0, retention=0.98, kept_low=0.96, panel="qwen25_instruct_panel"
+        ),
     )
 
 

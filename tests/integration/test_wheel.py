@@ -22,7 +22,8 @@ def test_the_wheel_carries_what_the_program_reads(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
 
     profiles = {f"edgepack/_data/profiles/{p.name}" for p in (ROOT / "profiles").glob("*.yaml")}
-    templates = {f"edgepack/_data/templates/{p.relative_to(ROOT / 'templates')}" for p in (ROOT / "templates").rglob("*.j2")}
+    rendered = ROOT / "templates"
+    templates = {f"edgepack/_data/templates/{p.relative_to(rendered)}" for p in rendered.rglob("*.j2")}
     assert profiles | templates <= names
     assert {"edgepack/models/demo/model.safetensors", "edgepack/device/agent.py"} <= names
     assert any(name.startswith("edgepack/catalog/") and name.endswith(".yaml") for name in names)
@@ -35,7 +36,10 @@ def test_the_installed_wheel_plans(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("edgepack-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['profiles', 'list']; from edgepack.cli import main; main()"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[1:] = ['profiles', 'list']; "
+        "from edgepack.cli import main; main()"
+    )
 
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True, check=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ def document(*words: object) -> dict[str, Any]:
 
 
 def test_fit_has_the_agreed_fields_and_its_parts_add_up() -> None:
-    found = document("fit", "--model", "qwen2.5-1.5b-instruct", "--profile", "jetson-orin", "--scheme", "Q4_K_M", "--json")
+    model = ("--model", "qwen2.5-1.5b-instruct", "--scheme", "Q4_K_M")
+
+    found = document("fit", *model, "--profile", "jetson-orin", "--json")
 
     assert set(found) >= FIT_FIELDS
     assert found["total"]["bytes"] == sum(part["bytes"] for part in found["parts"])
@@ -46,7 +49,9 @@ def test_fit_takes_a_bare_config_and_judges_nothing_without_a_device(tmp_path: P
               "max_position_embeddings": 32768}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    found = document("fit", "--model", tmp_path / "config.json", "--scheme", "Q4_0", "--context", 4096, "--json")
+    found = document(
+        "fit", "--model", tmp_path / "config.json", "--scheme", "Q4_0", "--context", 4096, "--json"
+    )
 
     assert found["fits"] is None
     assert found["budget_bytes"] is None
@@ -54,12 +59,21 @@ def test_fit_takes_a_bare_config_and_judges_nothing_without_a_device(tmp_path: P
 
 
 def test_a_hint_of_fit_applied_fits() -> None:
-    words = ("fit", "--model", "qwen2.5-7b-instruct", "--profile", "raspberry-pi-5-8gb", "--scheme", "Q8_0", "--json")
+    words = (
+        "fit",
+        "--model",
+        "qwen2.5-7b-instruct",
+        "--profile",
+        "raspberry-pi-5-8gb",
+        "--scheme",
+        "Q8_0",
+        "--json",
+    )
     found = document(*words)
     assert found["fits"] is False
 
     hint = found["hint"].split()
-    flags = [word for pair in zip(hint, hint[1:], strict=False) if pair[0].startswith("--") for word in pair]
+    flags = [word for pair in itertools.pairwise(hint) if pair[0].startswith("--") for word in pair]
     again = document(*words, *flags)
 
     assert flags

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepack import catalog, pipeline, plan, profile, serde
+from edgepack import catalog, modelspec, pipeline, plan, profile, serde
 from edgepack.errors import BadInput, NothingFits
 from edgepack.fit import excess
 from edgepack.plan import Candidate, Plan, Rejection, Request
@@ -36,7 +36,7 @@ def test_what_is_chosen_fits_with_the_upper_end_of_its_estimate(name: str) -> No
     chosen = pipeline.make_plan(Request(profile=device), models())
 
     assert excess(chosen.memory, chosen.budget) <= 0
-    assert chosen.speed.decode_low >= plan.DEFAULT_MIN_DECODE
+    assert chosen.speed.decode_full_low >= plan.DEFAULT_MIN_DECODE
     assert chosen.quality.panel != "none"
 
 
@@ -92,11 +92,59 @@ def test_a_refusal_names_the_arithmetic_and_a_change_that_fits() -> None:
     with pytest.raises(NothingFits) as caught:
         pipeline.make_plan(request, [candidate])
 
-    assert re.search(r"needs .* more than the .* there is; weights take", caught.value.message)
+    assert re.search(
+        r"needs .* more than the .* there is; most goes to memory: weights", caught.value.message
+    )
+    assert "budget = " in caught.value.message
     freed = re.search(r"free (\d+) MiB", str(caught.value.hint))
     assert freed is not None
+    assert str(caught.value.hint).startswith("--")
     roomier = replace(tight, memory=Bytes(tight.memory + int(freed.group(1)) * 2**20))
     pipeline.make_plan(replace(request, profile=roomier), [candidate])
+
+
+def test_the_hint_of_a_refusal_applied_is_a_plan() -> None:
+    tight = replace(NANO, memory=Bytes(int(2.9 * GIB)))
+    request = Request(profile=tight, scheme="Q8_0", kv_type="f16", context=8192, min_decode=0.0)
+    candidate = one("qwen2.5-1.5b-instruct")
+    with pytest.raises(NothingFits) as caught:
+        pipeline.make_plan(request, [candidate])
+
+    words = str(caught.value.hint).split(";")[0].split()
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    changed = replace(
+        request,
+        scheme=given.get("--scheme", request.scheme),
+        kv_type=given.get("--kv-type", request.kv_type),
+        context=int(given.get("--context", "8192")),
+        ubatch=int(given.get("--ubatch", request.ubatch)),
+    )
+
+    pipeline.make_plan(changed, [candidate])
+
+
+def test_too_slow_names_the_fastest_and_the_floor_it_reaches() -> None:
+    request = Request(profile=profile.load("raspberry-pi-5-8gb"), min_decode=1000.0)
+
+    with pytest.raises(NothingFits) as caught:
+        pipeline.make_plan(request, models())
+
+    floor = float(str(caught.value.hint).split()[-1])
+    assert "0.5b" in caught.value.message
+    pipeline.make_plan(replace(request, min_decode=floor), models())
+
+
+def test_a_kv_type_that_a_model_cannot_have_is_one_rejection_among_others() -> None:
+    """Heads of 80 cannot hold q8_0 blocks of 32; f16 still fits."""
+    config = {"model_type": "llama", "hidden_size": 1280, "num_hidden_layers": 4, "num_attention_heads": 16,
+              "num_key_value_heads": 16, "intermediate_size": 4096, "vocab_size": 32000,
+              "max_position_embeddings": 4096}  # fmt: skip
+    odd = replace(one("qwen2.5-0.5b-instruct"), spec=modelspec.from_config(config, name="odd"), panels={})
+
+    chosen = pipeline.make_plan(Request(profile=NANO), [odd])
+
+    assert chosen.settings.kv_type == "f16"
+    assert any("q8_0" in r.reason for r in chosen.rejected)
 
 
 def test_force_keeps_the_reason_in_the_plan() -> None:
