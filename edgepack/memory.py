@@ -68,22 +68,21 @@ def estimate(
     settings: Settings,
     *,
     backend: Backend,
-    unified: bool,
     imatrix: bool = False,
     arch: Arch = "x86_64",
 ) -> MemoryEstimate:
     """What llama-server takes with these weights and settings, part by part.
 
-    ``unified``: accelerator and CPU share one memory, so every part counts against the same budget; places
-    are kept apart all the same. ``arch``: the CPU's, which decides what is repacked. Raises Unsupported for
-    a scheme or KV type the model cannot have.
+    Places are kept apart even where accelerator and CPU share one memory. The driver's context on an
+    accelerator is no part: the profile's reserve holds it. ``arch``: the CPU's, which decides what is
+    repacked. Raises Unsupported for a scheme or KV type the model cannot have.
     """
     file_bytes, file_provenance = schemes.file_bytes(spec, scheme, imatrix=imatrix)
     return MemoryEstimate(
         parts=(
             *_weights(spec, scheme, settings, backend=backend, imatrix=imatrix, arch=arch),
             *_context(spec, settings, backend=backend),
-            _process(spec, settings, unified=unified),
+            _process(spec, settings),
         ),
         file_bytes=file_bytes,
         file_provenance=file_provenance,
@@ -161,7 +160,7 @@ def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[P
     return [*parts, _exact("output", logits, "host", "logits, one row per slot")]
 
 
-def _process(spec: ModelSpec, settings: Settings, *, unified: bool) -> Part:
+def _process(spec: ModelSpec, settings: Settings) -> Part:
     expected, low, high = llama_cpp.process_bytes(spec, settings)
     return Part(
         name="process",

@@ -134,7 +134,7 @@ class DeviceProfile:
     match: Match = field(default_factory=Match)
     aliases: tuple[str, ...] = ()
     uncertain: tuple[str, ...] = ()
-    """Dotted names of fields that are estimates; intervals widen for them."""
+    """Dotted names of fields that are estimates and are warned about."""
     deployable: bool = True
 
     @property

@@ -25,16 +25,16 @@ def on_cpu(
     repack: bool = True,
 ) -> MemoryEstimate:
     wanted = settings(context, slots=slots, load_mode=load_mode, repack=repack)
-    return memory.estimate(spec(name), scheme, wanted, backend="cpu", unified=True, arch=arch)
+    return memory.estimate(spec(name), scheme, wanted, backend="cpu", arch=arch)
 
 
-def on_gpu(name: str, scheme: str, *, unified: bool) -> MemoryEstimate:
-    return memory.estimate(spec(name), scheme, settings(gpu_layers=99), backend="cuda", unified=unified)
+def on_gpu(name: str, scheme: str) -> MemoryEstimate:
+    return memory.estimate(spec(name), scheme, settings(gpu_layers=99), backend="cuda")
 
 
 def test_a_tied_embedding_lies_on_the_host_too_when_offloaded() -> None:
     """0.5B as Q4_K_M: 373 MiB on the device, and 137 MiB of token_embd on the host."""
-    estimate = on_gpu("qwen2.5-0.5b", "Q4_K_M", unified=True)
+    estimate = on_gpu("qwen2.5-0.5b", "Q4_K_M")
 
     assert estimate.part("weights") / MIB == pytest.approx(373.71, abs=0.01)
     assert estimate.part("host_copy") / MIB == pytest.approx(137.9, abs=0.1)
@@ -42,7 +42,7 @@ def test_a_tied_embedding_lies_on_the_host_too_when_offloaded() -> None:
 
 
 def test_an_untied_embedding_lies_on_the_host_only() -> None:
-    estimate = on_gpu("qwen2.5-7b", "Q4_K_M", unified=False)
+    estimate = on_gpu("qwen2.5-7b", "Q4_K_M")
     weights = {part.place: part.bytes for part in estimate.parts if part.name == "weights"}
 
     assert estimate.part("host_copy") == 0
@@ -106,9 +106,7 @@ def test_parts_add_up_and_bound_the_total(
 ) -> None:
     wanted = settings(context, slots=slots, gpu_layers=99 if offloaded else 0)
 
-    estimate = memory.estimate(
-        spec(name), scheme, wanted, backend="cuda" if offloaded else "cpu", unified=True
-    )
+    estimate = memory.estimate(spec(name), scheme, wanted, backend="cuda" if offloaded else "cpu")
 
     assert estimate.total == sum(part.bytes for part in estimate.parts)
     assert estimate.low <= estimate.total <= estimate.high
