@@ -14,16 +14,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from edgepack import catalog, serde
 from edgepack.artifact import Checkpoint
-from edgepack.errors import BadInput, MissingTool, NotFound, Offline, Unsupported, Untrusted
+from edgepack.errors import BadInput, MissingTool, NoSpace, NotFound, Offline, Unsupported, Untrusted
 from edgepack.progress import Progress
 from edgepack.units import show
-from edgepack.workspace import cache_root, fsync_dir, require_space, sha256_file, write_text
+from edgepack.workspace import cache_root, fsync_dir, is_full, require_space, sha256_file, write_text
 
 SMALL = (
     "config.json",
@@ -73,7 +74,8 @@ def resolve(
     (``org/name`` or ``org/name@revision``) or ``modelscope:org/name``. Without ``weights`` only config and
     tokenizer are fetched. A catalog model is fetched at its pinned commit unless ``revision`` says otherwise.
     Raises NotFound, Offline (with the repository and the way around), Untrusted for content that is not what
-    the Hub says it is, NoSpace before a download that would not fit, Unsupported for pickled weights only.
+    the Hub says it is, NoSpace before a download that would not fit or when the disk fills up meanwhile, and
+    Unsupported for pickled weights only.
     """
     if source == catalog.BUILT_IN:
         return _local(catalog.built_in_folder(), source, progress)
@@ -297,10 +299,18 @@ class _Hub:
     def _download(self, repo: str, commit: str, file: _Remote, blob: Path, progress: Progress) -> None:
         """One file, resumed where an earlier run stopped, and accepted only with the right digest."""
         partial = _partial(blob)
-        with partial.open("a+b") as stream, progress.bar(file.name, file.size) as advance:
-            found = self._transfer(repo, commit, file, stream, advance)
-            stream.flush()
-            os.fsync(stream.fileno())
+        try:
+            with partial.open("a+b") as stream, progress.bar(file.name, file.size) as advance:
+                found = self._transfer(repo, commit, file, stream, advance)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise NoSpace(
+                f"the disk is full at {show(_begun(blob.parent, file))} of {show(file.size)} of {file.name} of {repo}",
+                hint=f"free some space at {blob.parent}, or set HF_HOME to another disk; the same command resumes",
+            ) from error
         if found != file.digest:
             partial.unlink()
             raise _corrupted(file.name, repo, found, file.digest)
@@ -340,7 +350,10 @@ class _Hub:
         digest: hashlib._Hash,
         advance: Callable[[int], None],
     ) -> str:
-        """One connection's worth of a file, from where ``stream`` ends; returns why it stopped."""
+        """One connection's worth of a file, from where ``stream`` ends; returns why the network stopped.
+
+        Raises OSError when ``stream`` cannot be written: more tries would not help.
+        """
         from http.client import HTTPException
         from urllib.parse import quote
 
@@ -349,22 +362,23 @@ class _Hub:
             answer = self._open(
                 f"{self.endpoint}/{repo}/resolve/{commit}/{quote(file.name)}", repo, commit, at
             )
-            try:
-                skip = 0 if answer.status == 206 else at  # a server without ranges starts over
-                while stream.tell() < file.size:
-                    piece = answer.read(min(_PIECE, skip or file.size - stream.tell()))
-                    if not piece:
-                        return "the connection ended early"
-                    if skip:
-                        skip -= len(piece)
-                        continue
-                    stream.write(piece)
-                    digest.update(piece)
-                    advance(len(piece))
-            finally:
-                answer.close()
         except (OSError, HTTPException) as error:
             return _said(error)
+        with closing(answer):
+            skip = 0 if answer.status == 206 else at  # a server without ranges starts over
+            while left := file.size - stream.tell():
+                try:
+                    piece = answer.read(min(_PIECE, skip or left))
+                except (OSError, HTTPException) as error:
+                    return _said(error)
+                if not piece:
+                    return "the connection ended early"
+                if skip:
+                    skip -= len(piece)
+                    continue
+                stream.write(piece)
+                digest.update(piece)
+                advance(len(piece))
         return "it is whole"
 
     def _open(self, url: str, repo: str, revision: str, start: int = 0) -> _Answer:

@@ -100,8 +100,13 @@ def require_space(folder: Path, need: int) -> None:
         )
 
 
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or what this user may fill of it, was the reason."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def _raise_if_full(error: OSError, path: Path) -> None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         raise NoSpace(
             f"the disk is full while writing {path}; nothing was kept",
             hint="free some space or choose another folder with -o; the same command resumes",

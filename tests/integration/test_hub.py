@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -348,6 +351,39 @@ def test_a_full_disk_is_told_before_the_transfer(fake: FakeHub, monkeypatch: pyt
     with pytest.raises(NoSpace, match=str(len(WEIGHTS))):
         fetch()
     assert fake.weight_requests() == []
+
+
+class FullDisk(io.FileIO):
+    """A file on a disk that has room for its first ROOM bytes."""
+
+    ROOM = (1 << 20) + 1000
+
+    def write(self, data: Any, /) -> int:
+        room = self.ROOM - self.tell()
+        if room >= len(data):
+            return super().write(data)
+        super().write(data[:room])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said_at_once_and_what_was_written_is_used(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        return FullDisk(path, "a+b") if mode == "a+b" else plain(path, mode, **options)
+
+    plain = Path.open
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", opened)
+        with pytest.raises(
+            NoSpace, match=r"the disk is full at 1\.0 MiB of 3\.0 MiB of model\.safetensors"
+        ) as caught:
+            fetch()
+
+    assert caught.value.exit_code == 10
+    assert fake.weight_requests() == [""], "no second try against a full disk"
+    assert (fetch().path / "model.safetensors").read_bytes() == WEIGHTS
+    assert fake.weight_requests() == ["", f"bytes={FullDisk.ROOM}-"]
 
 
 def test_an_unreachable_hub_names_the_pinned_revision_and_the_way_around(
