@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgepack.errors import Unsupported
 from edgepack.modelspec import Tensor
 
 ROUNDING_ERROR = {
@@ -27,6 +28,7 @@ ROUNDING_ERROR = {
     "IQ4_XS": 5.933e-3,
     "Q4_1": 6.116e-3,
     "Q4_0": 7.436e-3,
+    "NVFP4": 8.995e-3,
     "MXFP4": 1.336e-2,
     "IQ3_S": 1.885e-2,
     "Q3_K": 2.295e-2,
@@ -37,6 +39,8 @@ ROUNDING_ERROR = {
     "IQ2_XXS": 1.187e-1,
     "IQ1_M": 2.058e-1,
     "IQ1_S": 2.372e-1,
+    "Q1_0": 3.601e-1,
+    "Q2_0": 5.177e-1,
     "TQ1_0": 6.54e-1,
     "TQ2_0": 6.54e-1,
 }
@@ -86,11 +90,16 @@ with an importance matrix (`python scripts/fit_degradation.py`)."""
 
 def rounding_error(tensors: Sequence[Tensor], types: Sequence[str]) -> float:
     """Mean rounding error of the matrices, weighted by elements; the token embedding is not counted
-    (a row is read at a time, and its errors do not add up over a sum)."""
+    (a row is read at a time, and its errors do not add up over a sum).
+
+    Raises Unsupported for a type of which nothing was measured.
+    """
     total = weighted = 0.0
     for tensor, kind in zip(tensors, types, strict=True):
         if len(tensor.shape) < 2 or tensor.name == "token_embd.weight":
             continue
+        if kind not in ROUNDING_ERROR:
+            raise Unsupported(f"what {kind} costs in quality is not known ({tensor.name})")
         total += tensor.elements
         weighted += tensor.elements * ROUNDING_ERROR[kind]
     return weighted / total if total else 0.0

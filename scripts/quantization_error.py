@@ -12,13 +12,12 @@ import ctypes
 import numpy as np
 
 from edgepack import toolchain
+from edgepack.ggufheader import BLOCKS
 
-TYPES = {
-    "Q8_0": 8, "Q6_K": 14, "Q5_K": 13, "Q5_1": 7, "Q5_0": 6, "Q4_K": 12, "IQ4_NL": 20, "IQ4_XS": 23, "Q4_1": 3,
-    "Q4_0": 2, "MXFP4": 39, "IQ3_S": 21, "Q3_K": 11, "IQ3_XXS": 18, "IQ2_S": 22, "Q2_K": 10, "IQ2_XS": 17,
-    "IQ2_XXS": 16, "IQ1_M": 29, "IQ1_S": 19, "TQ1_0": 34, "TQ2_0": 35,
-}  # fmt: skip
-"""enum ggml_type, ggml.h."""
+TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_1", "Q4_0", "NVFP4", "MXFP4", "IQ3_S",
+    "Q3_K", "IQ3_XXS", "IQ2_S", "Q2_K", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0",
+)  # fmt: skip
 ROWS, COLUMNS = 64, 1024
 
 
@@ -48,7 +47,8 @@ def main() -> None:
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(Traits)
     rows = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
     flat = np.ones(COLUMNS, np.float32)
-    for name, kind in TYPES.items():
+    for name in TYPES:
+        kind = BLOCKS[name][0]
         packed = np.zeros(ggml.ggml_row_size(kind, COLUMNS) * ROWS, np.uint8)
         importance = flat.ctypes.data if name.startswith(("IQ1", "IQ2", "IQ3")) else None
         ggml.ggml_quantize_init(kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import runpy
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from edgepack import degradation, modelspec, schemes
+from edgepack.errors import Unsupported
+from tests import shapes
 
 FIT = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "fit_degradation.py"))
 LLAMA_3_8B = modelspec.from_config(FIT["LLAMA_3_8B"], name="Llama-3-8B")
@@ -48,3 +52,21 @@ def test_smaller_models_lose_more() -> None:
     ]
 
     assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("scheme", schemes.GGUF)
+def test_every_type_that_a_scheme_gives_has_a_measured_error(scheme: str) -> None:
+    given = set()
+    for model, imatrix in itertools.product(map(shapes.spec, shapes.CONFIGS), (False, True)):
+        with contextlib.suppress(Unsupported):  # shapes that llama-quantize itself refuses
+            given |= set(schemes.tensor_types(model, scheme, imatrix=imatrix))
+
+    assert given
+    assert given <= set(degradation.ROUNDING_ERROR)
+
+
+def test_a_type_of_which_nothing_is_known_is_refused_by_name() -> None:
+    types = ["I8"] * len(LLAMA_3_8B.tensors)
+
+    with pytest.raises(Unsupported, match=r"what I8 costs in quality is not known \(output\.weight\)"):
+        degradation.rounding_error(LLAMA_3_8B.tensors, types)
