@@ -527,7 +527,7 @@ def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], No
     _require_space(os.path.dirname(target), file["size"])
     part = target + ".part"
     try:
-        with open(bundle["path"], "rb") as source, open(part, "wb") as out:
+        with open(bundle["path"], "rb") as source, _new_file(part) as out:
             source.seek(file["offset"])
             digest = hashlib.sha256()
             left = file["size"]
@@ -549,6 +549,12 @@ def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], No
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
     return target
+
+
+def _new_file(path: str) -> BinaryIO:
+    """An empty file to write; a link that waits there in its place is an error, not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o644), "wb")
 
 
 def _require_space(folder: str, need: int) -> None:
@@ -810,10 +816,11 @@ def preflight(bundle: Bundle, plan: Dict[str, Any], work: str, limit: Optional[i
 
 # ── a smaller device, simulated ──────────────────────────────────────────────────────────────────────
 
-ADDRESS_SPACE_OVERHEAD = 400 * MIB
-"""Address space of a llama-server that never becomes resident: thread stacks and malloc arenas, 376 MB with a
-260K-parameter model and 427 MB with a 0.5B one (VmPeak - VmHWM, 11 threads, glibc 2.36). RLIMIT_AS is set to
-the limit plus this, so that it bounds what would be resident to within about 30 MB."""
+THREAD_STACK = 8 * MIB
+ADDRESS_SPACE = 52 * MIB
+"""Address space of a llama-server that never becomes resident: a stack for each thread, and this. Measured as
+VmPeak - VmHWM with one malloc arena (MALLOC_ARENA_MAX=1; each more would reserve 64 MiB): 107.8 MiB with 2 + 5
+threads, 163.6 with 2 + 12. RLIMIT_AS is set to the limit plus both, so that it bounds what would be resident."""
 
 
 class Limit(NamedTuple):
@@ -823,6 +830,8 @@ class Limit(NamedTuple):
     mechanism: str
     """cgroup-v1, cgroup-v2, rlimit-as, or none."""
     folder: Optional[str]
+    address_space: Optional[int] = None
+    """RLIMIT_AS in bytes, where that is the mechanism."""
 
     def enter(self) -> None:
         """Runs in the child before the server: joins the group, sets the limit."""
@@ -830,17 +839,22 @@ class Limit(NamedTuple):
             handle = os.open(os.path.join(self.folder, "cgroup.procs"), os.O_WRONLY)
             os.write(handle, b"0")
             os.close(handle)
-        elif self.bytes is not None:
-            size = self.bytes + ADDRESS_SPACE_OVERHEAD
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        elif self.address_space is not None:
+            resource.setrlimit(resource.RLIMIT_AS, (self.address_space, self.address_space))
 
 
 @contextlib.contextmanager
-def memory_limit(size: Optional[int], *, cgroup: bool = True) -> Iterator[Limit]:
-    """A cgroup for the server, limited to ``size`` bytes; without a writable one, RLIMIT_AS (if ``size``)."""
+def memory_limit(size: Optional[int], *, cgroup: bool = True, threads: int = 8) -> Iterator[Limit]:
+    """A cgroup for the server, limited to ``size`` bytes; without a writable one, RLIMIT_AS (if ``size``).
+
+    ``threads`` of the server, whose stacks take address space but hardly any memory.
+    """
     made = _make_cgroup(size) if cgroup else None
+    if made is None and size is None:
+        yield Limit(None, "none", None)
+        return
     if made is None:
-        yield Limit(size, "rlimit-as" if size is not None else "none", None)
+        yield Limit(size, "rlimit-as", None, (size or 0) + ADDRESS_SPACE + threads * THREAD_STACK)
         return
     mechanism, folder = made
     try:
@@ -916,6 +930,10 @@ def _cgroup_parents() -> Iterator[Tuple[str, str]]:
 def _write(path: str, text: str) -> None:
     with open(path, "w") as out:
         out.write(text)
+
+
+def limit_facts(limit: Limit) -> Dict[str, Any]:
+    return {"bytes": limit.bytes, "mechanism": limit.mechanism, "address_space": limit.address_space}
 
 
 def cgroup_facts(limit: Limit) -> Optional[Dict[str, Optional[int]]]:
@@ -1016,6 +1034,17 @@ def with_threads(args: Sequence[str], cores: int) -> List[str]:
         if word in THREAD_FLAGS and flags[at + 1].isdigit():
             flags[at + 1] = str(min(int(flags[at + 1]), cores))
     return flags
+
+
+def count_threads(args: Sequence[str]) -> int:
+    """Threads a server with these flags has: those that compute and those that serve HTTP."""
+    counts = {"compute": len(os.sched_getaffinity(0)), "http": 6}
+    for word, value in zip(args, args[1:]):  # noqa: B905, RUF007 - pairwise needs Python 3.10
+        if word in THREAD_FLAGS and value.isdigit():
+            counts["compute"] = int(value)
+        elif word == "--threads-http" and value.isdigit():
+            counts["http"] = int(value)
+    return sum(counts.values())
 
 
 class Server:
@@ -1150,6 +1179,7 @@ def running_server(
     argv += ["--api-key-file", key_file, "--log-verbosity", "4"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     log = os.path.join(folder, "server.log")
+    arenas = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
@@ -1159,11 +1189,11 @@ def running_server(
             os._exit(1)
         limit.enter()
 
-    with open(log, "wb") as out_log:
+    with _new_file(log) as out_log:
         try:
             process = subprocess.Popen(
                 argv,
-                env=dict(inherited, **environment),
+                env=dict(inherited, **environment, **arenas),
                 stdin=subprocess.DEVNULL,
                 stdout=out_log,
                 stderr=subprocess.STDOUT,
@@ -1493,7 +1523,7 @@ def _rate(count: int, milliseconds: float) -> Optional[float]:
     return round(1000 * count / milliseconds, 3) if count > 0 and milliseconds > 0 else None
 
 
-SPEED_SECONDS = 30
+SPEED_SECONDS = 15
 """About how long the speed is measured; a slow machine gets fewer tokens and runs."""
 
 
@@ -1709,10 +1739,9 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     if options.memory_limit is not None:
         _forget_pages(model)
     facts["server"] = {"program": program, "source": source, "args": args, "environment": environment}
-    with memory_limit(options.memory_limit, cgroup=options.limit_by == "cgroup") as limit:
-        facts["limit"] = {"bytes": limit.bytes, "mechanism": limit.mechanism}
-        if limit.mechanism == "rlimit-as":
-            facts["limit"]["address_space"] = (limit.bytes or 0) + ADDRESS_SPACE_OVERHEAD
+    by_group = options.limit_by == "cgroup"
+    with memory_limit(options.memory_limit, cgroup=by_group, threads=count_threads(args)) as limit:
+        facts["limit"] = limit_facts(limit)
         before = facts["machine"]["gpus"]
         with running_server(
             program, args, model=model, folder=options.work, environment=environment, limit=limit
@@ -1767,6 +1796,7 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
             "manifest_digest": bundle["manifest_digest"],
             "bytes": bundle["size"],
             "agent": next((f["digest"] for f in bundle["files"] if f["path"] == "agent.py"), None),
+            "server": next((f["digest"] for f in bundle["files"] if f["path"] == SERVER), None),
         },
         "signature": signature,
     }
