@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 from edgepack import bundle as bundles
 from edgepack import toolchain
 from edgepack.device import agent
-from edgepack.errors import CheckFailed, MissingTool
 from edgepack.progress import Progress
+from edgepack.workspace import cache_root
+
+_START_SECONDS = 600.0
 
 
 def speak(
@@ -27,31 +30,30 @@ def speak(
     """Yields the continuation of ``prompt`` piece by piece, as it is decoded.
 
     The bundle's own server runs only when its signature was verified; else ``server`` or the toolchain's.
-    Raises Untrusted, MissingTool, and CheckFailed when the server does not start or ends early.
+    Weights are unpacked into the cache, under the manifest's digest, and stay there for the next run. Raises
+    Untrusted, MissingTool, NoSpace, and CheckFailed when the server does not start or ends early.
     """
-    bundles.inspect(bundle, allowed_signers=allowed_signers)
-    found = agent.read_bundle(str(bundle))
-    args, environment = agent.server_arguments(agent.read_document(found, "server.json"), None)
-    carried = allowed_signers is not None and agent.find_file(found, bundles.SERVER) is not None
-    with tempfile.TemporaryDirectory(prefix="edgepack-run-") as folder:
-        if carried:
-            program = agent.extract(found, bundles.SERVER, folder)
-        else:
-            program = str(server or toolchain.find_server())
-        model = agent.extract(found, bundles.WEIGHTS, folder)
+    progress.step(f"verifying {bundle.name}")
+    found, signature = bundles.verified(bundle, allowed_signers)
+    with bundles.translated(bundle):
+        args, environment = agent.server_arguments(agent.read_document(found, "server.json"), None)
+        carried = signature["state"] == "verified" and agent.find_file(found, bundles.SERVER) is not None
+        own = None if carried else str(server or toolchain.find_server())
+        place = cache_root() / "run" / found["manifest_digest"].removeprefix("sha256:")
+        place.mkdir(parents=True, exist_ok=True)
+        with (place / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits here and then finds the files
+            program = own or agent.extract(found, bundles.SERVER, str(place))
+            model = agent.extract(found, bundles.WEIGHTS, str(place))
         progress.step("starting llama-server with the bundle's flags")
         body = {"prompt": prompt, "n_predict": tokens, "temperature": temperature, "seed": seed}
-        try:
-            with (
-                agent.memory_limit(None) as limit,
-                agent.running_server(
-                    program, args, model=model, folder=folder, environment=environment, limit=limit
-                ) as running,
-            ):
-                running.wait_healthy(600)
-                for event in running.stream("/completion", body, "run"):
-                    yield event.get("content", "")
-        except agent.MissingProgram as error:
-            raise MissingTool(str(error)) from error
-        except agent.Failed as error:
-            raise CheckFailed(error.message, hint="edgepack check says which part is too large") from error
+        with (
+            tempfile.TemporaryDirectory(prefix="edgepack-run-") as folder,
+            agent.memory_limit(None) as limit,
+            agent.running_server(
+                program, args, model=model, folder=folder, environment=environment, limit=limit
+            ) as running,
+        ):
+            running.wait_healthy(_START_SECONDS)
+            for event in running.stream("/completion", body, "run"):
+                yield event.get("content", "")

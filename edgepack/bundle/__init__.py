@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -16,12 +17,12 @@ from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
 from edgepack.bundle.render import image_for, render
 from edgepack.bundle.sbom import sbom
-from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
+from edgepack.errors import BadInput, CheckFailed, MissingTool, NoSpace, NotFound, Untrusted
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import llama_cpp
 from edgepack.units import Bytes
-from edgepack.workspace import require_space, sha256_file, whole_dir
+from edgepack.workspace import is_full, require_space, sha256_file, whole_dir
 
 if TYPE_CHECKING:
     from edgepack.device import agent
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
 AGENT = Path(__file__).parents[1] / "device" / "agent.py"
+_MORE_SPACE = "free some space, or set EDGEPACK_CACHE to another disk"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,13 +87,60 @@ def write(
     )
 
 
+def verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, dict[str, object]]:
+    """Every byte of a bundle, verified by the device's own verifier: what is in it, and who signed it.
+
+    The second is {"state", "principal", "key", "message"}; the state is verified only for a key in
+    ``allowed_signers``. Raises what `inspect` raises.
+    """
+    from edgepack.device import agent  # here, since only readers need it and its imports take 30 ms
+
+    for file in (path, allowed_signers):
+        if file is not None and not file.is_file():
+            raise NotFound(f"there is no file {file}")
+    with translated(path):
+        found = agent.read_bundle(str(path))
+        try:
+            return found, agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
+        except agent.MissingProgram as error:
+            raise MissingTool(str(error), hint="install the OpenSSH client") from error
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """The agent's own failures over the bundle ``path``, raised as edgepack's.
+
+    The agent imports nothing of edgepack, so its exceptions are no EdgepackError: every call of it belongs
+    into this block. Refused becomes Untrusted, MissingProgram MissingTool, NoSpace and a disk that fills up
+    meanwhile NoSpace, and Failed, a server that does not carry the bundle, CheckFailed.
+    """
+    from edgepack.device import agent
+
+    try:
+        yield
+    except agent.Refused as error:
+        raise Untrusted(
+            f"{path} is refused: {error}", hint="copy or build it again; do not run what is in it"
+        ) from error
+    except agent.MissingProgram as error:
+        raise MissingTool(str(error), hint="edgepack toolchain install, or --server PATH") from error
+    except agent.NoSpace as error:
+        raise NoSpace(str(error), hint=_MORE_SPACE) from error
+    except agent.Failed as error:
+        raise CheckFailed(error.message, hint="edgepack check says which part is too large") from error
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise NoSpace(f"the disk is full while unpacking {path}", hint=_MORE_SPACE) from error
+
+
 def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, object]:
     """Verifies every byte of a bundle with the device's own verifier and says what it is.
 
     Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
     is demanded by ``allowed_signers`` and there is no ssh-keygen.
     """
-    found, signature = _verified(path, allowed_signers)
+    found, signature = verified(path, allowed_signers)
     return {
         "schema_version": 1,
         "path": str(path),
@@ -118,10 +167,11 @@ def unpack(
 
     if folder.exists():
         raise BadInput(f"{folder} is there already and is not overwritten", hint="name a new folder")
-    found, _ = _verified(path, allowed_signers)
+    found, _ = verified(path, allowed_signers)
     total = sum(file["size"] for file in found["files"])
     require_space(folder.parent, total)
-    with whole_dir(folder) as temporary, (progress or Silent()).bar("unpacking", total) as advance:
+    bar = (progress or Silent()).bar("unpacking", total)
+    with translated(path), whole_dir(folder) as temporary, bar as advance:
         for file in found["files"]:
             agent.extract(found, file["path"], str(temporary), advance)
 
@@ -130,23 +180,6 @@ def server_document(plan: Plan) -> str:
     """server.json: the flags the server is started with, for programs; the start files spell out the same."""
     args = list(llama_cpp.launch(plan.settings))
     return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": {}})
-
-
-def _verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, dict[str, object]]:
-    from edgepack.device import agent  # here, since only readers need it and its imports take 30 ms
-
-    for file in (path, allowed_signers):
-        if file is not None and not file.is_file():
-            raise NotFound(f"there is no file {file}")
-    try:
-        found = agent.read_bundle(str(path))
-        return found, agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
-    except agent.Refused as error:
-        raise Untrusted(
-            f"{path} is refused: {error}", hint="copy or build it again; do not run what is in it"
-        ) from error
-    except agent.MissingProgram as error:
-        raise MissingTool(str(error), hint="install the OpenSSH client") from error
 
 
 def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:

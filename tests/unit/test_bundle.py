@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +17,7 @@ from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle
 from edgepack.device import agent
-from edgepack.errors import BadInput, NotFound, Untrusted
+from edgepack.errors import BadInput, CheckFailed, EdgepackError, MissingTool, NoSpace, NotFound, Untrusted
 from edgepack.plan import Plan
 from edgepack.units import Bytes
 from tests.plans import PROFILES, example_plan
@@ -151,6 +153,44 @@ def test_a_damaged_bundle_leaves_no_folder(tmp_path: Path) -> None:
         bundle.unpack(path, tmp_path / "release")
 
     assert not (tmp_path / "release").exists()
+
+
+def test_a_disk_without_the_agent_s_own_margin_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+
+    with pytest.raises(NoSpace, match="1048576 bytes free") as caught:
+        bundle.unpack(path, tmp_path / "release")
+
+    assert "EDGEPACK_CACHE" in (caught.value.hint or "")
+    assert not (tmp_path / "release").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (agent.Refused("one byte differs"), Untrusted),
+        (agent.MissingProgram("no llama-server"), MissingTool),
+        (agent.NoSpace("no room"), NoSpace),
+        (agent.Failed("oom-killed", "load", "out of memory"), CheckFailed),
+        (OSError(errno.ENOSPC, "No space left on device"), NoSpace),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), NoSpace),
+    ],
+)
+def test_whatever_the_agent_raises_has_an_exit_code_and_a_hint(
+    raised: Exception, expected: type[EdgepackError]
+) -> None:
+    with pytest.raises(expected) as caught, bundle.translated(Path("b.tar")):
+        raise raised
+
+    assert caught.value.hint
+
+
+def test_other_errors_pass_the_translation_as_they_are() -> None:
+    with pytest.raises(PermissionError), bundle.translated(Path("b.tar")):
+        raise PermissionError(errno.EACCES, "Permission denied", "b.tar")
 
 
 def test_a_missing_bundle_is_not_found(tmp_path: Path) -> None:
