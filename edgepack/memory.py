@@ -9,10 +9,10 @@ from edgepack import schemes
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Arch, Backend
 from edgepack.runtimes import llama_cpp
+from edgepack.schemes import Provenance
 from edgepack.settings import Settings
 from edgepack.units import Bytes
 
-Provenance = Literal["exact", "fitted", "measured"]
 Place = Literal["device", "host"]
 
 

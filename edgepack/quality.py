@@ -2,7 +2,7 @@
 
 Recorded and compared by the same code of the device's agent, through llama-server with the plan's flags. The
 device computes with other instructions (AVX2, NEON, CUDA) and so in another order: log-probabilities move a
-little, a wrong or damaged artifact moves them a lot. `TOLERANCE` says where the line is.
+little, a wrong or damaged artifact moves them a lot. `check.DRIFT` says where the line is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from edgepack.device import agent
@@ -30,16 +30,6 @@ START_SECONDS = 1800.0
 
 HELDOUT = Path(__file__).parent / "models" / "demo" / "heldout.txt"
 """Public-domain text that the built-in model was not trained on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tolerance:
-    """How far a device's answers may be from the recorded ones."""
-
-    mean_drift: float
-    """Mean absolute difference of the recorded log-probabilities, in nats."""
-    agreement: float
-    """Share of probes with the same most likely token; near-ties count as the same."""
 
 
 def record(

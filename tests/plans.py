@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from edgepack import profile
-from edgepack.memory import MemoryEstimate, Part, Place, Provenance
+from edgepack.memory import MemoryEstimate, Part, Place
 from edgepack.plan import ModelRef, Plan, Quality
 from edgepack.runtimes import llama_cpp
+from edgepack.schemes import Provenance
 from edgepack.speed import Speed
 from edgepack.units import MIB, Bytes
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
-from edgepack import modelspec
+from edgepack import modelspec, schemes
 from edgepack.builders import ggufwriter, safetensors, tokenizer
 from edgepack.builders.safetensors import Stored
 from edgepack.errors import BadInput, Unsupported
@@ -75,7 +75,7 @@ def convert(folder: Path, out: Path, *, outtype: OutType, progress: Progress) ->
     ):
         stream.write(head)
         for info in infos:
-            size = ggufwriter.tensor_bytes(info.type, info.shape)
+            size = schemes.tensor_bytes(info.type, info.shape)
             written = _write(stream, sources[info.name], info)
             if written != size:
                 raise BadInput(f"{folder}: tensor {info.name} gave {written} bytes instead of {size}")
@@ -369,7 +369,7 @@ def _type(shape: tuple[int, ...], outtype: OutType) -> str:
 
 def _end(infos: tuple[TensorInfo, ...]) -> int:
     last = infos[-1]
-    return last.offset + pad(ggufwriter.tensor_bytes(last.type, last.shape), ALIGNMENT)
+    return last.offset + pad(schemes.tensor_bytes(last.type, last.shape), ALIGNMENT)
 
 
 def _write(stream: BinaryIO, source: _Source, info: TensorInfo) -> int:

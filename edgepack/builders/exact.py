@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgepack import schemes
 from edgepack.builders import ggufwriter
 from edgepack.builders.convert import architecture
 from edgepack.builders.quantize import end_with_parent, file_type, import_path
@@ -99,7 +100,7 @@ def exact_many(
             raise BuildFailed(f"llama.cpp refuses {spec.name} as {scheme} with these settings:\n{said}")
         answer = json.loads(ended.stdout)
     types = spec.gguf_types if spec.gguf_types is not None and keep else _types(spec, answer["dry_run"])
-    sizes = [ggufwriter.tensor_bytes(kind, t.shape) for kind, t in zip(types, spec.tensors, strict=True)]
+    sizes = [schemes.tensor_bytes(kind, t.shape) for kind, t in zip(types, spec.tensors, strict=True)]
     padded = sum(pad(size, ALIGNMENT) for size in sizes)
     return tuple(
         ExactFigures(
@@ -155,9 +156,7 @@ def _sparse(spec: ModelSpec, path: Path) -> None:
     head = ggufwriter.header(entries, infos)
     with path.open("wb") as stream:
         stream.write(head)
-        stream.truncate(
-            len(head) + sum(pad(ggufwriter.tensor_bytes(i.type, i.shape), ALIGNMENT) for i in infos)
-        )
+        stream.truncate(len(head) + sum(pad(schemes.tensor_bytes(i.type, i.shape), ALIGNMENT) for i in infos))
 
 
 # ── the other process ──

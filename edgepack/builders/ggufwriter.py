@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 
 from edgepack.ggufheader import ALIGNMENT, BLOCKS, Entry, TensorInfo, ValueType
+from edgepack.schemes import tensor_bytes
 from edgepack.units import pad
 
 _NUMBERS: dict[ValueType, int] = {
@@ -41,15 +42,6 @@ def layout(named: Sequence[tuple[str, str, tuple[int, ...]]]) -> tuple[TensorInf
         infos.append(TensorInfo(name=name, type=kind, shape=shape, offset=offset))
         offset += pad(tensor_bytes(kind, shape), ALIGNMENT)
     return tuple(infos)
-
-
-def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor's data; ``shape[0]`` is the contiguous dimension."""
-    _, weights, size = BLOCKS[kind]
-    count = 1
-    for n in shape:
-        count *= n
-    return count // weights * size
 
 
 def _value(entry: Entry) -> bytes:
