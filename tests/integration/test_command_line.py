@@ -21,8 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import random_model
 
 from edgepack import workspace
+from tests.integration.test_stories import CONTINUATION, PROMPT
 
 pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
 
 WIDE = {**random_model.SHAPES["tiny"], "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 16}  # fmt: skip
@@ -106,6 +109,20 @@ def test_the_loop_closes_on_this_machine(tiny: Path, cache: Path, tmp_path: Path
     assert shown["files"][-1]["path"] == "model.gguf"
     assert report["passed"] is True
     assert len(text) > len("ab\n")
+
+
+def test_a_model_nobody_here_trained_says_what_it_is_known_to_say(cache: Path, tmp_path: Path) -> None:
+    """stories260K as a Hugging Face folder, built at F16 for a Jetson, continues greedily as published."""
+    stories = ROOT / "tests" / "data" / "stories260K"
+    script = ROOT / "scripts" / "stories260k_to_hf.py"
+    command = [sys.executable, str(script), str(stories / "stories260K.bin"), str(stories / "tok512.bin")]
+    subprocess.run([*command, str(tmp_path / "stories")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    words = ("--profile", "jetson-orin", "--model", tmp_path / "stories", "--scheme", "F16")
+    bundle = succeeded(edgepack("build", *words, "-o", tmp_path, cache=cache)).strip()
+
+    told = edgepack("run", bundle, "--prompt", PROMPT, "--temperature", 0, "--tokens", 200, cache=cache)
+
+    assert succeeded(told) == PROMPT + CONTINUATION + "\n"
 
 
 def test_the_same_inputs_give_the_same_bundle_anywhere(tiny: Path, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from edgepack.progress import Silent
 pytestmark = pytest.mark.integration
 
 _FILES = Path(__file__).parents[1] / "data" / "stories260K"
-_PROMPT = "Once upon a time"
+PROMPT = "Once upon a time"
 _PROMPT_IDS = [1, 403, 407, 261, 378]
-_CONTINUATION = """\
+CONTINUATION = """\
 , there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. \
 She wanted to play with it, but it was too high.
 Lily's mom said, "Lily, let's go to the park." Lily was sad and didn't know what to do. She said, "I want to play \
@@ -152,8 +152,8 @@ def test_the_greedy_continuation_is_the_known_one(scheme: str, folder: Path, tmp
     made = gguf.build(checkpoint, spec, scheme, tmp_path, toolchain=toolchain.find(), progress=Silent())
 
     with served(made.path) as address:
-        answer = complete(address, _PROMPT, 200)
+        answer = complete(address, PROMPT, 200)
 
-    assert answer["content"] == _CONTINUATION
+    assert answer["content"] == CONTINUATION
     assert answer["tokens_evaluated"] == len(_PROMPT_IDS)
     assert answer["tokens"] == greedy_by_hand(200)
