@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from typing import Literal
 
 from edgepack import bundle as bundles
 from edgepack import serde, toolchain, workspace
+from edgepack.bundle.sbom import commit
 from edgepack.device import agent
-from edgepack.errors import CheckFailed, Interrupted, MissingTool, NoSpace, Untrusted
+from edgepack.errors import EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
 from edgepack.memory import Part
 from edgepack.plan import Plan
 from edgepack.progress import Progress
@@ -55,6 +57,8 @@ class BundleFacts:
     manifest_digest: str
     bytes: int
     agent: str | None
+    server: str | None = None
+    """Digest of the llama-server that it carries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,7 +337,8 @@ def evaluate(
         _integrity(facts),
         _signature(facts),
         _device(facts, strict=strict_device),
-        _preflight(facts),
+        *_preflight(plan, facts),
+        _server(plan, facts),
         _run(facts),
         *_context(plan, facts),
         *_parts(judged, residuals),
@@ -392,6 +397,20 @@ class _Judged:
         """A failure counts as one only on the device that the plan is for."""
         return "warn" if status == "fail" and not (self.same_device and self.same_backend) else status
 
+    @property
+    def driver(self) -> int:
+        """Bytes of driver and context that a server on an accelerator may hold beside the plan's parts."""
+        return _driver(self.plan) if self.same_backend else 0
+
+
+def _driver(plan: Plan) -> int:
+    """The reserve for the accelerator's context: the budget has it subtracted, and no part predicts it."""
+    return 0 if plan.profile.backend == "cpu" else plan.profile.reserves.accelerator_context
+
+
+def _beside(text: str, driver: int) -> str:
+    return f"{text} + up to {show(driver)} accelerator context" if driver else text
+
 
 def _integrity(facts: Facts) -> Item:
     return Item(
@@ -440,19 +459,74 @@ def _device(facts: Facts, *, strict: bool) -> Item:
     return Item(name="device", status="pass", expected=expected, measured="all match")
 
 
-def _preflight(facts: Facts) -> Item:
-    need, free = facts.preflight.memory_needed, facts.preflight.memory_available
-    limit = facts.limit
-    how = f" (limited by {limit.mechanism})" if limit.bytes is not None else ""
+def _preflight(plan: Plan, facts: Facts) -> Iterator[Item]:
+    """What was free before the start; too little of it is a warning, since the run itself decides."""
+    needs, driver = facts.preflight, _driver(plan)
+    limit = f" (limited by {facts.limit.mechanism})" if facts.limit.bytes is not None else ""
+    scarce = "less is free than the plan may need"
+    shared = driver if plan.budget.unified else 0
+    yield _free("free memory", needs.memory_needed, needs.memory_available, shared, scarce, note=limit)
+    if needs.device_memory_needed is not None:
+        card = _free_card(plan, facts.machine)
+        yield _free("free card memory", needs.device_memory_needed, card, driver, scarce)
+    unpacked = "less is free than the bundle's files take; those unpacked before are used again"
+    yield _free("free disk", needs.disk_needed, needs.disk_free, 0, unpacked)
+
+
+def _free(name: str, need: int, free: int | None, driver: int, scarce: str, *, note: str = "") -> Item:
+    expected = _beside(f"up to {show(need)}", driver)
     if free is None:
-        return Item(name="free memory", status="warn", expected=show(need), measured="cannot be read")
+        return Item(name=name, status="warn", expected=expected, measured="cannot be read")
+    enough = free >= need + driver
     return Item(
-        name="free memory",
-        status="pass" if free >= need else "warn",
-        expected=f"up to {show(need)}",
-        measured=f"{show(free)}{how}",
-        message="" if free >= need else "less is free than the plan may need",
+        name=name,
+        status="pass" if enough else "warn",
+        expected=expected,
+        measured=f"{show(free)}{note}",
+        message="" if enough else scarce,
     )
+
+
+def _free_card(plan: Plan, machine: MachineFacts) -> int | None:
+    """Free memory of the card that the plan names, or of the first one when it names none."""
+    wanted = (plan.profile.match.gpu_name or "").lower()
+    gpu = next((gpu for gpu in machine.gpus or () if wanted in gpu.name.lower()), None)
+    if gpu is None or gpu.memory_total is None or gpu.memory_used is None:
+        return None
+    return gpu.memory_total - gpu.memory_used
+
+
+_NOT_RUN = {
+    "unsigned": "it is not signed",
+    "unenrolled": "nobody said whose key signed it (--allowed-signers)",
+    "unverified": "its signature could not be verified here",
+    "verified": "another one was chosen",
+}
+
+
+def _server(plan: Plan, facts: Facts) -> Item:
+    """Which llama-server was measured, and whether it is the one that was planned with."""
+    server = facts.server
+    planned, built = commit(plan.runtime_version), _built_from(server.build or facts.log.build)
+    remarks = []
+    if facts.bundle.server is not None and server.source != "bundle":
+        remarks.append(f"the bundle's own was not run: {_NOT_RUN[facts.signature.state]}")
+    if planned and built and not (planned.startswith(built) or built.startswith(planned)):
+        remarks.append(f"commit {built} is not the planned {planned}, so its buffers may differ")
+    program = Path(server.program).name if server.source == "bundle" else server.program
+    return Item(
+        name="server",
+        status="warn" if remarks else "pass",
+        expected=f"{plan.runtime} {plan.runtime_version}",
+        measured=f"{server.source}: {program} ({built or 'commit unknown'})",
+        message="; ".join(remarks),
+    )
+
+
+def _built_from(build: str | None) -> str | None:
+    """The commit in "b1-0c1e57098" or "0c1e57098"; None for "unknown" and for a server that did not say."""
+    found = re.search(r"(?:^|-)([0-9a-f]{7,40})\Z", build or "")
+    return found.group(1) if found else None
 
 
 def _run(facts: Facts) -> Item:
@@ -526,41 +600,65 @@ def _difference(residual: Residual, slack: float) -> str:
 
 
 def _peak(judged: _Judged) -> Iterator[Item]:
-    memory, plan = judged.facts.memory, judged.plan
+    memory = judged.facts.memory
     if memory is None or memory.peak_rss is None or judged.facts.failure is not None:
         return
-    estimate = plan.memory
-    used, how = _used(memory, judged.facts)
+    used, how = _used(judged.plan, memory, judged.facts)
     if used is None:
-        yield Item(
-            name="peak memory", status="warn", expected=show(estimate.total), measured="cannot be read"
-        )
-        return
+        expected = show(judged.plan.memory.total)
+        yield Item(name="peak memory", status="warn", expected=expected, measured="cannot be read")
+    else:
+        yield from _total(judged, used, how)
+    yield from _budget(judged, memory, memory.peak_rss, used)
+
+
+def _total(judged: _Judged, used: int, how: str) -> Iterator[Item]:
+    """The peak against the sum of the parts, and what is left of it when all but the process is taken off."""
+    estimate, driver = judged.plan.memory, judged.driver
     rest = used - estimate.total
     allowed = max(estimate.high, round(estimate.total * (1 + UNEXPLAINED)))
     least = min(estimate.low, round(estimate.total * (1 - UNEXPLAINED)))
-    status: Status = "fail" if used > allowed else "warn" if used < least else "pass"
+    fits = used <= allowed + driver
+    status: Status = "fail" if not fits else "warn" if used < least else "pass"
     yield Item(
         name="peak memory",
         status=judged.at_home(status),
-        expected=f"{show(estimate.total)} [{show(estimate.low)}, {show(estimate.high)}]",
+        expected=_beside(f"{show(estimate.total)} [{show(estimate.low)}, {show(estimate.high)}]", driver),
         measured=f"{show(used)} ({rest / estimate.total:+.2%})",
         message=f"by {how}",
     )
-    explained = estimate.total - estimate.part("process")
-    process = used - explained
+    process = estimate.part("process")
+    explained = estimate.total - process
     yield Item(
         name="unexplained rest",
-        status=judged.at_home("pass" if used <= allowed else "fail"),
-        expected=f"process {show(estimate.part('process'))}, up to {show(allowed - explained)}",
-        measured=show(process),
-        message="" if used <= allowed else "more memory is used than the parts explain",
+        status=judged.at_home("pass" if fits else "fail"),
+        expected=_beside(f"process {show(process)}, up to {show(allowed - explained)}", driver),
+        measured=show(used - explained),
+        message="" if fits else "more memory is used than the parts explain",
     )
-    within = used <= plan.budget.device
-    yield Item(
-        name="budget",
+
+
+def _budget(judged: _Judged, memory: MemoryFacts, resident: int, used: int | None) -> Iterator[Item]:
+    """What is used against what the device has to give: in one memory, or on the card and beside it."""
+    room = judged.plan.budget
+    if room.unified:
+        if used is not None:
+            yield _within(judged, "budget", used, room.device, judged.driver)
+        return
+    if _server_backend(judged.facts) != "cpu":
+        if memory.gpu is None:
+            yield Item(name="budget", status="warn", expected=show(room.device), measured="cannot be read")
+        else:
+            yield _within(judged, "budget", memory.gpu, room.device, judged.driver)
+    yield _within(judged, "host budget", resident, room.host, 0)
+
+
+def _within(judged: _Judged, name: str, used: int, room: int, driver: int) -> Item:
+    within = used <= room + driver
+    return Item(
+        name=name,
         status=judged.at_home("pass" if within else "fail"),
-        expected=f"at most {show(plan.budget.device)}",
+        expected=_beside(f"at most {show(room)}", driver),
         measured=show(used),
         message="" if within else "more than the device has to give",
     )
@@ -711,7 +809,7 @@ def _log_lines(facts: Facts, part: str) -> int:
     return facts.log.lines.get(_LOG_KIND[part], 0)
 
 
-def _used(memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
+def _used(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
     """Peak bytes of the server on host and accelerator together, and by which source."""
     if memory.peak_rss is None:
         return None, "nothing"
@@ -721,6 +819,8 @@ def _used(memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
         return memory.peak_rss + memory.nvmap, "VmHWM and nvmap"
     if memory.gpu is not None:
         return memory.peak_rss + memory.gpu, "VmHWM and the GPU's own count"
+    if not plan.budget.unified:  # the system loses nothing to a card with memory of its own
+        return None, "nothing"
     return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
 
 
@@ -732,7 +832,7 @@ def _server_backend(facts: Facts) -> str:
 
 # ── running it ───────────────────────────────────────────────────────────────────────────────────────
 
-_RAISES: dict[int, Callable[[str], Exception]] = {
+_RAISES: dict[int, Callable[[str], EdgepackError]] = {
     6: lambda text: Untrusted(text, hint="copy or build the bundle again; do not run what is in it"),
     7: lambda text: MissingTool(text, hint="edgepack toolchain install, or --server PATH"),
     10: lambda text: NoSpace(text, hint="free some space, or set EDGEPACK_CACHE to another disk"),
@@ -755,8 +855,8 @@ def check(
     """Runs a bundle on this machine and judges it; the weights are unpacked under ``work`` or the cache.
 
     Our own agent verifies first. The bundle's own agent runs when it is ours, or when its signer is verified;
-    otherwise ours runs in its place. Raises Untrusted, MissingTool, NoSpace, Interrupted, and CheckFailed when
-    the agent itself breaks; a device that does not carry the bundle is a report.
+    otherwise ours runs in its place. Raises Untrusted, MissingTool, NoSpace, Interrupted, and EdgepackError
+    when the agent itself breaks; a device that does not carry the bundle is a report.
     """
     progress.step(f"verifying {bundle.name}")
     state = bundles.inspect(bundle, allowed_signers=allowed_signers)["signature"]
@@ -780,11 +880,16 @@ def check(
         words += ["--load-mode", load_mode] if load_mode is not None else []
         finished = run(words, check=False, on_line=progress.step)
         if finished.returncode not in (0, 5):
-            tail = finished.stdout.strip().splitlines()[-1:] or ["it said nothing"]
-            raises = _RAISES.get(finished.returncode, CheckFailed)
-            raise raises(f"the agent ended with status {finished.returncode}: {tail[0]}")
+            raise _broken(finished.returncode, finished.stdout)
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
     return evaluate(plan, facts, strict_device=strict_device, notes=notes)
+
+
+def _broken(status: int, output: str) -> EdgepackError:
+    """The error of an agent that ended without facts: nothing was measured, so it is no failed check."""
+    tail = output.strip().splitlines()[-1:] or ["it said nothing"]
+    raises = _RAISES.get(status, EdgepackError)
+    return raises(f"the agent ended with status {status}: {tail[0]}")
 
 
 def _agent(found: agent.Bundle, folder: Path, *, verified: bool) -> tuple[Path, tuple[str, ...]]:

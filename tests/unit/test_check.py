@@ -13,8 +13,9 @@ import yaml
 
 from edgepack import check, serde
 from edgepack.errors import BadInput
-from edgepack.memory import MemoryEstimate, Part, Provenance
+from edgepack.memory import MemoryEstimate, Part
 from edgepack.plan import Plan
+from edgepack.schemes import Provenance
 from edgepack.units import MIB, Bytes
 from tests.plans import example_plan
 
@@ -58,6 +59,52 @@ def recorded_plan() -> Plan:
     )
 
 
+def offloaded_plan(device: str) -> Plan:
+    """The recorded model planned for a device with CUDA."""
+    plan = example_plan(device)
+    return replace(
+        plan,
+        settings=replace(plan.settings, context=1024),
+        memory=MemoryEstimate(
+            parts=(
+                replace(part("weights", 525_120_000), place="device"),
+                replace(part("host_copy", 144_000_000), place="host"),
+                replace(part("kv_cache", 12_582_912), place="device"),
+                replace(part("compute", 38_285_344, 37_000_000, 40_000_000), place="device"),
+                part("output", 607_744),
+                part("process", 60 * MIB, 40 * MIB, 90 * MIB),
+            ),
+            file_bytes=Bytes(529_600_000),
+            file_provenance="exact",
+            bits_per_weight=8.5,
+        ),
+    )
+
+
+OFFLOADED: dict[str, Any] = {
+    "log.buffers": [
+        {"kind": "model", "name": "CUDA0", "bytes": 525_116_375},
+        {"kind": "model", "name": "CPU", "bytes": 144_000_000},
+        {"kind": "kv", "name": "CUDA0", "bytes": 12_582_912},
+        {"kind": "compute", "name": "CUDA0", "bytes": 38_283_510},
+        {"kind": "output", "name": "CPU", "bytes": 608_174},
+    ],
+    "log.lines": {"model": 2, "kv": 1, "compute": 1, "output": 1},
+}
+CARD: dict[str, Any] = {
+    "preflight.device_memory_needed": 577_702_912,
+    "machine.gpus": [
+        {
+            "name": "NVIDIA GeForce RTX 4060",
+            "memory_total": 8188 * MIB,
+            "memory_used": 16 * MIB,
+            "driver": "570.1",
+            "compute_capability": "8.9",
+        }
+    ],
+}
+
+
 def changed(changes: dict[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = copy.deepcopy(RECORDED)
     for path, value in changes.items():
@@ -70,14 +117,20 @@ def changed(changes: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-def judged(changes: dict[str, Any], *, strict: bool = False) -> check.CheckReport:
-    facts = check.facts_from(changed(changes), source="the case")
-    return check.evaluate(recorded_plan(), facts, strict_device=strict)
+def judged(changes: dict[str, Any], *, strict: bool = False, device: str | None = None) -> check.CheckReport:
+    """The recorded run with changes, on this CPU or as a CUDA device would report it."""
+    if device is None:
+        facts = check.facts_from(changed(changes), source="the case")
+        return check.evaluate(recorded_plan(), facts, strict_device=strict)
+    plan = offloaded_plan(device)
+    on_card = {} if plan.budget.unified else CARD
+    facts = check.facts_from(changed({**OFFLOADED, **on_card, **changes}), source="the case")
+    return check.evaluate(plan, facts, strict_device=strict)
 
 
 @pytest.mark.parametrize("case", TABLE, ids=[case["name"] for case in TABLE])
 def test_verdicts(case: dict[str, Any]) -> None:
-    report = judged(case["change"], strict=case.get("strict", False))
+    report = judged(case["change"], strict=case.get("strict", False), device=case.get("device"))
 
     found = {item.name: item.status for item in report.items}
     absent = case.get("absent", [])
@@ -136,38 +189,6 @@ def test_facts_of_another_shape_are_refused() -> None:
     assert "peak_rss" in caught.value.message
 
 
-def on_orin(**memory: object) -> check.CheckReport:
-    """The recorded run as an Orin would report it: buffers on CUDA0, unified memory."""
-    plan = example_plan("jetson-orin-nano-8gb")
-    plan = replace(
-        plan,
-        settings=replace(plan.settings, context=1024),
-        memory=MemoryEstimate(
-            parts=(
-                replace(part("weights", 525_120_000), place="device"),
-                replace(part("host_copy", 144_000_000), place="host"),
-                replace(part("kv_cache", 12_582_912), place="device"),
-                replace(part("compute", 38_285_344, 37_000_000, 40_000_000), place="device"),
-                part("output", 607_744),
-                part("process", 60 * MIB, 40 * MIB, 90 * MIB),
-            ),
-            file_bytes=Bytes(529_600_000),
-            file_provenance="exact",
-            bits_per_weight=8.5,
-        ),
-    )
-    changes: dict[str, Any] = {f"memory.{name}": value for name, value in memory.items()}
-    changes["log.buffers"] = [
-        {"kind": "model", "name": "CUDA0", "bytes": 525_116_375},
-        {"kind": "model", "name": "CPU", "bytes": 144_000_000},
-        {"kind": "kv", "name": "CUDA0", "bytes": 12_582_912},
-        {"kind": "compute", "name": "CUDA0", "bytes": 38_283_510},
-        {"kind": "output", "name": "CPU", "bytes": 608_174},
-    ]
-    changes["log.lines"] = {"model": 2, "kv": 1, "compute": 1, "output": 1}
-    return check.evaluate(plan, check.facts_from(changed(changes), source="the case"))
-
-
 @pytest.mark.parametrize(
     ("memory", "how"),
     [
@@ -179,9 +200,66 @@ def on_orin(**memory: object) -> check.CheckReport:
 def test_memory_of_an_accelerator_is_added_to_what_the_process_holds(
     memory: dict[str, int], how: str
 ) -> None:
-    report = on_orin(**memory)
+    changes = {f"memory.{name}": size for name, size in memory.items()}
+    report = judged(changes, device="jetson-orin-nano-8gb")
 
     items = {item.name: item for item in report.items}
     assert items["peak memory"].status == "pass"
     assert how in items["peak memory"].message
     assert items["weights"].status == "pass"
+
+
+def test_a_plan_that_takes_the_whole_budget_keeps_it_with_its_context() -> None:
+    """The budget has the context subtracted already: it is not counted a second time."""
+    plan = offloaded_plan("jetson-orin-nano-8gb")
+    plan = replace(plan, budget=replace(plan.budget, device=Bytes(plan.memory.total)))
+    status = {}
+    for beside in (500 * MIB, 501 * MIB):
+        held = plan.memory.total - 207_522_304 + beside
+        changes = {**OFFLOADED, "memory.peak_rss": 207_522_304, "memory.nvmap": held}
+        facts = check.facts_from(changed(changes), source="the case")
+        items = {item.name: item for item in check.evaluate(plan, facts).items}
+        status[beside // MIB] = items["budget"].status
+
+    assert status == {500: "pass", 501: "fail"}
+
+
+def names_with(report: check.CheckReport, words: str) -> set[str]:
+    return {item.name for item in report.items if words in item.expected}
+
+
+def test_rows_say_what_is_allowed_for_the_context() -> None:
+    changes = {"memory.peak_rss": 207_522_304, "memory.nvmap": 890_561_056}
+    rows = {"peak memory", "unexplained rest", "budget"}
+
+    shared = judged(changes, device="jetson-orin-nano-8gb")
+    card = judged({"memory.gpu": 890_561_056}, device="rtx-4060-8gb")
+
+    assert names_with(shared, "+ up to 500.0 MiB accelerator context") == {*rows, "free memory"}
+    assert names_with(card, "+ up to 300.0 MiB accelerator context") == {*rows, "free card memory"}
+    assert not names_with(judged({}), "accelerator context")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("unsigned", "it is not signed"),
+        ("unenrolled", "--allowed-signers"),
+        ("unverified", "not be verified"),
+    ],
+)
+def test_a_carried_server_that_was_not_run_is_said_with_the_reason(state: str, reason: str) -> None:
+    report = judged({"bundle.server": "sha256:00", "signature.state": state})
+
+    item = next(item for item in report.items if item.name == "server")
+    assert reason in item.message
+    assert item.measured == "option: llama-server (0c1e57098)"
+    assert item.expected == "llama.cpp 0.5.0-dev (0c1e57098)"
+
+
+@pytest.mark.parametrize(("status", "code"), [(1, 1), (2, 1), (-9, 1), (6, 6), (7, 7), (10, 10), (130, 130)])
+def test_an_agent_that_breaks_is_no_failed_check(status: int, code: int) -> None:
+    error = check._broken(status, "Traceback (most recent call last):\nKeyError: 'plan'\n")
+
+    assert error.exit_code == code
+    assert "KeyError: 'plan'" in error.message
