@@ -317,6 +317,30 @@ def test_extract_writes_the_file_once_and_keeps_it(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["model.gguf"]
 
 
+def test_a_link_laid_where_a_file_will_be_written_is_not_followed(tmp_path: Path) -> None:
+    found = agent.read_bundle(str(bundle(tmp_path)))
+    precious, work = tmp_path / "precious", tmp_path / "work"
+    precious.write_text("kept")
+    work.mkdir()
+    for name in ("model.gguf.part", "server.log"):
+        (work / name).symlink_to(precious)
+
+    with pytest.raises(OSError, match="symbolic links"):
+        agent.extract(found, "model.gguf", str(work))
+    server = agent.running_server(
+        "/bin/true",
+        [],
+        model=str(precious),
+        folder=str(work),
+        environment={},
+        limit=agent.Limit(None, "none", None),
+    )
+    with pytest.raises(OSError, match="symbolic links"), server:
+        pytest.fail("it was started")
+
+    assert precious.read_text() == "kept"
+
+
 def test_a_bundle_that_changes_after_it_was_verified_is_refused(tmp_path: Path) -> None:
     path = bundle(tmp_path)
     found = agent.read_bundle(str(path))
