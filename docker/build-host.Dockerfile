@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 COPY . /src
-RUN pip install --no-cache-dir "/src[hub]" cmake ninja && rm -rf /src
+RUN pip install --no-cache-dir "/src[build]" && rm -rf /src
 
 RUN useradd --create-home --shell /usr/sbin/nologin edgepack
 USER edgepack

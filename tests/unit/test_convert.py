@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
+from gguf.quants import quantize
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -58,18 +60,67 @@ def test_the_file_is_read_back_as_it_was_meant(outtype: OutType, folder: Path, t
     assert header.values["tokenizer.ggml.pre"] == "qwen2"
 
 
-def test_the_reference_reader_agrees(folder: Path, tmp_path: Path) -> None:
-    gguf = convert.convert(folder, tmp_path / "m.gguf", outtype="F32", progress=Silent())
+@pytest.mark.parametrize("outtype", ["F32", "F16", "BF16"])
+def test_llama_cpp_s_own_reader_finds_every_tensor_with_its_values(
+    outtype: OutType, folder: Path, tmp_path: Path
+) -> None:
+    gguf = convert.convert(folder, tmp_path / "m.gguf", outtype=outtype, progress=Silent())
 
     reader = GGUFReader(gguf)
 
-    stored = dict(safetensors.checkpoint(folder))
-    names = convert.hf_names(modelspec.read(folder))
+    names = get_tensor_name_map(MODEL_ARCH.QWEN2, _TINY["num_hidden_layers"])
+    sources = load_file(folder / "model.safetensors")
+    expected = {names.get_name(name, (".weight", ".bias")): values for name, values in sources.items()}
+    assert sorted(tensor.name for tensor in reader.tensors) == sorted(expected)
     for tensor in reader.tensors:
-        source = stored[names[tensor.name]]
-        expected = np.fromfile(source.file, "<f4", source.bytes // 4, offset=source.offset)
-        assert (tensor.data.reshape(-1) == expected).all(), tensor.name
-    assert reader.fields["tokenizer.ggml.tokens"].contents()[:3] == ["Ā", "ā", "Ă"]
+        source = expected[tensor.name]
+        assert tensor.tensor_type.name == (outtype if source.ndim > 1 else "F32"), tensor.name
+        assert tuple(tensor.shape) == source.shape[::-1], tensor.name
+        assert tensor.data_offset % 32 == 0, tensor.name
+        assert tensor.data.tobytes() == quantize(source, tensor.tensor_type).tobytes(), tensor.name
+
+
+def test_llama_cpp_s_own_reader_finds_every_key_with_its_type_and_value(folder: Path, tmp_path: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    special = {token["id"]: token["content"] for token in tokenizer["added_tokens"]}
+    ids = {number: text for text, number in tokenizer["model"]["vocab"].items()} | special
+    normal, control = 1, 3  # llama_token_type
+
+    fields = GGUFReader(convert.convert(folder, tmp_path / "m.gguf", outtype="F16", progress=Silent())).fields
+
+    found = {name: ([kind.name for kind in field.types], field.contents()) for name, field in fields.items()}
+    counted = {name: value for name, (_, value) in found.items() if name.startswith("GGUF.")}
+    assert counted == {"GGUF.version": 3, "GGUF.tensor_count": 26, "GGUF.kv_count": len(found) - 3}
+    assert {name: value for name, value in found.items() if not name.startswith("GGUF.")} == {
+        "general.architecture": (["STRING"], "qwen2"),
+        "general.type": (["STRING"], "model"),
+        "general.file_type": (["UINT32"], 1),
+        "general.quantization_version": (["UINT32"], 2),
+        "qwen2.block_count": (["UINT32"], 2),
+        "qwen2.context_length": (["UINT32"], 4096),
+        "qwen2.embedding_length": (["UINT32"], 256),
+        "qwen2.feed_forward_length": (["UINT32"], 512),
+        "qwen2.attention.head_count": (["UINT32"], 4),
+        "qwen2.attention.head_count_kv": (["UINT32"], 2),
+        "qwen2.attention.key_length": (["UINT32"], 64),
+        "qwen2.attention.value_length": (["UINT32"], 64),
+        "qwen2.attention.layer_norm_rms_epsilon": (["FLOAT32"], float(np.float32(1e-6))),
+        "qwen2.rope.dimension_count": (["UINT32"], 64),
+        "qwen2.rope.freq_base": (["FLOAT32"], 1e6),
+        "qwen2.vocab_size": (["UINT32"], 1024),
+        "tokenizer.ggml.model": (["STRING"], "gpt2"),
+        "tokenizer.ggml.pre": (["STRING"], "qwen2"),
+        "tokenizer.ggml.tokens": (["ARRAY", "STRING"], [ids[number] for number in range(1024)]),
+        "tokenizer.ggml.token_type": (
+            ["ARRAY", "INT32"], [control if number in special else normal for number in range(1024)],
+        ),
+        "tokenizer.ggml.merges": (["ARRAY", "STRING"], tokenizer["model"]["merges"]),
+        "tokenizer.ggml.bos_token_id": (["UINT32"], 1021),
+        "tokenizer.ggml.eos_token_id": (["UINT32"], 1021),
+        "tokenizer.ggml.padding_token_id": (["UINT32"], 1021),
+        "tokenizer.ggml.add_bos_token": (["BOOL"], False),
+        "tokenizer.ggml.add_eos_token": (["BOOL"], False),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("outtype", ["F32", "F16", "BF16"])

@@ -25,6 +25,17 @@ def test_the_cuda_server_is_built_from_the_pinned_commit() -> None:
     assert found.group(1).startswith(pinned)
 
 
+def test_the_build_host_installs_extras_that_exist() -> None:
+    project = (DOCKER.parent / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    known = re.findall(r"^([\w-]+) = \[", section, flags=re.MULTILINE)
+
+    asked = re.findall(r"/src\[([\w,-]+)\]", (DOCKER / "build-host.Dockerfile").read_text())
+
+    assert asked
+    assert {name for names in asked for name in names.split(",")} <= set(known)
+
+
 @pytest.mark.parametrize("name", ["build-host.Dockerfile", "llama-server-cuda.Dockerfile"])
 def test_no_image_runs_as_root_or_swallows_a_failure(name: str) -> None:
     text = (DOCKER / name).read_text()
