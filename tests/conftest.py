@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No timing assertions: a busy machine is not a bug.
+settings.register_profile("edgepack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edgepack")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
