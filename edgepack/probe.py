@@ -27,7 +27,7 @@ from edgepack.profile import (
     Reserves,
     SpeedConstants,
 )
-from edgepack.units import MIB, Bytes, show
+from edgepack.units import KIB, MIB, Bytes, show
 
 NAME = "this-machine"
 _FEATURES: Mapping[Arch, tuple[str, ...]] = {
@@ -210,14 +210,8 @@ class _System:
     @staticmethod
     def read(root: Path, *, live: bool) -> _System:
         cpuinfo = _text(root / "proc/cpuinfo")
-        meminfo = {
-            k: int(v) * 1024
-            for k, v in re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
-        }
-        if not cpuinfo or "MemTotal" not in meminfo:
-            raise BadInput(
-                f"{root} has no /proc with cpuinfo and meminfo", hint="give the root of a Linux system"
-            )
+        if not cpuinfo:
+            raise _no_proc(root)
         arch: Arch = "x86_64" if re.search(r"^flags\s*:", cpuinfo, re.M) else "aarch64"
         if live and platform.machine() != arch:
             raise Unsupported(
@@ -225,8 +219,11 @@ class _System:
             )
         flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)).split())
         cores, cores_source = _cores(cpuinfo, root, live=live)
-        memory, memory_source = meminfo["MemTotal"], "MemTotal in /proc/meminfo"
-        used, used_source = memory - meminfo["MemAvailable"], "MemTotal - MemAvailable in /proc/meminfo, now"
+        memory, used = _memory(root, live=live)
+        memory_source, used_source = (
+            "MemTotal in /proc/meminfo",
+            "MemTotal - MemAvailable in /proc/meminfo, now",
+        )
         limit = _text(root / "sys/fs/cgroup/memory.max").strip()
         if limit.isdigit() and int(limit) < memory:
             memory, memory_source = int(limit), "memory.max of this control group (a container's limit)"
@@ -249,6 +246,24 @@ class _System:
             windows="microsoft" in release.lower(),
             desktop=live and any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY")),
         )
+
+
+def _memory(root: Path, *, live: bool) -> tuple[int, int]:
+    """Bytes of memory in all, and those of them that no new program can have."""
+    if live:
+        import psutil  # it also knows kernels that do not say MemAvailable
+
+        now = psutil.virtual_memory()
+        return now.total, now.total - now.available
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
+    said = {name: int(kib) * KIB for name, kib in found}
+    if not {"MemTotal", "MemAvailable"} <= set(said):
+        raise _no_proc(root)
+    return said["MemTotal"], said["MemTotal"] - said["MemAvailable"]
+
+
+def _no_proc(root: Path) -> BadInput:
+    return BadInput(f"{root} has no /proc with cpuinfo and meminfo", hint="give the root of a Linux system")
 
 
 def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import time
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from edgepack import probe as probes
@@ -45,6 +46,18 @@ def test_this_machine_has_a_profile_within_a_few_seconds_that_loads_again(tmp_pa
     assert spent < 10  # two seconds on an idle machine
     assert profile.budget(probed.profile).device > 0
     assert 0.5 < probed.profile.mode().bandwidth_gbs < 20_000
+
+
+def test_memory_in_use_now_is_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GiB is less than any control group's limit here, so that it is the machine's that counts."""
+    now = types.SimpleNamespace(total=1024 * MIB, available=700 * MIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: now)
+    monkeypatch.setattr(probes, "read_bandwidth", lambda threads: 2e10)
+
+    found = probes.probe().profile
+
+    assert found.memory == 1024 * MIB
+    assert found.reserves.os_headless == 384 * MIB  # 324 MiB in use, up to the next 64 MiB
 
 
 def test_read_bandwidth_agrees_with_numpy() -> None:

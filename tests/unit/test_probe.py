@@ -172,3 +172,6 @@ def test_the_written_file_loads_to_the_same_profile_and_says_its_sources(
 def test_a_folder_that_is_no_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has no /proc"):
         probes.probe(tmp_path)
+    root(tmp_path, {"proc/cpuinfo": x86(4, 4), "proc/meminfo": "MemTotal:       100 kB\n"})
+    with pytest.raises(BadInput, match="has no /proc"):
+        probes.probe(tmp_path)
