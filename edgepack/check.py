@@ -859,10 +859,10 @@ def check(
     when the agent itself breaks; a device that does not carry the bundle is a report.
     """
     progress.step(f"verifying {bundle.name}")
-    state = bundles.inspect(bundle, allowed_signers=allowed_signers)["signature"]
-    verified = isinstance(state, dict) and state["state"] == "verified"
-    found = agent.read_bundle(str(bundle))
-    plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+    found, signature = bundles.verified(bundle, allowed_signers)
+    verified = signature["state"] == "verified"
+    with bundles.translated(bundle):
+        plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
     carried = agent.find_file(found, bundles.SERVER) is not None
     if server is None and not (carried and verified):
         server = toolchain.find_server()

@@ -66,19 +66,19 @@ def _fail(error: EdgepackError) -> NoReturn:
 
 
 def _translated(error: OSError) -> EdgepackError:
-    import errno
-
     from edgepack.errors import NoSpace
+    from edgepack.workspace import is_full
 
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return NoSpace(
-            f"the disk is full ({error.filename or 'while writing'})", hint="free some space; then rerun"
+            f"the disk is full ({error.filename or 'while writing'})",
+            hint="free some space; then rerun",
         )
     if isinstance(error, FileNotFoundError):
         return NotFound(f"{error.filename} does not exist")
     if isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError)):
         return BadInput(f"{error.filename}: {(error.strerror or 'cannot be used').lower()}")
-    raise error
+    return EdgepackError(f"{error.filename or 'the system'}: {(error.strerror or str(error)).lower()}")
 
 
 def main() -> None:
