@@ -384,6 +384,7 @@ def unpack(progress: Progress, /, bundle: Path, folder: Path, allowed_signers: P
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens to decode.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the sampler.")
+@click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
 @click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
 @click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
 @click.pass_obj

@@ -23,6 +23,7 @@ def speak(
     tokens: int,
     temperature: float,
     seed: int,
+    ignore_eos: bool,
     allowed_signers: Path | None,
     server: Path | None,
     progress: Progress,
@@ -46,7 +47,13 @@ def speak(
             program = own or agent.extract(found, bundles.SERVER, str(place))
             model = agent.extract(found, bundles.WEIGHTS, str(place))
         progress.step("starting llama-server with the bundle's flags")
-        body = {"prompt": prompt, "n_predict": tokens, "temperature": temperature, "seed": seed}
+        body = {
+            "prompt": prompt,
+            "n_predict": tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "ignore_eos": ignore_eos,
+        }
         with (
             tempfile.TemporaryDirectory(prefix="edgepack-run-") as folder,
             agent.memory_limit(None) as limit,

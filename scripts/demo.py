@@ -32,7 +32,7 @@ def main() -> None:
         "build", "--profile", machine, "--model", "demo", "--with-runtime", "--key", str(key), "-o", str(out)
     )
     edgepack("check", here, "--allowed-signers", signers, "-o", str(out / "check.json"))
-    edgepack("run", here, "--allowed-signers", signers, "--prompt", PROMPT, "--tokens", "160")
+    edgepack("run", here, "--allowed-signers", signers, "--prompt", PROMPT, "--tokens", "180", "--ignore-eos")
     print(f"\nmake demo: done in {time.monotonic() - started:.0f} s. Bundles and reports are in {out}/")
 
 

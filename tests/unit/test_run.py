@@ -72,7 +72,15 @@ def program(folder: Path, text: str = SERVER) -> Path:
 
 def say(path: Path, server: Path | None) -> str:
     pieces = run.speak(
-        path, "a", tokens=2, temperature=0.0, seed=1, allowed_signers=None, server=server, progress=Silent()
+        path,
+        "a",
+        tokens=2,
+        temperature=0.0,
+        seed=1,
+        ignore_eos=False,
+        allowed_signers=None,
+        server=server,
+        progress=Silent(),
     )
     return "".join(pieces)
 
