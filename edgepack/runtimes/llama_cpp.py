@@ -28,8 +28,10 @@ KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1
 CELL_PAD = 256
 """Contexts and caches are padded to this many cells (llama-context.cpp, n_ctx; llama-kv-cache-iswa.cpp)."""
 
-_ALIGNMENT: Mapping[Backend, int] = {"cpu": 32, "cuda": 128}
-"""Bytes between tensors of a buffer: TENSOR_ALIGNMENT (ggml-impl.h); ggml-cuda.cu, get_alignment."""
+_ALIGNMENT: Mapping[Backend, int] = {"cpu": 32, "cuda": 128, "vulkan": 256, "metal": 32}
+"""Bytes between tensors of a buffer: TENSOR_ALIGNMENT (ggml-impl.h); get_alignment in ggml-cuda.cu and
+ggml-metal.cpp. Vulkan's is the driver's minStorageBufferOffsetAlignment (ggml-vulkan.cpp), at most 256 by the
+specification (Vulkan 1.3, table "Required Limits"), so never less is counted than is taken."""
 
 _ALL_LAYERS = 99
 _BATCH = 2048
