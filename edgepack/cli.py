@@ -405,21 +405,28 @@ def run(progress: Progress, /, bundle: Path, prompt: str, **options: Any) -> Non
 
 
 @cli.command()
+@click.option(
+    "--root",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=Path("/"),
+    help="Read a captured /proc, /sys and /etc below this folder instead of the live machine's.",
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the YAML here.")
 @json_option
 @click.pass_obj
-def probe(progress: Progress, output: Path | None, as_json: bool) -> None:
-    """Write the profile of the machine this runs on.
+def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) -> None:
+    """Write the profile of the machine this runs on, or of one whose /proc, /sys and /etc were captured.
 
     \b
     Examples:
       edgepack probe -o this.yaml
+      edgepack probe --root captured/jetson -o jetson.yaml
       edgepack plan --profile this.yaml
     """
     from edgepack import probe as probes
     from edgepack import serde, workspace
 
-    found = probes.probe()
+    found = probes.probe(root)
     text = probes.to_yaml(found)
     if output is not None:
         workspace.write_text(output, text)

@@ -1,21 +1,25 @@
 """The profile of the machine this runs on: what the kernel says, what the driver says, and one measurement.
 
-Nothing is started and no CUDA context is made. Every value that is not inherited names where it was read.
+No CUDA context is made, and nothing but nvidia-smi is started, where NVML's bindings are missing. Every value that
+is not inherited names where it was read; one that cannot be read is the nearest profile's, and marked uncertain.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
+from edgepack import l4t, serde, shell
 from edgepack import profile as profiles
-from edgepack import serde
 from edgepack.errors import BadInput, Unsupported
 from edgepack.profile import (
     Accelerator,
@@ -25,6 +29,7 @@ from edgepack.profile import (
     Match,
     PowerMode,
     Reserves,
+    Software,
     SpeedConstants,
 )
 from edgepack.units import KIB, MIB, Bytes, show
@@ -47,6 +52,12 @@ _CUDA_CONTEXT = Bytes(300 * MIB)
 _CPU_EFFICIENCY = 0.75
 """Decode speed over *measured* read bandwidth: 0.88 on a Raspberry Pi 5 (10.0 of 11.4 GB/s sustained), 0.65 on a
 DDR5 laptop (54 of 80-86 GB/s STREAM)."""
+_LEAST_MEMORY = 64 * MIB
+"""A MemTotal below this is a broken capture, not a machine that runs models."""
+_PATIENCE = 1.2
+"""Seconds that a driver has to answer; one that hangs must not hold up the rest."""
+_SMI = "name,memory.total,memory.used,compute_cap"
+"""What nvidia-smi is asked for; a capture has its answer, with the header, in nvidia-smi.csv at its root."""
 _PREFILL_PER_CORE: Mapping[Arch, float] = {"x86_64": 0.09, "aarch64": 0.025}
 """TFLOPS a core while reading a prompt: i5-1135G7 0.41 and i7-7820HQ 0.36 with four, Raspberry Pi 5 0.1 with four."""
 
@@ -70,46 +81,52 @@ class Probed:
 def probe(root: Path = Path("/")) -> Probed:
     """What this machine is, within about two seconds.
 
-    Another ``root`` reads a captured /proc, /sys and /etc; then nothing is measured and no driver is asked, and
-    bandwidths are the nearest built-in profile's. Raises Unsupported for a machine that is neither x86-64 nor
-    64-bit Arm, BadInput for a root without /proc.
+    Another ``root`` reads a captured /proc, /sys and /etc, and nvidia-smi.csv where there was a card; then nothing
+    is measured and no driver is asked, and bandwidths are the nearest built-in profile's. Raises Unsupported for a
+    machine that is neither x86-64 nor 64-bit Arm, BadInput for a root without /proc.
     """
     live = root == Path("/")
     system = _System.read(root, live=live)
-    tree = _device_tree(root)
-    card = _nvidia() if live else None
-    jetson = any(word in tree for word in ("nvidia,tegra", "NVIDIA Jetson"))
-    kind: DeviceClass = "jetson" if jetson else "nvidia-discrete" if card else "cpu"
-    nearest = _nearest(kind, system, tree, card.name if card else "")
+    tree = _names(root)
+    card, silent = _card(root, live=live)
+    every = [profiles.load(name) for name in profiles.names()]
+    kind = _kind(every, tree, card)
+    nearest = _nearest(every, kind, system, tree, card)
     found = replace(
         nearest,
         name=NAME,
-        title=f"{system.cpu}, {show(system.memory)}",
+        title=f"{system.cpu}, {show(system.memory or nearest.memory)}",
         aliases=(),
         arch=system.arch,
-        memory=system.memory,
-        cpu_cores=system.cores,
-        cpu_features=system.features,
+        memory=system.memory or nearest.memory,
+        cpu_cores=system.cores or nearest.cpu_cores,
+        cpu_features=system.features or nearest.cpu_features,
         disk=Bytes(shutil.disk_usage(Path.home()).free) if live else nearest.disk,
         software=replace(nearest.software, os=system.os or nearest.software.os),
-        match=_match(kind, system, nearest, card.name if card else ""),
+        reserves=_system_reserves(nearest, system),
+        match=_match(kind, system, nearest, card),
     )
-    findings = [
-        Finding(field="memory", source=system.memory_source),
-        Finding(field="cpu_cores", source=system.cores_source),
-        Finding(field="cpu_features", source="/proc/cpuinfo"),
-        Finding(field="reserves", source=system.used_source),
-    ]
+    findings, unknown = _said(system, nearest)
+    if silent:
+        findings.append(Finding(field="accelerator", source=f"unknown: {silent}"))
     match kind:
-        case "cpu":
-            found, more = _as_cpu(found, nearest, system, live=live)
         case "jetson":
-            found, more = _as_jetson(found, nearest, system, root)
+            found, more = _as_jetson(found, nearest, root)
         case "nvidia-discrete":
             found, more = _as_card(found, nearest, system, card)
+        case "amd-apu" | "apple":
+            more = (Finding(field="power_modes", source=f"as {nearest.name}; nothing was measured"),)
+        case _:
+            found, more = _as_cpu(found, nearest, system, live=live)
     if live:
         findings.append(Finding(field="disk", source="free space of the home folder"))
-    return Probed(profile=found, nearest=nearest.name, findings=(*findings, *more))
+    read = {"memory", "cpu_cores", "cpu_features", "match"}
+    uncertain = (*(name for name in found.uncertain if name not in read), *unknown)
+    return Probed(
+        profile=replace(found, uncertain=tuple(dict.fromkeys(uncertain))),
+        nearest=nearest.name,
+        findings=(*findings, *more),
+    )
 
 
 def to_yaml(probed: Probed) -> str:
@@ -192,12 +209,13 @@ def read_bandwidth(*, threads: int, size: int = _BUFFER, seconds: float = _SECON
 class _System:
     arch: Arch
     cpu: str
-    cores: int
+    cores: int | None
+    """None, like the two below, where the kernel does not say."""
     cores_source: str
     features: tuple[str, ...]
-    memory: Bytes
+    memory: Bytes | None
     memory_source: str
-    used: Bytes
+    used: Bytes | None
     used_source: str
     cache: int
     """Largest CPU cache in bytes; 0 when not said."""
@@ -210,9 +228,11 @@ class _System:
     @staticmethod
     def read(root: Path, *, live: bool) -> _System:
         cpuinfo = _text(root / "proc/cpuinfo")
-        if not cpuinfo:
-            raise _no_proc(root)
-        arch: Arch = "x86_64" if re.search(r"^flags\s*:", cpuinfo, re.M) else "aarch64"
+        if not cpuinfo and not _text(root / "proc/meminfo"):
+            raise BadInput(
+                f"{root} has no /proc with cpuinfo and meminfo", hint="give the root of a Linux system"
+            )
+        arch = _arch(cpuinfo, root)
         if live and platform.machine() != arch:
             raise Unsupported(
                 f"a {platform.machine()} machine is not known", hint="x86-64 and 64-bit Arm are"
@@ -225,7 +245,7 @@ class _System:
             "MemTotal - MemAvailable in /proc/meminfo, now",
         )
         limit = _text(root / "sys/fs/cgroup/memory.max").strip()
-        if limit.isdigit() and int(limit) < memory:
+        if limit.isdigit() and (memory is None or int(limit) < memory):
             memory, memory_source = int(limit), "memory.max of this control group (a container's limit)"
             used, used_source = _cgroup_used(root), "memory.stat of this control group, now"
         model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.M)
@@ -233,13 +253,13 @@ class _System:
         name = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text(root / "etc/os-release"), re.M)
         return _System(
             arch=arch,
-            cpu=" ".join(model.group(1).split()) if model else f"{arch} CPU",
+            cpu=" ".join(model.group(1).split()) if model else _model(root) or f"{arch} CPU",
             cores=cores,
             cores_source=cores_source,
             features=tuple(feature for feature in _FEATURES[arch] if feature in flags),
-            memory=Bytes(memory),
+            memory=None if memory is None else Bytes(memory),
             memory_source=memory_source,
-            used=Bytes(used),
+            used=None if used is None else Bytes(used),
             used_source=used_source,
             cache=max((_size(_text(path)) for path in _caches(root)), default=0),
             os=name.group(1) if name else None,
@@ -248,8 +268,16 @@ class _System:
         )
 
 
-def _memory(root: Path, *, live: bool) -> tuple[int, int]:
-    """Bytes of memory in all, and those of them that no new program can have."""
+def _arch(cpuinfo: str, root: Path) -> Arch:
+    """x86 says flags and Arm Features; where neither is left, only Arm boards have a device tree."""
+    if re.search(r"^flags\s*:", cpuinfo, re.M):
+        return "x86_64"
+    arm = re.search(r"^(?:Features|CPU implementer)\s*:", cpuinfo, re.M) or _model(root)
+    return "aarch64" if arm else "x86_64"
+
+
+def _memory(root: Path, *, live: bool) -> tuple[int | None, int | None]:
+    """Bytes of memory in all, and those of them that no new program can have; None for what is not said."""
     if live:
         import psutil  # it also knows kernels that do not say MemAvailable
 
@@ -257,16 +285,13 @@ def _memory(root: Path, *, live: bool) -> tuple[int, int]:
         return now.total, now.total - now.available
     found = re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
     said = {name: int(kib) * KIB for name, kib in found}
-    if not {"MemTotal", "MemAvailable"} <= set(said):
-        raise _no_proc(root)
-    return said["MemTotal"], said["MemTotal"] - said["MemAvailable"]
+    total, available = said.get("MemTotal"), said.get("MemAvailable")
+    if total is None or total < _LEAST_MEMORY:
+        return None, None
+    return total, total - available if available and available <= total else None
 
 
-def _no_proc(root: Path) -> BadInput:
-    return BadInput(f"{root} has no /proc with cpuinfo and meminfo", hint="give the root of a Linux system")
-
-
-def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int, str]:
+def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int | None, str]:
     """Physical cores this process may use: hyperthreads share one, and a container may have fewer."""
     allowed = os.sched_getaffinity(0) if live else None
     cores: set[tuple[str, str]] = set()
@@ -276,10 +301,12 @@ def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int, str]:
         if not number.isdigit() or (allowed is not None and int(number) not in allowed):
             continue
         cores.add((said.get("physical id", ""), said.get("core id", f"cpu{number}")))
+    if not cores:
+        return None, "no processor in /proc/cpuinfo"
     quota = re.match(r"(\d+) (\d+)", _text(root / "sys/fs/cgroup/cpu.max"))
     if quota is not None and int(quota.group(1)) < len(cores) * int(quota.group(2)):
         return max(1, int(quota.group(1)) // int(quota.group(2))), "cpu.max of this control group"
-    return max(1, len(cores)), "physical cores in /proc/cpuinfo that this process may use"
+    return len(cores), "physical cores in /proc/cpuinfo that this process may use"
 
 
 def _cgroup_used(root: Path) -> int:
@@ -298,14 +325,22 @@ def _size(text: str) -> int:
 
 
 def _text(path: Path) -> str:
-    """A file of the kernel's; "" where this kernel has none."""
-    if not path.is_file():
+    """A file of the kernel's; "" where this kernel has none or will not let it be read."""
+    try:
+        data = path.read_bytes() if path.is_file() else b""
+    except OSError:
         return ""
-    return path.read_bytes().replace(b"\0", b"\n").decode("utf-8", errors="replace")
+    return data.replace(b"\0", b"\n").decode("utf-8", errors="replace")
 
 
-def _device_tree(root: Path) -> str:
-    return "\n".join(_text(root / "proc/device-tree" / name) for name in ("model", "compatible"))
+def _model(root: Path) -> str:
+    return _text(root / "proc/device-tree/model").strip()
+
+
+def _names(root: Path) -> str:
+    """What the firmware calls this device: the device tree on Arm boards, DMI on PCs."""
+    tree = [_text(root / "proc/device-tree" / name) for name in ("model", "compatible")]
+    return "\n".join((*tree, _text(root / "sys/class/dmi/id/product_name")))
 
 
 # ── what the driver says ─────────────────────────────────────────────────────────────────────────────
@@ -314,10 +349,78 @@ def _device_tree(root: Path) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
     name: str
-    memory: int
-    used: int
-    compute_capability: str
-    bandwidth_gbs: float
+    source: str
+    memory: int | None = None
+    """None, like the others, where the driver does not say."""
+    used: int | None = None
+    compute_capability: str | None = None
+    bandwidth_gbs: float | None = None
+
+
+_Answer = TypeVar("_Answer")
+
+
+def _card(root: Path, *, live: bool) -> tuple[_Card | None, str]:
+    """The NVIDIA GPU with memory of its own, and why nothing is known of one when a driver did not answer."""
+    if not live:
+        return _listed(_text(root / "nvidia-smi.csv")) or _in_proc(root), ""
+    answers = _within(_PATIENCE, _nvidia)
+    if not answers:
+        return _in_proc(root), f"NVML did not answer within {_PATIENCE} seconds"
+    if answers[0] is not None:
+        return answers[0], ""
+    if shutil.which("nvidia-smi") is None:
+        return _in_proc(root), ""
+    try:
+        query = (f"--query-gpu={_SMI}", "--format=csv")
+        said = shell.run(("nvidia-smi", *query), check=False, timeout=_PATIENCE)
+    except shell.TimedOut:
+        return _in_proc(root), f"nvidia-smi did not answer within {_PATIENCE} seconds"
+    return _listed(said.stdout if said.returncode == 0 else "") or _in_proc(root), ""
+
+
+def _within(seconds: float, ask: Callable[[], _Answer]) -> tuple[_Answer, ...]:
+    """What ``ask`` returns, or nothing when it takes longer: a thread that hangs ends with the program."""
+    answers: list[_Answer] = []
+    worker = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return tuple(answers)
+
+
+def _listed(text: str) -> _Card | None:
+    """The first GPU in nvidia-smi's CSV; a field that says [N/A] is unknown, and without a name there is none."""
+    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
+    if len(rows) < 2:
+        return None
+    header = [cell.partition(" [")[0] for cell in rows[0]]
+    said = dict(zip(header, rows[1], strict=False))
+    name = said.get("name", "")
+    if not name or name.startswith("["):
+        return None
+    capability = re.fullmatch(r"\d+\.\d+", said.get("compute_cap", ""))
+    return _Card(
+        name=name,
+        source="nvidia-smi",
+        memory=_mib(said.get("memory.total", "")),
+        used=_mib(said.get("memory.used", "")),
+        compute_capability=capability.group() if capability else None,
+    )
+
+
+def _mib(text: str) -> int | None:
+    found = re.fullmatch(r"(\d+) MiB", text)
+    return int(found.group(1)) * MIB if found and int(found.group(1)) else None
+
+
+def _in_proc(root: Path) -> _Card | None:
+    """The name alone, which NVIDIA's kernel module gives."""
+    folders = root / "proc/driver/nvidia/gpus"
+    for path in sorted(folders.glob("*/information")):
+        found = re.search(r"^Model:\s*(\S.*?)\s*$", _text(path), re.M)
+        if found:
+            return _Card(name=found.group(1), source="/proc/driver/nvidia/gpus")
+    return None
 
 
 def _nvidia() -> _Card | None:
@@ -339,6 +442,7 @@ def _nvidia() -> _Card | None:
             width = nvml.nvmlDeviceGetMemoryBusWidth(handle)  # bits
             return _Card(
                 name=str(nvml.nvmlDeviceGetName(handle)),
+                source="NVML",
                 memory=int(memory.total),
                 used=int(memory.used),
                 compute_capability=f"{major}.{minor}",
@@ -354,30 +458,82 @@ def _nvidia() -> _Card | None:
 # ── the profile ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _nearest(kind: DeviceClass, system: _System, tree: str, card: str) -> DeviceProfile:
-    """The built-in profile whose match holds, else the one of this class that is nearest in memory."""
+def _kind(every: Sequence[DeviceProfile], tree: str, card: _Card | None) -> DeviceClass:
+    if any(word in tree for word in ("nvidia,tegra", "NVIDIA Jetson")):
+        return "jetson"
+    if card is not None:
+        return "nvidia-discrete"
+    named = (p.device_class for p in every if any(word in tree for word in p.match.device_tree))
+    return next((kind for kind in named if kind != "jetson"), "cpu")
 
-    def distance(known: DeviceProfile) -> tuple[bool, bool, float]:
-        same_tree = any(word in tree for word in known.match.device_tree)
-        same_card = known.match.gpu_name is not None and known.match.gpu_name in card
-        exact = known.accelerator is not None and known.accelerator.name == card
-        return not exact, not (same_tree or same_card), abs(math.log(known.memory / system.memory))
 
-    every = [profiles.load(name) for name in profiles.names()]
+def _nearest(
+    every: Sequence[DeviceProfile], kind: DeviceClass, system: _System, tree: str, card: _Card | None
+) -> DeviceProfile:
+    """The built-in profile whose match holds, else the one of this class that is nearest in memory.
+
+    A part number decides before memory does; where nothing says how much memory there is, the least is taken.
+    """
+    name = card.name if card else ""
+
+    def distance(known: DeviceProfile) -> tuple[bool, int, bool, float, float, int]:
+        own = known.accelerator.memory if known.accelerator else None
+        same_tree = sum(word in tree for word in known.match.device_tree)
+        same_card = known.match.gpu_name is not None and known.match.gpu_name in name
+        exact = known.accelerator is not None and known.accelerator.name == name
+        under_windows = known.reserves.display_headless > 0
+        return (
+            not exact,
+            -(same_tree + same_card),
+            under_windows != system.windows,
+            _apart(own, card.memory if card else None),
+            _apart(known.memory, system.memory),
+            known.memory,
+        )
+
     same = [p for p in every if p.device_class == kind and p.arch == system.arch]
     return min(same or [p for p in every if p.arch == system.arch], key=distance)
 
 
-def _match(kind: DeviceClass, system: _System, nearest: DeviceProfile, card: str) -> Match:
+def _apart(one: int | None, other: int | None) -> float:
+    """How far two sizes are apart, as a ratio; 0 when one is not known."""
+    return abs(math.log(one / other)) if one and other else 0.0
+
+
+def _match(kind: DeviceClass, system: _System, nearest: DeviceProfile, card: _Card | None) -> Match:
     """A device counts as this one when it has at least about this machine's memory, and its GPU."""
-    least = Bytes(int(system.memory * 0.95) // MIB * MIB)
+    least = Bytes(int((system.memory or nearest.memory) * 0.95) // MIB * MIB)
     tree = nearest.match.device_tree if kind == "jetson" else ()
-    return Match(device_tree=tree, gpu_name=card or None, memory_min=least)
+    gpu = card.name if card and kind == "nvidia-discrete" else None
+    return Match(device_tree=tree, gpu_name=gpu, memory_min=least)
+
+
+def _said(system: _System, nearest: DeviceProfile) -> tuple[list[Finding], list[str]]:
+    """Where the kernel's values were read, and the fields that it did not say."""
+    fields = (
+        ("memory", system.memory is not None, system.memory_source),
+        ("cpu_cores", system.cores is not None, system.cores_source),
+        ("cpu_features", bool(system.features), "/proc/cpuinfo"),
+        ("reserves", system.used is not None, system.used_source),
+    )
+    findings = [
+        Finding(field=name, source=source if known else f"unknown: not in {source}; as {nearest.name}")
+        for name, known, source in fields
+    ]
+    return findings, [name for name, known, _ in fields if not known]
 
 
 def _system_reserves(nearest: DeviceProfile, system: _System) -> Reserves:
-    """What is in use now, and a share kept free: a twelfth of the memory, 256 MiB to 2 GiB."""
-    used = Bytes(-(-system.used // (64 * MIB)) * 64 * MIB)
+    """What is in use now, and a share kept free: a twelfth of the memory, 256 MiB to 2 GiB.
+
+    Where the use is not known, the nearest profile's share of its memory.
+    """
+    if system.memory is None:
+        return nearest.reserves
+    said = system.used
+    if said is None:
+        said = Bytes(nearest.reserves.os_headless * system.memory // nearest.memory)
+    used = Bytes(-(-said // (64 * MIB)) * 64 * MIB)
     desktop = used if system.desktop else Bytes(used + _DESKTOP)
     safety = Bytes(min(2048 * MIB, max(256 * MIB, system.memory // 12 // MIB * MIB)))
     return replace(nearest.reserves, os_headless=used, os_desktop=desktop, safety=safety)
@@ -387,19 +543,20 @@ def _as_cpu(
     found: DeviceProfile, nearest: DeviceProfile, system: _System, *, live: bool
 ) -> tuple[DeviceProfile, Sequence[Finding]]:
     reserves = replace(
-        _system_reserves(nearest, system),
+        found.reserves,
         accelerator_context=Bytes(0),
         display_headless=Bytes(0),
         display_desktop=Bytes(0),
     )
+    kind: DeviceClass = nearest.device_class if nearest.accelerator is None else "cpu"
     found = replace(
-        found, device_class="cpu", unified=True, accelerator=None, reserves=reserves, uncertain=("speed",)
+        found, device_class=kind, unified=True, accelerator=None, reserves=reserves, uncertain=("speed",)
     )
     if not live:
         return found, (Finding(field="power_modes", source=f"as {nearest.name}; nothing was measured"),)
-    rate = read_bandwidth(threads=system.cores)
+    rate = read_bandwidth(threads=found.cpu_cores)
     cached = system.cache > _BUFFER // 2
-    source = f"measured: {system.cores} cores reading {show(_BUFFER)} with memchr, the best pass"
+    source = f"measured: {found.cpu_cores} cores reading {show(_BUFFER)} with memchr, the best pass"
     if cached:
         source += f"; a cache of {show(system.cache)} may have helped"
     return (
@@ -410,7 +567,7 @@ def _as_cpu(
             speed=SpeedConstants(
                 decode_efficiency=_CPU_EFFICIENCY,
                 layer_overhead_us=50,
-                prefill_tflops=round(_PREFILL_PER_CORE[system.arch] * system.cores, 3),
+                prefill_tflops=round(_PREFILL_PER_CORE[system.arch] * found.cpu_cores, 3),
                 relative_interval=0.4,
             ),
             uncertain=("speed", "power_modes") if cached else ("speed",),
@@ -425,67 +582,100 @@ def _as_cpu(
 
 
 def _as_jetson(
-    found: DeviceProfile, nearest: DeviceProfile, system: _System, root: Path
+    found: DeviceProfile, nearest: DeviceProfile, root: Path
 ) -> tuple[DeviceProfile, Sequence[Finding]]:
     """Bandwidth is the mode's, which the CPU cannot measure: one core complex reads a third of it."""
-    reserves = replace(_system_reserves(nearest, system), safety=nearest.reserves.safety)
-    found = replace(found, reserves=reserves)
+    software, findings = _software(found.software, nearest, root)
+    found = replace(
+        found, software=software, reserves=replace(found.reserves, safety=nearest.reserves.safety)
+    )
+    if not set(software.l4t) <= set(nearest.software.l4t):
+        found = replace(found, uncertain=(*found.uncertain, "software.images"))
     mode, source = _power_mode(root), "/etc/nvpmodel.conf and /var/lib/nvpmodel/status"
     if mode is None or mode not in {known.name for known in nearest.power_modes}:
-        return found, (
-            Finding(field="default_mode", source=f"as {nearest.name}; the live mode is not known"),
-        )
-    return replace(found, default_mode=mode), (Finding(field="default_mode", source=source),)
+        unknown = Finding(field="default_mode", source=f"as {nearest.name}; the live mode is not known")
+        return found, (*findings, unknown)
+    return replace(found, default_mode=mode), (*findings, Finding(field="default_mode", source=source))
+
+
+def _software(known: Software, nearest: DeviceProfile, root: Path) -> tuple[Software, tuple[Finding, ...]]:
+    """The software by its L4T; a release that the table lacks has no CUDA rather than a neighbor's."""
+    version = l4t.release(_text(root / "etc/nv_tegra_release"))
+    if version is None:
+        said = f"unknown: no release in /etc/nv_tegra_release; as {nearest.name}"
+        return replace(known, os=nearest.software.os), (Finding(field="software", source=said),)
+    ubuntu = l4t.ubuntu(version)
+    system = f"Ubuntu {ubuntu}" if ubuntu else known.os
+    software = replace(
+        known,
+        os=", ".join(part for part in (system, l4t.name(version)) if part),
+        l4t=(version.partition(".")[0],),
+        cuda=l4t.cuda(version),
+    )
+    return software, (Finding(field="software", source="/etc/nv_tegra_release and edgepack/l4t.py"),)
 
 
 def _power_mode(root: Path) -> str | None:
-    """Name of the live power mode; ids differ per board, so the board's own table translates."""
+    """Name of the live power mode; ids differ per board, so the board's own table translates.
+
+    Some boards write MODE_30W where others write 30W; profiles have the short form.
+    """
     live = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
     rows = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", _text(root / "etc/nvpmodel.conf"))
-    return {int(number): name for number, name in rows}.get(int(live.group(1))) if live else None
+    name = {int(number): name for number, name in rows}.get(int(live.group(1))) if live else None
+    return name.removeprefix("MODE_") if name else None
 
 
 def _as_card(
     found: DeviceProfile, nearest: DeviceProfile, system: _System, card: _Card | None
 ) -> tuple[DeviceProfile, Sequence[Finding]]:
-    if card is None:
-        raise TypeError("a discrete GPU was found")
-    known = nearest.accelerator is not None and nearest.accelerator.name == card.name
-    display = Bytes(max(card.used, _WINDOWS_DISPLAY) if system.windows else card.used)
+    near = nearest.accelerator
+    if card is None or near is None:
+        raise TypeError("a discrete GPU was found, and the profile of one is near it")
+    known = near.name == card.name
+    used = nearest.reserves.display_headless if card.used is None else Bytes(card.used)
+    display = max(used, _WINDOWS_DISPLAY) if system.windows else used
+    memory = near.memory if card.memory is None else Bytes(card.memory)
+    findings = [Finding(field="accelerator", source=card.source)]
+    uncertain = [] if known else ["speed"]
+    if card.memory is None:
+        uncertain.append("accelerator.memory")
+        findings = [
+            Finding(field="accelerator", source=f"{card.source}; its memory is unknown: as {nearest.name}")
+        ]
+    if card.bandwidth_gbs is None:
+        modes = nearest.power_modes
+        findings.append(Finding(field="power_modes", source=f"as {nearest.name}; the driver did not say"))
+        uncertain += [] if known else ["power_modes"]
+    else:
+        flops = nearest.mode().fp16_tflops if known else None
+        modes = (PowerMode(name="default", bandwidth_gbs=round(card.bandwidth_gbs, 1), fp16_tflops=flops),)
+        findings.append(Finding(field="power_modes", source="NVML: highest memory clock x 2 x bus width"))
     reserves = replace(
-        _system_reserves(nearest, system),
+        found.reserves,
         accelerator_context=_CUDA_CONTEXT,
         safety=nearest.reserves.safety,
         display_headless=display,
         display_desktop=Bytes(max(display, nearest.reserves.display_desktop)),
     )
-    mode = PowerMode(
-        name="default",
-        bandwidth_gbs=round(card.bandwidth_gbs, 1),
-        fp16_tflops=nearest.mode().fp16_tflops if known else None,
+    accelerator = Accelerator(
+        name=card.name,
+        backend="cuda",
+        compute_capability=card.compute_capability or (near.compute_capability if known else None),
+        memory=memory,
     )
-    return (
-        replace(
-            found,
-            title=f"{card.name}, {show(card.memory)}",
-            device_class="nvidia-discrete",
-            unified=False,
-            accelerator=Accelerator(
-                name=card.name,
-                backend="cuda",
-                compute_capability=card.compute_capability,
-                memory=Bytes(card.memory),
-            ),
-            reserves=reserves,
-            power_modes=(mode,),
-            default_mode="default",
-            uncertain=() if known else ("speed",),
-        ),
-        (
-            Finding(field="accelerator", source="NVML"),
-            Finding(field="power_modes", source="NVML: highest memory clock x 2 x bus width"),
-        ),
+    found = replace(
+        found,
+        title=f"{card.name}, {show(memory)}" if memory is not None else card.name,
+        device_class="nvidia-discrete",
+        unified=False,
+        accelerator=accelerator,
+        reserves=reserves,
+        power_modes=modes,
+        default_mode=modes[0].name,
+        uncertain=tuple(uncertain),
     )
+    return found, findings
 
 
 def _differing(base: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:

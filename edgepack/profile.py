@@ -14,9 +14,12 @@ from edgepack.errors import BadInput, NotFound
 from edgepack.units import Bytes, show
 
 Arch = Literal["x86_64", "aarch64"]
-Backend = Literal["cuda", "cpu"]
-DeviceClass = Literal["jetson", "nvidia-discrete", "cpu"]
+Backend = Literal["cuda", "vulkan", "metal", "cpu"]
+DeviceClass = Literal["jetson", "nvidia-discrete", "amd-apu", "apple", "android", "rockchip", "cpu"]
 Session = Literal["headless", "desktop"]
+
+_ON_THE_CPU: tuple[DeviceClass, ...] = ("android", "rockchip", "cpu")
+"""Classes whose devices run models on the CPU, whatever else they have; the others have an accelerator."""
 
 _NOTHING = Bytes(0)
 
@@ -67,7 +70,7 @@ class Reserves:
     os_desktop: Bytes
     """The same with a desktop session open."""
     accelerator_context: Bytes
-    """Driver and CUDA context of one process; 0 on CPU devices."""
+    """Driver and context (CUDA, Vulkan, Metal) of one process; 0 on CPU devices."""
     safety: Bytes
     """Kept free for what no estimate names; on a card of its own once there and once in system memory."""
     display_headless: Bytes = _NOTHING
@@ -101,7 +104,8 @@ class Match:
     """How the device is recognised; every given fact must hold."""
 
     device_tree: tuple[str, ...] = ()
-    """Substrings of /proc/device-tree/{model,compatible}, any of which matches."""
+    """Substrings of /proc/device-tree/{model,compatible}, or on a PC of the product name that its firmware gives
+    (/sys/class/dmi/id/product_name), any of which matches."""
     gpu_name: str | None = None
     """Substring of the name that NVML gives."""
     memory_min: Bytes | None = None
@@ -375,10 +379,10 @@ def _accelerator_problems(loaded: Mapping[str, object]) -> Iterator[tuple[serde.
     if not {"device_class", "unified", "memory", "reserves"} <= set(loaded):
         return
     kind, unified, accelerator = loaded["device_class"], loaded["unified"], loaded.get("accelerator")
-    if kind == "cpu" and accelerator is not None:
-        yield ("accelerator",), "a device of class cpu has none"
-    if kind == "cpu" and not unified:
-        yield ("unified",), "is true for a device of class cpu"
+    if kind in _ON_THE_CPU and accelerator is not None:
+        yield ("accelerator",), f"a device of class {kind} has none"
+    if kind in _ON_THE_CPU and not unified:
+        yield ("unified",), f"is true for a device of class {kind}"
     own: Bytes | None = None
     if isinstance(accelerator, Accelerator):
         own = accelerator.memory
@@ -386,7 +390,7 @@ def _accelerator_problems(loaded: Mapping[str, object]) -> Iterator[tuple[serde.
             yield ("accelerator", "memory"), "a unified device has no memory of the accelerator's own"
         if not unified and own is None:
             yield ("accelerator", "memory"), "is missing; only unified devices have none"
-    elif kind != "cpu":
+    elif kind not in _ON_THE_CPU:
         yield ("accelerator",), f"is missing; a device of class {kind} has one"
     reserves, memory = loaded["reserves"], loaded["memory"]
     if not isinstance(reserves, Reserves) or not isinstance(memory, int):

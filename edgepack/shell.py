@@ -11,6 +11,9 @@ from pathlib import Path
 
 from edgepack.errors import BuildFailed, MissingTool
 
+TimedOut = subprocess.TimeoutExpired
+"""What ``run`` raises when a program takes longer than its ``timeout``; the program is ended."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:

@@ -28,9 +28,12 @@ class Speed:
 UNKNOWN = {
     "cpu": SpeedConstants(decode_efficiency=0.6, layer_overhead_us=60.0, relative_interval=0.6),
     "cuda": SpeedConstants(decode_efficiency=0.75, layer_overhead_us=70.0, relative_interval=0.6),
+    "vulkan": SpeedConstants(decode_efficiency=0.6, layer_overhead_us=80.0, relative_interval=0.6),
+    "metal": SpeedConstants(decode_efficiency=0.7, layer_overhead_us=70.0, relative_interval=0.6),
 }
 """For a device nobody timed: x86 and Arm cores reach 0.5 to 0.85 of their bandwidth, GPUs 0.6 to 0.9, with
-43 to 85 us a layer, over the published llama.cpp runs in profiles/*.yaml; hence the wide interval."""
+43 to 85 us a layer, over the published llama.cpp runs in profiles/*.yaml; integrated ones through Vulkan 0.45 to
+0.85, Apple's 0.6 to 0.75; hence the wide interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ LEVELS = (
     {"errors"},
     {"units"},
     {"settings", "ggufheader", "shell", "workspace", "progress", "serde"},
-    {"profile", "modelspec"},
+    {"profile", "modelspec", "l4t"},
     {"schemes", "catalog"},
     {"runtimes"},
     {"memory", "speed", "degradation"},

@@ -28,8 +28,16 @@ KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1
 CELL_PAD = 256
 """Contexts and caches are padded to this many cells (llama-context.cpp, n_ctx; llama-kv-cache-iswa.cpp)."""
 
-_ALIGNMENT: Mapping[Backend, int] = {"cpu": 32, "cuda": 128}
-"""Bytes between tensors of a buffer: TENSOR_ALIGNMENT (ggml-impl.h); ggml-cuda.cu, get_alignment."""
+_ALIGNMENT: Mapping[Backend, int] = {"cpu": 32, "cuda": 128, "vulkan": 256, "metal": 32}
+"""Bytes between tensors of a buffer: TENSOR_ALIGNMENT (ggml-impl.h); get_alignment in ggml-cuda.cu and
+ggml-metal.cpp. Vulkan's is the driver's minStorageBufferOffsetAlignment (ggml-vulkan.cpp), at most 256 by the
+specification (Vulkan 1.3, table "Required Limits"), so never less is counted than is taken."""
+
+_UNPACKS: tuple[Backend, ...] = ("cuda", "metal")
+"""Backends that keep a whole unpacked K and V behind flash attention's result (get_alloc_size in ggml-cuda.cu and
+ggml-metal.cpp); Vulkan's shaders read the quantized cache as it is (ggml-vulkan.cpp, fa_kv_ok)."""
+_UNPACKS_F16: tuple[Backend, ...] = ("metal",)
+"""Those that reserve that room for an F16 cache too (ggml-metal-ops.cpp, flash_attn_ext_extra_kv_f16)."""
 
 _ALL_LAYERS = 99
 _BATCH = 2048
@@ -200,12 +208,15 @@ def compute(
     """
     offloaded = backend != "cpu" and settings.gpu_layers > 0
     shape = batch(spec, settings, outputs=outputs)
-    return _room(shape, offloaded, _ALIGNMENT["cpu" if not offloaded else backend])
+    where: Backend = backend if offloaded else "cpu"
+    if where in _UNPACKS_F16:
+        shape = replace(shape, unpack_k=True, unpack_v=True)
+    return _room(shape, offloaded, _ALIGNMENT[where], where in _UNPACKS)
 
 
 @lru_cache(maxsize=8192)
-def _room(shape: llama_graph.Batch, offloaded: bool, alignment: int) -> llama_graph.Room:
-    return llama_graph.room(shape, offloaded=offloaded, alignment=alignment)
+def _room(shape: llama_graph.Batch, offloaded: bool, alignment: int, unpack: bool) -> llama_graph.Room:
+    return llama_graph.room(shape, offloaded=offloaded, alignment=alignment, unpack=unpack)
 
 
 def batch(spec: ModelSpec, settings: Settings, *, outputs: int | None = None) -> llama_graph.Batch:

@@ -67,9 +67,12 @@ class Room:
     """Buffer on the host side of an accelerator; 0 when everything runs on the CPU."""
 
 
-def room(batch: Batch, *, offloaded: bool, alignment: int) -> Room:
-    """Bytes that llama.cpp reserves for ``batch``; ``offloaded``: all layers on one accelerator."""
-    graph = _decoder(batch, unpack=offloaded)
+def room(batch: Batch, *, offloaded: bool, alignment: int, unpack: bool = False) -> Room:
+    """Bytes that llama.cpp reserves for ``batch``; ``offloaded``: all layers on one accelerator.
+
+    ``unpack``: its flash attention unpacks a KV cache that is not F16 into its buffer.
+    """
+    graph = _decoder(batch, unpack=unpack)
     if not offloaded:
         return Room(device=_high_water(graph.leafs, graph.nodes, alignment), host=0)
     first = graph.embedding

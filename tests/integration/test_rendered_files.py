@@ -20,7 +20,7 @@ from tests.plans import PROFILES, example_plan
 pytestmark = pytest.mark.integration
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
-NAMES = profile.names()
+NAMES = [name for name in profile.names() if profile.load(name).deployable]
 
 
 def rendered_into(folder: Path, name: str, *, model: str = "tiny", with_runtime: bool = False) -> Path:

@@ -145,3 +145,12 @@ def test_an_unknown_runtime_lists_the_known() -> None:
 
     assert result.exit_code == 11
     assert "llama.cpp" in result.stderr
+
+
+def test_probe_reads_a_captured_device(tmp_path: Path) -> None:
+    captured = Path(__file__).parents[1] / "captures" / "jetson-orin-nano-8gb"
+
+    done = run("probe", "--root", captured, "-o", tmp_path / "nano.yaml")
+
+    assert done.exit_code == 0, done.stderr
+    assert document("plan", "--profile", tmp_path / "nano.yaml", "--json")["power_mode"] == "25W"

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from edgepack import profile
 from edgepack.errors import BadInput, Unsupported
 from edgepack.modelspec import KvLayers
+from edgepack.profile import Backend
 from edgepack.runtimes import llama_cpp
+from edgepack.settings import Settings
 from edgepack.units import MIB
 from tests.shapes import CONFIGS, settings, spec
 
@@ -120,6 +122,20 @@ def test_quantized_kv_on_cuda_is_unpacked_beside_the_attention() -> None:
     extra = llama_cpp.compute(model, packed, "cuda").device - llama_cpp.compute(model, plain, "cuda").device
 
     assert unpacked - 64 * MIB < extra < unpacked + 64 * MIB
+
+
+def test_backends_differ_in_alignment_and_in_who_unpacks_a_quantized_cache() -> None:
+    model, plain = spec("llama-3.2-1b"), settings(131072, gpu_layers=99)
+    packed = replace(plain, kv_type="q8_0")
+
+    def device(backend: Backend, wanted: Settings) -> int:
+        return llama_cpp.compute(model, wanted, backend).device
+
+    unpacked = 2 * 2 * 8 * 64 * 131072
+    assert 0 <= device("vulkan", plain) - device("cuda", plain) < MIB
+    assert device("metal", plain) >= device("cuda", plain) + unpacked - 64 * MIB
+    assert device("metal", packed) <= device("cuda", packed)
+    assert device("vulkan", packed) < device("vulkan", plain) + 64 * MIB
 
 
 def test_an_accelerator_leaves_the_inputs_with_the_host() -> None:

@@ -73,9 +73,25 @@ def test_a_built_in_profile_survives_json_and_says_where_its_numbers_come_from(n
     text = (profile.folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
     assert serde.load(DeviceProfile, json.loads(serde.to_json(loaded)), source=name) == loaded
-    assert loaded.software.images, "a profile names the image that its compose file runs"
+    said = "a profile names the image that its compose file runs, unless it is for planning only"
+    assert bool(loaded.software.images) == loaded.deployable, said
     assert loaded.speed is not None
     assert text.startswith("#") and text.count("#") >= 3
+
+
+def test_what_no_bundle_can_serve_is_for_planning_only() -> None:
+    for_planning = {name for name in profile.names() if not profile.load(name).deployable}
+
+    assert for_planning == {
+        "android-snapdragon-8-elite",
+        "android-snapdragon-8-gen-3",
+        "jetson-xavier-nx",
+        "mac-mini-m4",
+        "rk3588",
+        "steam-deck",
+    }
+    for name in set(profile.names()) - for_planning:
+        assert profile.load(name).backend in ("cuda", "cpu"), "check knows no other server"
 
 
 @pytest.mark.parametrize("name", profile.names())
