@@ -138,11 +138,18 @@ def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[str, .
 def _walk(spec: ModelSpec) -> tuple[tuple[int, Tensor, str], ...]:
     """Tensors in llama.cpp's order: place in the file, tensor, and the type of one that is kept as it is.
 
-    What is never quantized is F32 in a converted file (conversion/base.py, prepare_tensors).
+    What is never quantized is F32 in a converted file, but for a few matrices (conversion/base.py,
+    prepare_tensors).
     """
     order = sorted(range(len(spec.tensors)), key=lambda at: llama_order(spec.tensors[at]))
-    sources = spec.gguf_types or ("F32",) * len(spec.tensors)
+    sources = spec.gguf_types or tuple(_unquantized(t) for t in spec.tensors)
     return tuple((at, spec.tensors[at], "" if quantizable(spec.tensors[at]) else sources[at]) for at in order)
+
+
+def _unquantized(tensor: Tensor) -> str:
+    """Type in a converted file of a tensor that llama-quantize leaves alone."""
+    half = tensor.name.endswith("weight") and len(tensor.shape) > 1 and any(p in tensor.name for p in _HALF)
+    return "F16" if half else "F32"
 
 
 @lru_cache(maxsize=4096)
@@ -202,6 +209,9 @@ _KEPT = (
     "shortconv.conv.weight",
 )
 """Names that are never quantized (tensor_allows_quantization), as far as the known architectures go."""
+
+_HALF = ("altup_proj", "altup_unembd_proj", "altup_router.", "laurel_l.", "laurel_r.", "per_layer_model_proj")
+"""Of these, the matrices that are stored in 16 bits."""
 
 _CATEGORIES = (
     ("attn_qkv.weight", "qkv"),
