@@ -233,7 +233,7 @@ _OTHER_GRAPHS: Mapping[str, tuple[float, float]] = {
     "cohere2": (0.85, 1.3),
     "gemma3n": (0.7, 2.0),
     "gemma4": (0.7, 1.8),
-    "gpt-oss": (0.85, 1.25),
+    "gpt-oss": (0.85, 1.5),
     "lfm2": (0.9, 1.25),
     "olmo2": (0.85, 1.25),
     "phi3": (0.85, 1.25),

@@ -116,9 +116,7 @@ def test_a_model_nobody_here_trained_says_what_it_is_known_to_say(cache: Path, t
     stories = ROOT / "tests" / "data" / "stories260K"
     script = ROOT / "scripts" / "stories260k_to_hf.py"
     command = [sys.executable, str(script), str(stories / "stories260K.bin"), str(stories / "tok512.bin")]
-    subprocess.run(
-        [*command, str(tmp_path / "stories")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    subprocess.run([*command, str(tmp_path / "stories")], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     words = ("--profile", "jetson-orin", "--model", tmp_path / "stories", "--scheme", "F16")
     bundle = succeeded(edgepack("build", *words, "-o", tmp_path, cache=cache)).strip()
 
