@@ -377,6 +377,7 @@ def _granite(config: Config) -> Layout:
     kinds = config.values.get("layer_types")
     if isinstance(kinds, list) and set(kinds) != {"attention"}:
         raise Unsupported(f"{config.name}: granite with Mamba layers (granitehybrid) is not known")
+    config.refuse("shared_intermediate_size", config.values.get("intermediate_size"))
     return _plain(config, "granite", tied=True)
 
 

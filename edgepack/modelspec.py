@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -65,7 +66,12 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        return sum(t.elements for t in self.tensors)
+        return _parameters(self)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(spec: ModelSpec) -> int:
+    return sum(t.elements for t in spec.tensors)
 
 
 def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:

@@ -164,6 +164,7 @@ def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
     return weights_bytes(spec, scheme, imatrix=imatrix) * 8 / spec.parameters
 
 
+@lru_cache(maxsize=4096)
 def file_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[Bytes, Provenance]:
     """Size of the whole GGUF file: header, tensors, each padded to 32 bytes.
 
