@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from edgepack import schemes
@@ -101,22 +100,11 @@ def _fitted(name: str, count: int, around: tuple[Bytes, Bytes], place: Place, no
     return Part(name=name, bytes=size, low=low, high=high, provenance="fitted", place=place, note=note)
 
 
-@lru_cache(maxsize=4096)
-def _tables(spec: ModelSpec, scheme: str, imatrix: bool) -> tuple[int, int]:
-    """Bytes of the token embedding, and of Gemma's embedding per layer."""
-    kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
-    for tensor, kind in zip(spec.tensors, kinds, strict=True):
-        if tensor.name in sizes:
-            sizes[tensor.name] = schemes.tensor_bytes(kind, tensor.shape)
-    return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
-
-
 def _weights(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, imatrix: bool, arch: Arch
 ) -> list[Part]:
     total = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
-    embedding, per_layer = _tables(spec, scheme, imatrix)
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
     if backend != "cpu" and settings.gpu_layers > 0:
         lookup = "rows are looked up on the CPU (llama-model.cpp, input layer)"
         if spec.tied:

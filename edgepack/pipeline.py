@@ -48,15 +48,22 @@ class BuildOptions:
 
 
 def candidates(
-    model: str | None, teacher: str | None, *, revision: str | None = None, offline: bool = False
+    model: str | None,
+    teacher: str | None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    extra: Sequence[catalog.CatalogModel] = (),
 ) -> list[Candidate]:
     """The models to choose from: one that is named, the students of a teacher, or the catalog.
 
-    Of the catalog those that edgepack can build; the ones it only plans for are there by name.
+    Of the catalog those that edgepack can build; the ones it only plans for are there by name. ``extra``: models of
+    a user's catalog, which come before those of the same id.
     """
     if model is not None:
-        return [named(model, revision=revision, offline=offline)]
-    everything = catalog.models()
+        return [named(model, revision=revision, offline=offline, extra=extra)]
+    hidden = {m.id for m in extra}
+    everything = (*extra, *(m for m in catalog.models() if m.id not in hidden))
     if teacher is not None:
         wanted = teacher.lower()
         students = [m for m in everything if wanted in (m.id.lower(), m.repo.lower())]
@@ -69,12 +76,18 @@ def candidates(
     return [candidate for candidate in listed if candidate.spec.architecture in modelspec.CONVERTED]
 
 
-def named(model: str, *, revision: str | None = None, offline: bool = False) -> Candidate:
+def named(
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    extra: Sequence[catalog.CatalogModel] = (),
+) -> Candidate:
     """A catalog id, "demo", a folder, a config.json, a GGUF file or a Hub id, as a candidate.
 
     Of a Hub repository only config and tokenizer are fetched. Raises NotFound, Offline, Unsupported.
     """
-    entry = catalog.find(model)
+    entry = catalog.find(model, extra)
     path = Path(model)
     if entry is not None and not path.exists():
         return _from_catalog(entry, revision=revision)
@@ -95,6 +108,12 @@ def named(model: str, *, revision: str | None = None, offline: bool = False) -> 
         license="unknown",
     )
     return Candidate(model=reference, spec=spec, panels={})
+
+
+def extra_models(options: Mapping[str, Any]) -> tuple[catalog.CatalogModel, ...]:
+    """Models of the file that --catalog names."""
+    given = options.get("catalog")
+    return () if given is None else catalog.read(given)
 
 
 def read_model(path: Path) -> modelspec.ModelSpec:
@@ -198,7 +217,7 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
     _known_runtime(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
-    spec = named(options["model"]).spec
+    spec = named(options["model"], extra=extra_models(options)).spec
     scheme = schemes.canonical(options.get("scheme") or spec.gguf_scheme or DEFAULT_SCHEME)
     context = options.get("context") or min(plan.DEFAULT_CONTEXT, spec.context_train) * options["slots"]
     kv_type = options.get("kv_type") or "f16"

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from edgepack import degradation, memory, schemes, serde, speed
@@ -362,13 +363,8 @@ def _speed(
     imatrix: bool,
     slots: int,
 ) -> Speed:
-    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    embedding = sum(
-        schemes.tensor_bytes(kind, t.shape)
-        for t, kind in zip(spec.tensors, types, strict=True)
-        if t.name == "token_embd.weight"
-    )
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
     return speed.estimate(
         profile,
         mode,
@@ -378,10 +374,15 @@ def _speed(
     )
 
 
+@lru_cache(maxsize=4096)
+def _loss(spec: ModelSpec, scheme: str, imatrix: bool) -> degradation.Loss:
+    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+    return degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
+
+
 def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) -> Quality:
     spec = candidate.spec
-    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    kept = degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
+    kept = _loss(spec, scheme, imatrix)
     score = candidate.panels.get(panel, 100.0)
     return Quality(
         score=score * kept.retention,

@@ -98,6 +98,7 @@ def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     )
 
 
+@lru_cache(maxsize=65536)
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of one tensor without padding: rows of whole blocks (ggml-common.h)."""
     _, weights, size = BLOCKS[kind]
@@ -157,6 +158,17 @@ def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> int:
     """Bytes of all tensors, without padding: what llama.cpp prints as the model size."""
     kinds = tensor_types(spec, scheme, imatrix=imatrix)
     return sum(tensor_bytes(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[int, int]:
+    """Bytes of the tables that rows are looked up in: the token embedding, and Gemma's embedding per layer."""
+    kinds = tensor_types(spec, scheme, imatrix=imatrix)
+    sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
+    for tensor, kind in zip(spec.tensors, kinds, strict=True):
+        if tensor.name in sizes:
+            sizes[tensor.name] = tensor_bytes(kind, tensor.shape)
+    return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
 
 
 def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
