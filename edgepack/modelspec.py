@@ -102,6 +102,12 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
     return read(Config(config, name))
 
 
+def converts(config: Mapping[str, object]) -> bool:
+    """Whether edgepack converts checkpoints with this config, by its model_type alone."""
+    model_type = config.get("model_type")
+    return model_type in _READERS or _MULTIMODAL.get(str(model_type)) in _READERS
+
+
 def read(path: Path) -> ModelSpec:
     """The shapes of a Hugging Face folder, a bare ``config.json`` or a ``.gguf`` file.
 

@@ -72,8 +72,11 @@ def candidates(
             known = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
             raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(known)}")
         return [_from_catalog(m) for m in students]
-    listed = [_from_catalog(m) for m in everything if m.id != "demo" and m.commercial]
-    return [candidate for candidate in listed if candidate.spec.architecture in modelspec.CONVERTED]
+    return [
+        _from_catalog(m)
+        for m in everything
+        if m.id != "demo" and m.commercial and modelspec.converts(m.config)
+    ]
 
 
 def named(

@@ -86,6 +86,7 @@ def needs_imatrix(scheme: str) -> bool:
     return canonical(scheme) in _NEEDS_IMATRIX
 
 
+@lru_cache(maxsize=4096)
 def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     """Whether llama-quantize refuses this scheme for this very model without an importance matrix."""
     name = canonical(scheme)
