@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import architectures, memory, modelspec, pipeline, plan, profile
+from edgepack import architectures, memory, modelspec, pipeline, plan, profile, schemes
 from edgepack.builders import convert
 from edgepack.errors import BadInput, Unsupported
 from edgepack.plan import Request
 from edgepack.progress import Silent
 from edgepack.runtimes import llama_cpp
+from edgepack.units import GIB
 from tests.shapes import PLANNED, settings, spec, write_gguf
 
 
@@ -116,3 +117,12 @@ def test_a_users_catalog_comes_first(tmp_path: Path) -> None:
     assert pipeline.named("mine", extra=extra).model.source == "me/mine"
     assert pipeline.named("me/mine", extra=extra).model.parameters == 3_075_098_624
     assert pipeline.extra_models({}) == ()
+
+
+def test_qwen_3_5_4b_is_as_large_as_its_published_gguf() -> None:
+    """Row m228 of the observations: 2.51 GiB, and in its log 5.13 BPW of 4.21 B parameters."""
+    model = spec("qwen3.5-4b")
+
+    assert round(schemes.weights_bytes(model, "Q4_K_M", imatrix=False) / GIB, 2) == 2.51
+    assert round(schemes.bits_per_weight(model, "Q4_K_M", imatrix=False), 2) == 5.13
+    assert round(model.parameters / 1e9, 2) == 4.21
