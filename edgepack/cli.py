@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -83,6 +84,7 @@ def _translated(error: OSError) -> EdgepackError:
 
 def main() -> None:
     """Entry point of the `edgepack` program."""
+    gc.set_threshold(100_000)  # a survey makes many small values and no cycles; the default costs it a tenth
     cli(standalone_mode=True)
 
 
@@ -114,6 +116,8 @@ def _model_options(command: Command) -> Command:
         click.option("--context", type=click.IntRange(1), metavar="N",
                      help="Tokens in all slots together."),
         click.option("--runtime", default="llama.cpp", show_default=True, help="Inference runtime."),
+        click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+                     help="YAML file of more models, in the form of edgepack/catalog/*.yaml."),
         click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M."),
     ):  # fmt: skip
         command = option(command)
@@ -542,6 +546,7 @@ def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
         options.get("teacher"),
         revision=options.get("revision"),
         offline=bool(options.get("offline")),
+        extra=pipeline.extra_models(options),
     )
     chosen: Plan = pipeline.make_plan(request, models)
     return chosen

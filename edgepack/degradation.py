@@ -100,8 +100,9 @@ def rounding_error(tensors: Sequence[Tensor], types: Sequence[str]) -> float:
             continue
         if kind not in ROUNDING_ERROR:
             raise Unsupported(f"what {kind} costs in quality is not known ({tensor.name})")
-        total += tensor.elements
-        weighted += tensor.elements * ROUNDING_ERROR[kind]
+        count = tensor.elements
+        total += count
+        weighted += count * ROUNDING_ERROR[kind]
     return weighted / total if total else 0.0
 
 

@@ -103,6 +103,8 @@ _FORMATS = {
 }  # fmt: skip
 _NEWEST = 3
 _MAX_DIMS = 4
+_PER_LAYER = 1024
+"""Longest array kept: hyperparameters with a value per layer, not the tokenizer's tables."""
 _TYPES = {number: (name, weights, size) for name, (number, weights, size) in BLOCKS.items()}
 
 Scalar = int | float | bool | str
@@ -133,10 +135,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Array:
-    """An array of the metadata; its elements are skipped, not kept."""
+    """An array of the metadata."""
 
     kind: ValueType
     count: int
+    items: tuple[int, ...] | None = None
+    """Its elements, of a list of whole numbers or booleans with a value per layer; else they are skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,8 +293,11 @@ class _Reader:
             return Array(kind=element, count=count)
         width = struct.calcsize(_FORMATS[element])
         count = self.count(width)
-        self.at += count * width
-        return Array(kind=element, count=count)
+        start, self.at = self.at, self.at + count * width
+        if count > _PER_LAYER or element in ("f32", "f64"):
+            return Array(kind=element, count=count)
+        items = struct.unpack_from(f"<{count}{_FORMATS[element][-1]}", self.data, start)
+        return Array(kind=element, count=count, items=tuple(int(item) for item in items))
 
     def skip_texts(self, count: int) -> None:
         data, at, size = self.data, self.at, self.size

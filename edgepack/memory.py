@@ -95,19 +95,27 @@ def _exact(name: str, count: int, place: Place, note: str) -> Part:
     return Part(name=name, bytes=size, low=size, high=size, provenance="exact", place=place, note=note)
 
 
+def _fitted(name: str, count: int, around: tuple[Bytes, Bytes], place: Place, note: str) -> Part:
+    size, (low, high) = Bytes(count), around
+    return Part(name=name, bytes=size, low=low, high=high, provenance="fitted", place=place, note=note)
+
+
 def _weights(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, imatrix: bool, arch: Arch
 ) -> list[Part]:
     total = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
-    kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    pairs = tuple(zip(spec.tensors, kinds, strict=True))
-    embedding = sum(schemes.tensor_bytes(kind, t.shape) for t, kind in pairs if t.name == "token_embd.weight")
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
     if backend != "cpu" and settings.gpu_layers > 0:
         lookup = "rows are looked up on the CPU (llama-model.cpp, input layer)"
         if spec.tied:
             reason = f"token_embd again, beside its use as output: {lookup}"
             return [
-                _exact("weights", total, "device", "all tensors"),
+                _exact("weights", total - per_layer, "device", "all tensors"),
+                *(
+                    [_exact("weights", per_layer, "host", f"per_layer_token_embd: {lookup}")]
+                    if per_layer
+                    else []
+                ),
                 _exact("host_copy", embedding, "host", reason),
             ]
         return [
@@ -116,6 +124,7 @@ def _weights(
         ]
     parts = [_exact("weights", total, "host", "all tensors")]
     if settings.repack:
+        pairs = zip(spec.tensors, schemes.tensor_types(spec, scheme, imatrix=imatrix), strict=True)
         # A tied embedding whose type is repacked is loaded twice, as it is for look-ups and repacked as the
         # output: 0.5B with a Q4_0 embedding on x86-64 logged 73 + 265 MiB of buffers for 265 MiB of tensors.
         mapped = settings.load_mode != "none"
@@ -140,24 +149,30 @@ def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[P
         parts.append(_exact("recurrent_state", state, device, "src/llama-memory-recurrent.cpp"))
     room = llama_cpp.compute(spec, settings, backend)
     note = "ggml's own placement, repeated (ggml-alloc.c)"
-    if offloaded:
+    if spec.architecture not in llama_cpp.EXACT_GRAPHS:
+        note = f"a plain decoder of these sizes; the graph of {spec.architecture} is not modelled"
+        parts.append(_compute(spec, settings, room.device, device, note))
+        if offloaded:
+            parts.append(_compute(spec, settings, room.host, "host", note))
+    elif offloaded:
         spread = round(room.device * ACCELERATOR_SPREAD)
-        parts.append(
-            Part(
-                name="compute",
-                bytes=Bytes(room.device),
-                low=Bytes(room.device - spread),
-                high=Bytes(room.device + spread),
-                provenance="fitted",
-                place="device",
-                note=note,
-            )
-        )
+        around = (Bytes(room.device - spread), Bytes(room.device + spread))
+        parts.append(_fitted("compute", room.device, around, "device", note))
         parts.append(_exact("compute", room.host, "host", "inputs handed to the accelerator"))
     else:
         parts.append(_exact("compute", room.device, "host", note))
     logits = llama_cpp.output_bytes(spec, settings.slots)
     return [*parts, _exact("output", logits, "host", "logits, one row per slot")]
+
+
+def _compute(spec: ModelSpec, settings: Settings, count: int, place: Place, note: str) -> Part:
+    """A compute buffer, exact or as far as the graph is known."""
+    around = llama_cpp.compute_range(spec, settings, count)
+    return (
+        _exact("compute", count, place, note)
+        if around is None
+        else _fitted("compute", count, around, place, note)
+    )
 
 
 def _process(spec: ModelSpec, settings: Settings) -> Part:

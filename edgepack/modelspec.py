@@ -5,45 +5,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, get_args
 
-from edgepack import ggufheader
+from edgepack import architectures, ggufheader
+from edgepack.architectures import Config as Config
+from edgepack.architectures import KvLayers as KvLayers
+from edgepack.architectures import Tensor as Tensor
 from edgepack.errors import BadInput, NotFound, Unsupported
 from edgepack.units import Bytes, pad
 
-Architecture = Literal["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"]
+_Converted = Literal["llama", "qwen2", "qwen3", "qwen3moe", "gemma3"]
 
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
-    name: str
-    """GGUF name, e.g. blk.0.attn_q.weight."""
-    shape: tuple[int, ...]
-    """ggml order: ne[0] is the contiguous dimension (columns)."""
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvLayers:
-    """Layers that keep a KV cache of one kind."""
-
-    count: int
-    heads: int
-    key_dim: int
-    value_dim: int
-    """0 when the keys hold the values too (MLA)."""
-    window: int | None = None
-    """Sliding window in tokens; None is full attention."""
+CONVERTED: tuple[str, ...] = get_args(_Converted)
+"""Architectures that edgepack converts; the others are planned for, and used from a GGUF that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +28,7 @@ class ModelSpec:
     name: str
     """What the user called it, or the folder's or catalog's name."""
     architecture: str
-    """GGUF architecture: llama, qwen2, qwen3, qwen3moe, gemma3."""
+    """GGUF architecture, as in general.architecture."""
     layers: int
     hidden: int
     ffn: int
@@ -72,7 +49,7 @@ class ModelSpec:
     window_period: int = 0
     """With sliding windows: layer il has full attention iff il % window_period == window_period - 1."""
     recurrent_bytes: int = 0
-    """State per sequence of recurrent layers; 0 for the architectures known today."""
+    """State per sequence of all recurrent layers."""
     header_bytes: Bytes | None = None
     """Exact bytes before the tensor data of its GGUF (the same for every scheme, since the converter
     always writes general.file_type and general.quantization_version); None when there is no tokenizer."""
@@ -89,7 +66,12 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        return sum(t.elements for t in self.tensors)
+        return _parameters(self)
+
+
+@lru_cache(maxsize=1024)
+def _parameters(spec: ModelSpec) -> int:
+    return sum(t.elements for t in spec.tensors)
 
 
 def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
@@ -99,21 +81,31 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
     missing or not a number.
     """
     model_type = config.get("model_type")
-    if model_type == "gemma3":
+    if model_type in _MULTIMODAL:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
             raise BadInput(
-                f"{name}: model_type gemma3 has no text_config", hint="pass the text model's config.json"
+                f"{name}: model_type {model_type} has no text_config",
+                hint="pass the text model's config.json",
             )
-        config, model_type = text, "gemma3_text"
+        config, model_type = text, _MULTIMODAL[str(model_type)]
     read = _READERS.get(model_type) if isinstance(model_type, str) else None
     if read is None:
-        known = ", ".join(sorted(_READERS))
+        planned = architectures.read(str(model_type), Config(config, name))
+        if planned is not None:
+            return _from_layout(planned, name=name)
+        known = ", ".join(sorted((*_READERS, *architectures.MODEL_TYPES)))
         raise Unsupported(
             f"{name}: model_type {model_type!r} is not known",
             hint=f"known model types: {known}; a .gguf of a known architecture also works",
         )
-    return read(_Config(config, name))
+    return read(Config(config, name))
+
+
+def converts(config: Mapping[str, object]) -> bool:
+    """Whether edgepack converts checkpoints with this config, by its model_type alone."""
+    model_type = config.get("model_type")
+    return model_type in _READERS or _MULTIMODAL.get(str(model_type)) in _READERS
 
 
 def read(path: Path) -> ModelSpec:
@@ -148,6 +140,8 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
         raise Unsupported(
             f"{name}: split GGUF files are not read", hint="merge the parts with llama-gguf-split"
         )
+    if architecture in architectures.PLANNED:
+        return _planned_gguf(header, str(architecture), name=name)
     fields = _GgufFields(header, name, str(architecture))
     shapes = {t.name: t.shape for t in header.tensors}
     embedding = shapes.get("token_embd.weight")
@@ -187,57 +181,21 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
     )
 
 
-_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3")
+_GGUF_ARCHITECTURES = (*CONVERTED, *architectures.PLANNED)
+_MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "gemma3n": "gemma3n_text",
+    "gemma4": "gemma4_text",
+    "qwen3_5": "qwen3_5_text",
+    "mistral3": "ministral3",
+}
+"""Configs that hold a vision tower too -> the model_type of their text_config."""
+
 _GEMMA3_PERIOD = 6
 """Layer il of Gemma 3 is global iff il % 6 == 5 (src/models/gemma3.cpp, load_swa_pattern(ml, 6))."""
 
 
-class _Config:
-    """Typed access to a config.json: what is missing or of another kind is named."""
-
-    def __init__(self, values: Mapping[str, object], name: str) -> None:
-        self.values = values
-        self.name = name
-
-    def number(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadInput(f"{self.name}: config field {key} must be a positive whole number, not {value!r}")
-        if value > 1 << 40:
-            raise BadInput(f"{self.name}: config field {key} is {value}, which no model has")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise BadInput(f"{self.name}: config field {key} must be true or false, not {value!r}")
-        return value
-
-    def rope_type(self) -> str:
-        """Kind of rope scaling: default, linear, yarn or llama3; Unsupported for any other."""
-        for key in ("rope_parameters", "rope_scaling"):
-            scaling = self.values.get(key)
-            if not isinstance(scaling, Mapping):
-                continue
-            scaling = scaling.get("full_attention", scaling)
-            kind = scaling.get("rope_type", scaling.get("type", "default"))
-            if kind not in ("default", "linear", "yarn", "llama3"):
-                raise Unsupported(f"{self.name}: rope_scaling type {kind!r} is not known")
-            return str(kind)
-        return "default"
-
-    def refuse(self, key: str, *allowed: object) -> None:
-        """Unsupported when the field is there with a value that changes the shapes in a way not known."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise Unsupported(f"{self.name}: config field {key} = {value!r} is not supported")
-
-
-def _llama(config: _Config) -> ModelSpec:
+def _llama(config: Config) -> ModelSpec:
     """Llama 1/2/3 and Mistral (llama.cpp ignores Mistral v0.1's sliding window: src/models/llama.cpp)."""
     attention_bias, mlp_bias = config.flag("attention_bias", False), config.flag("mlp_bias", False)
     shape = _dense(config, "llama", tied=False)
@@ -247,7 +205,7 @@ def _llama(config: _Config) -> ModelSpec:
     return _finish(shape, extra, qkv_bias=attention_bias, output_bias=attention_bias, mlp_bias=mlp_bias)
 
 
-def _qwen2(config: _Config) -> ModelSpec:
+def _qwen2(config: Config) -> ModelSpec:
     shape = _dense(config, "qwen2", tied=False)
     if shape.heads * shape.head_dim != shape.hidden:
         raise Unsupported(
@@ -257,20 +215,20 @@ def _qwen2(config: _Config) -> ModelSpec:
     return _finish(shape, [], qkv_bias=True)
 
 
-def _qwen3(config: _Config) -> ModelSpec:
+def _qwen3(config: Config) -> ModelSpec:
     config.refuse("attention_bias", False)
     config.rope_type()
     return _finish(_dense(config, "qwen3", tied=False, head_dim=128), [], qk_norm=True)
 
 
-def _qwen3moe(config: _Config) -> ModelSpec:
+def _qwen3moe(config: Config) -> ModelSpec:
     config.refuse("attention_bias", False)
     config.refuse("mlp_only_layers", [], ())
     config.refuse("decoder_sparse_step", 1)
     config.rope_type()
     shape = _dense(config, "qwen3moe", tied=False, head_dim=128)
     experts = config.values.get("num_experts", config.values.get("num_local_experts"))
-    counted = _Config({**config.values, "num_experts": experts}, config.name)
+    counted = Config({**config.values, "num_experts": experts}, config.name)
     return _finish(
         shape,
         [],
@@ -281,7 +239,7 @@ def _qwen3moe(config: _Config) -> ModelSpec:
     )
 
 
-def _gemma3(config: _Config) -> ModelSpec:
+def _gemma3(config: Config) -> ModelSpec:
     """Gemma 3 text models; what published configs leave out has Gemma3TextConfig's default (transformers)."""
     config.refuse("attention_bias", False)
     config.refuse("use_bidirectional_attention", False)
@@ -297,7 +255,7 @@ def _gemma3(config: _Config) -> ModelSpec:
         "sliding_window": 4096,
     }
     present = {key: value for key, value in config.values.items() if value is not None}
-    filled = _Config({**defaults, **present}, config.name)
+    filled = Config({**defaults, **present}, config.name)
     shape = _dense(filled, "gemma3", tied=True, head_dim=256)
     kinds = config.values.get("layer_types")
     if isinstance(kinds, list):
@@ -312,7 +270,7 @@ def _gemma3(config: _Config) -> ModelSpec:
     return _finish(shape, [], qk_norm=True, sandwich_norms=True, window=window)
 
 
-_READERS: Mapping[str, Callable[[_Config], ModelSpec]] = {
+_READERS: Mapping[str, Callable[[Config], ModelSpec]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _qwen2,
@@ -327,7 +285,7 @@ class _Shape:
     """The numbers all these architectures have in common."""
 
     name: str
-    architecture: Architecture
+    architecture: _Converted
     layers: int
     hidden: int
     ffn: int
@@ -339,7 +297,7 @@ class _Shape:
     context_train: int
 
 
-def _dense(config: _Config, architecture: Architecture, *, tied: bool, head_dim: int | None = None) -> _Shape:
+def _dense(config: Config, architecture: _Converted, *, tied: bool, head_dim: int | None = None) -> _Shape:
     heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
     if config.values.get("head_dim") is None and head_dim is None and hidden % heads != 0:
         raise BadInput(
@@ -464,6 +422,73 @@ def _kv_layers(
         KvLayers(count=sliding, heads=heads, key_dim=key_dim, value_dim=value_dim, window=window),
     )
     return tuple(kind for kind in kinds if kind.count)
+
+
+def _from_layout(layout: architectures.Layout, *, name: str) -> ModelSpec:
+    """A model of an architecture that is planned for only."""
+    tensors = tuple(sorted(layout.tensors, key=llama_order))
+    return _planned(layout.architecture, layout.keys, tensors, name=name)
+
+
+def _planned(
+    architecture: str, keys: Mapping[str, architectures.Key], tensors: tuple[Tensor, ...], *, name: str
+) -> ModelSpec:
+    shapes = {t.name: t.shape for t in tensors}
+    embedding = shapes.get("token_embd.weight")
+    if embedding is None or len(embedding) != 2:
+        raise BadInput(f"{name}: the GGUF has no token_embd.weight", hint="the file is not a language model")
+
+    def widest(key: str, default: int | None = None) -> int:
+        value = keys.get(key, default)
+        value = max(value, default=None) if isinstance(value, tuple) else value
+        if value is None or value < 0:
+            raise Unsupported(f"{name}: GGUF key {architecture}.{key} is {value!r}, not a whole number")
+        return value
+
+    heads, hidden = widest("attention.head_count"), widest("embedding_length")
+    if heads < 1:
+        raise BadInput(f"{name}: the GGUF has {heads} heads")
+    caches = architectures.caches(architecture, keys, name=name)
+    return ModelSpec(
+        name=name,
+        architecture=architecture,
+        layers=widest("block_count") - widest("nextn_predict_layers", 0),
+        hidden=hidden,
+        ffn=widest("feed_forward_length", 0),
+        heads=heads,
+        kv_heads=max(1, widest("attention.head_count_kv", heads)),
+        head_dim=widest("attention.key_length", hidden // heads),
+        vocab=embedding[1],
+        tied="output.weight" not in shapes,
+        context_train=widest("context_length"),
+        kv=caches.kv,
+        window_period=caches.period,
+        recurrent_bytes=caches.recurrent_bytes,
+        tensors=tensors,
+        experts=widest("expert_count", 0),
+        experts_used=widest("expert_used_count", 0),
+        expert_ffn=widest("expert_feed_forward_length", 0),
+    )
+
+
+def _planned_gguf(header: ggufheader.Header, architecture: str, *, name: str) -> ModelSpec:
+    keys: dict[str, architectures.Key] = {}
+    for full, value in header.values.items():
+        prefix, _, key = full.partition(".")
+        if prefix != architecture:
+            continue
+        if isinstance(value, ggufheader.Array) and value.items is not None:
+            keys[key] = value.items
+        elif isinstance(value, int):
+            keys[key] = int(value)
+    tensors = tuple(Tensor(name=t.name, shape=t.shape) for t in header.tensors)
+    return replace(
+        _planned(architecture, keys, tensors, name=name),
+        header_bytes=Bytes(pad(header.unpadded + _missing_quantize_keys(header), header.alignment)),
+        gguf_types=tuple(t.type for t in header.tensors),
+        gguf_scheme=_scheme_of(header),
+        file_bytes=Bytes(header.file_bytes),
+    )
 
 
 class _GgufFields:

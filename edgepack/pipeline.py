@@ -48,12 +48,22 @@ class BuildOptions:
 
 
 def candidates(
-    model: str | None, teacher: str | None, *, revision: str | None = None, offline: bool = False
+    model: str | None,
+    teacher: str | None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    extra: Sequence[catalog.CatalogModel] = (),
 ) -> list[Candidate]:
-    """The models to choose from: one that is named, the students of a teacher, or the whole catalog."""
+    """The models to choose from: one that is named, the students of a teacher, or the catalog.
+
+    Of the catalog those that edgepack can build; the ones it only plans for are there by name. ``extra``: models of
+    a user's catalog, which come before those of the same id.
+    """
     if model is not None:
-        return [named(model, revision=revision, offline=offline)]
-    everything = catalog.models()
+        return [named(model, revision=revision, offline=offline, extra=extra)]
+    hidden = {m.id for m in extra}
+    everything = (*extra, *(m for m in catalog.models() if m.id not in hidden))
     if teacher is not None:
         wanted = teacher.lower()
         students = [m for m in everything if wanted in (m.id.lower(), m.repo.lower())]
@@ -62,15 +72,25 @@ def candidates(
             known = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
             raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(known)}")
         return [_from_catalog(m) for m in students]
-    return [_from_catalog(m) for m in everything if m.id != "demo" and m.commercial]
+    return [
+        _from_catalog(m)
+        for m in everything
+        if m.id != "demo" and m.commercial and modelspec.converts(m.config)
+    ]
 
 
-def named(model: str, *, revision: str | None = None, offline: bool = False) -> Candidate:
+def named(
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    extra: Sequence[catalog.CatalogModel] = (),
+) -> Candidate:
     """A catalog id, "demo", a folder, a config.json, a GGUF file or a Hub id, as a candidate.
 
     Of a Hub repository only config and tokenizer are fetched. Raises NotFound, Offline, Unsupported.
     """
-    entry = catalog.find(model)
+    entry = catalog.find(model, extra)
     path = Path(model)
     if entry is not None and not path.exists():
         return _from_catalog(entry, revision=revision)
@@ -93,11 +113,17 @@ def named(model: str, *, revision: str | None = None, offline: bool = False) -> 
     return Candidate(model=reference, spec=spec, panels={})
 
 
+def extra_models(options: Mapping[str, Any]) -> tuple[catalog.CatalogModel, ...]:
+    """Models of the file that --catalog names."""
+    given = options.get("catalog")
+    return () if given is None else catalog.read(given)
+
+
 def read_model(path: Path) -> modelspec.ModelSpec:
     """The shapes of a model; of a Hugging Face folder with a tokenizer also the exact size of its GGUF header."""
     spec = modelspec.read(path)
     tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    if not path.is_dir() or not tokenizer:
+    if not path.is_dir() or not tokenizer or spec.architecture not in modelspec.CONVERTED:
         return spec
     from edgepack.builders import convert
 
@@ -114,12 +140,14 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
     """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
     from edgepack import quality
-    from edgepack.builders import gguf
+    from edgepack.builders import convert, gguf
 
     if not chosen.profile.deployable:
         raise Unsupported(
             f"{chosen.profile.name} is for planning only", hint="edgepack profiles list marks such profiles"
         )
+    if chosen.model.architecture not in modelspec.CONVERTED and not chosen.model.source.endswith(".gguf"):
+        raise convert.planning_only(chosen.model.id, chosen.model.architecture)
     if options.with_runtime and chosen.profile.backend != "cpu":
         raise Unsupported(
             f"--with-runtime carries a CPU server, and {chosen.profile.name} runs on {chosen.profile.backend}",
@@ -192,7 +220,7 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
     _known_runtime(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
-    spec = named(options["model"]).spec
+    spec = named(options["model"], extra=extra_models(options)).spec
     scheme = schemes.canonical(options.get("scheme") or spec.gguf_scheme or DEFAULT_SCHEME)
     context = options.get("context") or min(plan.DEFAULT_CONTEXT, spec.context_train) * options["slots"]
     kv_type = options.get("kv_type") or "f16"
@@ -264,18 +292,19 @@ def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candid
 
 
 def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -> Candidate:
+    spec = entry.spec()
     reference = ModelRef(
         id=entry.id,
         source=entry.repo,
         revision=revision or entry.revision,
-        architecture=entry.spec().architecture,
-        parameters=entry.parameters,
+        architecture=spec.architecture,
+        parameters=spec.parameters,
         license=entry.license,
         commercial=entry.commercial,
         teacher=entry.teacher,
     )
     panels = {name: sum(scores.values()) / len(scores) for name, scores in entry.panels.items() if scores}
-    return Candidate(model=reference, spec=entry.spec(), panels=panels)
+    return Candidate(model=reference, spec=spec, panels=panels)
 
 
 def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from edgepack import degradation, memory, schemes, serde, speed
@@ -29,7 +30,7 @@ KEPT = 0.97
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
-SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
+SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
 """Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
 KV_TYPES = ("f16", "q8_0")
 """8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
@@ -362,13 +363,8 @@ def _speed(
     imatrix: bool,
     slots: int,
 ) -> Speed:
-    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    embedding = sum(
-        schemes.tensor_bytes(kind, t.shape)
-        for t, kind in zip(spec.tensors, types, strict=True)
-        if t.name == "token_embd.weight"
-    )
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
     return speed.estimate(
         profile,
         mode,
@@ -378,10 +374,15 @@ def _speed(
     )
 
 
+@lru_cache(maxsize=4096)
+def _loss(spec: ModelSpec, scheme: str, imatrix: bool) -> degradation.Loss:
+    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+    return degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
+
+
 def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) -> Quality:
     spec = candidate.spec
-    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    kept = degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
+    kept = _loss(spec, scheme, imatrix)
     score = candidate.panels.get(panel, 100.0)
     return Quality(
         score=score * kept.retention,

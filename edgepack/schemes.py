@@ -86,6 +86,7 @@ def needs_imatrix(scheme: str) -> bool:
     return canonical(scheme) in _NEEDS_IMATRIX
 
 
+@lru_cache(maxsize=4096)
 def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     """Whether llama-quantize refuses this scheme for this very model without an importance matrix."""
     name = canonical(scheme)
@@ -98,6 +99,7 @@ def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     )
 
 
+@lru_cache(maxsize=65536)
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of one tensor without padding: rows of whole blocks (ggml-common.h)."""
     _, weights, size = BLOCKS[kind]
@@ -138,11 +140,18 @@ def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[str, .
 def _walk(spec: ModelSpec) -> tuple[tuple[int, Tensor, str], ...]:
     """Tensors in llama.cpp's order: place in the file, tensor, and the type of one that is kept as it is.
 
-    What is never quantized is F32 in a converted file (conversion/base.py, prepare_tensors).
+    What is never quantized is F32 in a converted file, but for a few matrices (conversion/base.py,
+    prepare_tensors).
     """
     order = sorted(range(len(spec.tensors)), key=lambda at: llama_order(spec.tensors[at]))
-    sources = spec.gguf_types or ("F32",) * len(spec.tensors)
+    sources = spec.gguf_types or tuple(_unquantized(t) for t in spec.tensors)
     return tuple((at, spec.tensors[at], "" if quantizable(spec.tensors[at]) else sources[at]) for at in order)
+
+
+def _unquantized(tensor: Tensor) -> str:
+    """Type in a converted file of a tensor that llama-quantize leaves alone."""
+    half = tensor.name.endswith("weight") and len(tensor.shape) > 1 and any(p in tensor.name for p in _HALF)
+    return "F16" if half else "F32"
 
 
 @lru_cache(maxsize=4096)
@@ -152,11 +161,23 @@ def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> int:
     return sum(tensor_bytes(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
 
 
+@lru_cache(maxsize=4096)
+def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[int, int]:
+    """Bytes of the tables that rows are looked up in: the token embedding, and Gemma's embedding per layer."""
+    kinds = tensor_types(spec, scheme, imatrix=imatrix)
+    sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
+    for tensor, kind in zip(spec.tensors, kinds, strict=True):
+        if tensor.name in sizes:
+            sizes[tensor.name] = tensor_bytes(kind, tensor.shape)
+    return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
+
+
 def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
     """Bits of all tensors over the number of their elements, as llama-quantize prints it."""
     return weights_bytes(spec, scheme, imatrix=imatrix) * 8 / spec.parameters
 
 
+@lru_cache(maxsize=4096)
 def file_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[Bytes, Provenance]:
     """Size of the whole GGUF file: header, tensors, each padded to 32 bytes.
 
@@ -202,6 +223,9 @@ _KEPT = (
     "shortconv.conv.weight",
 )
 """Names that are never quantized (tensor_allows_quantization), as far as the known architectures go."""
+
+_HALF = ("altup_proj", "altup_unembd_proj", "altup_router.", "laurel_l.", "laurel_r.", "per_layer_model_proj")
+"""Of these, the matrices that are stored in 16 bits."""
 
 _CATEGORIES = (
     ("attn_qkv.weight", "qkv"),

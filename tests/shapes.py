@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from edgepack import modelspec, schemes
+from edgepack import architectures, modelspec, schemes
+from edgepack.architectures import Config
 from edgepack.builders import ggufwriter
 from edgepack.ggufheader import FILE_TYPES, Entry
 from edgepack.modelspec import ModelSpec
@@ -54,9 +55,54 @@ CONFIGS: Mapping[str, Mapping[str, object]] = {
     ),
 }  # fmt: skip
 
+_DELTA_NET = {
+    "head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+}  # fmt: skip
+_GEMMA4 = {
+    "head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 256, "sliding_window": 512,
+    "layer_types": [("full_attention" if il % 6 == 5 else "sliding_attention") for il in range(42)],
+}  # fmt: skip
+
+PLANNED: Mapping[str, Mapping[str, object]] = {
+    "gemma-2-2b": config("gemma2", 26, 2304, 9216, 8, 4, 256000, head_dim=256, sliding_window=4096),
+    "gemma-3n-e2b": config(
+        "gemma3n_text", 30, 2048, 8192, 8, 2, 262400, head_dim=256, sliding_window=512, num_kv_shared_layers=10
+    ),
+    "gemma-4-e4b": config("gemma4_text", 42, 2560, 10240, 8, 2, 262144, num_kv_shared_layers=18, **_GEMMA4),
+    "qwen3.5-4b": config("qwen3_5_text", 32, 2560, 9216, 16, 4, 248320, **_DELTA_NET),
+    "qwen3-next-80b": config(
+        "qwen3_next", 48, 2048, 5120, 16, 2, 151936,
+        num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, shared_expert_intermediate_size=512,
+        **_DELTA_NET,
+    ),
+    "phi-3.5-mini": config(
+        "phi3", 32, 3072, 8192, 32, 32, 32064, tie_word_embeddings=False, rope_scaling={"type": "longrope"}
+    ),
+    "phi-4-mini": config(
+        "phi3", 32, 3072, 8192, 24, 8, 200064,
+        partial_rotary_factor=0.75, rope_scaling={"type": "longrope"}, **TIED,
+    ),
+    "granite-4.0-micro": config("granite", 40, 2560, 8192, 40, 8, 100352),
+    "smollm3-3b": config("smollm3", 36, 2048, 11008, 16, 4, 128256),
+    "minicpm-2b": config("minicpm", 40, 2304, 5760, 36, 36, 122753),
+    "ministral-3-3b": config("ministral3", 26, 3072, 9216, 32, 8, 131072, head_dim=128),
+    "lfm2-350m": config(
+        "lfm2", 16, 1024, 4608, 16, 8, 65536,
+        layer_types=[("full_attention" if il in (2, 5, 8, 10, 12, 14) else "conv") for il in range(16)],
+    ),
+    "command-r7b": config("cohere2", 32, 4096, 14336, 32, 8, 256000),
+    "olmo-2-1b": config("olmo2", 16, 2048, 8192, 16, 16, 100352, tie_word_embeddings=False),
+    "gpt-oss-20b": config(
+        "gpt_oss", 24, 2880, 2880, 64, 8, 201088,
+        head_dim=64, num_local_experts=32, num_experts_per_tok=4, sliding_window=128,
+    ),
+}  # fmt: skip
+"""Architectures that are planned for and not converted."""
+
 
 def spec(name: str) -> ModelSpec:
-    return modelspec.from_config(CONFIGS[name], name=name)
+    return modelspec.from_config(CONFIGS.get(name) or PLANNED[name], name=name)
 
 
 def settings(
@@ -86,10 +132,17 @@ def settings(
     )
 
 
+_REALS = {
+    "cohere2": {"logit_scale": 1.0, "attention.layer_norm_epsilon": 1e-5},
+    "granite": {"logit_scale": 8.0},
+}
+"""Hyperparameters that llama.cpp wants and no size depends on."""
+
+
 def write_gguf(path: Path, model: ModelSpec, scheme: str, *, with_file_type: bool = True) -> Path:
     """A GGUF of header and hole that llama.cpp loads without its weights; it has no tokenizer."""
     arch = model.architecture
-    numbers = {
+    numbers: dict[str, architectures.Key] = {
         "block_count": model.layers,
         "context_length": model.context_train,
         "embedding_length": model.hidden,
@@ -105,12 +158,22 @@ def write_gguf(path: Path, model: ModelSpec, scheme: str, *, with_file_type: boo
         "expert_feed_forward_length": model.expert_ffn,
         "attention.sliding_window": max((kind.window or 0 for kind in model.kv), default=0),
     }
+    if model.name in PLANNED:
+        values = PLANNED[model.name]
+        layout = architectures.read(str(values["model_type"]), Config(values, model.name))
+        assert layout is not None
+        numbers |= layout.keys
     file_type = next(n for n, name in FILE_TYPES.items() if name == scheme)
     entries = [
         Entry(key="general.architecture", kind="str", value=arch),
         *([Entry(key="general.file_type", kind="u32", value=file_type)] if with_file_type else []),
         Entry(key="general.quantization_version", kind="u32", value=2),
-        *(Entry(key=f"{arch}.{key}", kind="u32", value=value) for key, value in numbers.items() if value),
+        *(
+            Entry(key=f"{arch}.{key}", kind="bool" if key.endswith("window_pattern") else "u32", value=value)
+            for key, value in numbers.items()
+            if value
+        ),
+        *(Entry(key=f"{arch}.{key}", kind="f32", value=value) for key, value in _REALS.get(arch, {}).items()),
         Entry(key=f"{arch}.attention.layer_norm_rms_epsilon", kind="f32", value=1e-6),
         Entry(key="tokenizer.ggml.model", kind="str", value="none"),
     ]

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEVELS = (
     {"errors"},
     {"units"},
-    {"settings", "ggufheader", "shell", "workspace", "progress", "serde"},
+    {"settings", "ggufheader", "architectures", "shell", "workspace", "progress", "serde"},
     {"profile", "modelspec", "l4t"},
     {"schemes", "catalog"},
     {"runtimes"},

@@ -64,6 +64,7 @@ def convert(folder: Path, out: Path, *, outtype: OutType, progress: Progress) ->
     """
     config = _text_config(_config(folder))
     spec = modelspec.read(folder)
+    _refuse(spec, config)
     sources = _sources(folder, spec, config)
     infos = ggufwriter.layout([(t.name, _type(t.shape, outtype), t.shape) for t in spec.tensors])
     head = ggufwriter.header(metadata(folder, outtype=outtype), infos)
@@ -99,6 +100,14 @@ def header_size(folder: Path) -> Bytes:
     """Exact bytes before the tensor data of the GGUF of a Hugging Face folder, whatever its scheme."""
     spec = modelspec.read(folder)
     return Bytes(header_bytes(metadata(folder), ((t.name, len(t.shape)) for t in spec.tensors)))
+
+
+def planning_only(name: str, architecture: str) -> Unsupported:
+    """What a build of an architecture that is only planned for ends with."""
+    return Unsupported(
+        f"{name} is a {architecture}, which edgepack plans for and does not convert",
+        hint="give a GGUF of it, which is used as it is; converted are " + ", ".join(modelspec.CONVERTED),
+    )
 
 
 def stored_type(folder: Path) -> OutType:
@@ -180,6 +189,8 @@ class _Numbers:
 
 def _refuse(spec: ModelSpec, config: Mapping[str, object]) -> None:
     """Unsupported for settings that llama.cpp's graph of this architecture does not compute."""
+    if spec.architecture not in modelspec.CONVERTED:
+        raise planning_only(spec.name, spec.architecture)
     activations = {"gemma3": ("gelu_pytorch_tanh",)}.get(spec.architecture, ("silu", "swish"))
     activation = config.get("hidden_activation") or config.get("hidden_act") or activations[0]
     problems = {

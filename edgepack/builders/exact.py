@@ -18,11 +18,11 @@ from typing import Any
 
 from edgepack import schemes
 from edgepack.builders import ggufwriter
-from edgepack.builders.convert import architecture
+from edgepack.builders.convert import architecture, planning_only
 from edgepack.builders.quantize import end_with_parent, file_type, import_path
 from edgepack.errors import BuildFailed
 from edgepack.ggufheader import ALIGNMENT, BLOCKS, Entry
-from edgepack.modelspec import ModelSpec
+from edgepack.modelspec import CONVERTED, ModelSpec
 from edgepack.runtimes.llama_cpp import split_types
 from edgepack.settings import Settings
 from edgepack.shell import run
@@ -79,6 +79,8 @@ def exact_many(
     Buffers are those of the CPU backend. Raises BuildFailed with llama.cpp's words when it refuses the
     scheme for this model or cannot make a context (as with quantized V and no flash attention).
     """
+    if spec.architecture not in CONVERTED:
+        raise planning_only(spec.name, spec.architecture)
     keep = spec.gguf_types is not None and scheme in ("as-is", spec.gguf_scheme)
     with tempfile.TemporaryDirectory(prefix="edgepack-exact-") as folder:
         model = Path(folder) / "shape.gguf"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -72,16 +72,21 @@ def models() -> tuple[CatalogModel, ...]:
     )
 
 
+def read(path: Path) -> tuple[CatalogModel, ...]:
+    """The models of a user's YAML file of the same form. Raises NotFound, and BadInput with every problem."""
+    return serde.load_yaml(_Family, path).models
+
+
 @cache
 def panels() -> Mapping[str, Panel]:
     """All panels by name, best source first."""
     return {p.name: p for p in serde.load_yaml(_Panels, Path(__file__).parent / "panels.yaml").panels}
 
 
-def find(name: str) -> CatalogModel | None:
-    """The model with this id or repository, in any case; None when there is none."""
+def find(name: str, extra: Sequence[CatalogModel] = ()) -> CatalogModel | None:
+    """The model with this id or repository, in any case, ``extra`` first; None when there is none."""
     wanted = name.lower()
-    return next((m for m in models() if wanted in (m.id.lower(), m.repo.lower())), None)
+    return next((m for m in (*extra, *models()) if wanted in (m.id.lower(), m.repo.lower())), None)
 
 
 def built_in_folder() -> Path:

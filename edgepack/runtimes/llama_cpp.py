@@ -12,7 +12,7 @@ from typing import Literal
 
 from edgepack.errors import BadInput, Unsupported
 from edgepack.ggufheader import BLOCKS
-from edgepack.modelspec import KvLayers, ModelSpec
+from edgepack.modelspec import CONVERTED, KvLayers, ModelSpec
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import llama_graph
 from edgepack.settings import Settings
@@ -149,11 +149,15 @@ def streams(settings: Settings) -> int:
 
 def kv_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Bytes of the KV cache of all slots, exact. Raises Unsupported for types the head size forbids."""
-    return sum(layer_kv_bytes(kind, settings) for kind in spec.kv)
+    widest = max((kind.heads * kind.value_dim for kind in spec.kv), default=0)
+    return sum(layer_kv_bytes(kind, settings, widest_value=widest) for kind in spec.kv)
 
 
-def layer_kv_bytes(kind: KvLayers, settings: Settings) -> int:
-    """Bytes of the KV cache of the layers of one kind: layers x cells x (K row + V row)."""
+def layer_kv_bytes(kind: KvLayers, settings: Settings, *, widest_value: int | None = None) -> int:
+    """Bytes of the KV cache of the layers of one kind: layers x cells x (K row + V row).
+
+    Without flash attention every V row is as wide as the model's widest (llama-kv-cache.cpp, n_embd_v_gqa_max).
+    """
     key, value = split_types(settings.kv_type)
     if kind.value_dim and _quantized(value) and not settings.flash_attention:
         raise Unsupported(
@@ -161,12 +165,15 @@ def layer_kv_bytes(kind: KvLayers, settings: Settings) -> int:
         )
     per_head = settings.flash_attention
     rows = _row_bytes(key, kind.heads, kind.key_dim, per_head=per_head)
-    rows += _row_bytes(value, kind.heads, kind.value_dim, per_head=per_head)
+    if per_head or widest_value is None or not kind.value_dim:
+        rows += _row_bytes(value, kind.heads, kind.value_dim, per_head=per_head)
+    else:
+        rows += _row_bytes(value, 1, widest_value, per_head=False)
     return kind.count * cells(settings, kind.window) * streams(settings) * rows
 
 
 def recurrent_bytes(spec: ModelSpec, settings: Settings) -> int:
-    """Bytes of the state that recurrent layers keep for all slots; 0 for pure attention models."""
+    """Bytes of the state that recurrent layers keep for all slots (src/llama-memory-recurrent.cpp)."""
     return spec.recurrent_bytes * settings.slots
 
 
@@ -212,6 +219,39 @@ def compute(
     if where in _UNPACKS_F16:
         shape = replace(shape, unpack_k=True, unpack_v=True)
     return _room(shape, offloaded, _ALIGNMENT[where], where in _UNPACKS)
+
+
+EXACT_GRAPHS = (*CONVERTED, "gemma2", "granite", "minicpm", "mistral3", "smollm3")
+"""Architectures whose compute buffer llama_graph.py gives to the printed digit."""
+
+
+def compute_range(spec: ModelSpec, settings: Settings, expected: int) -> tuple[Bytes, Bytes] | None:
+    """Lowest and highest bytes of a compute buffer that `compute` puts at ``expected``; None where it is exact.
+
+    For a graph that is not modelled `compute` speaks of a plain decoder of the same sizes. Fitted on contexts
+    that llama.cpp reserved for these shapes (tests/integration/test_planned_architectures.py); recurrent
+    layers also gather and write back the state of every slot.
+    """
+    if spec.architecture in EXACT_GRAPHS:
+        return None
+    low, high = _OTHER_GRAPHS.get(spec.architecture, _UNSEEN_GRAPH)
+    recurrent = spec.layers - sum(kind.count for kind in spec.kv) if spec.recurrent_bytes else 0
+    moved = 2 * spec.recurrent_bytes // recurrent * settings.slots if recurrent else 0
+    return Bytes(int(expected * low)), Bytes(int(expected * high) + moved)
+
+
+_OTHER_GRAPHS: Mapping[str, tuple[float, float]] = {
+    "cohere2": (0.85, 1.3),
+    "gemma3n": (0.7, 2.0),
+    "gemma4": (0.7, 1.8),
+    "gpt-oss": (0.85, 1.5),
+    "lfm2": (0.9, 1.25),
+    "olmo2": (0.85, 1.25),
+    "phi3": (0.85, 1.25),
+    "qwen35": (0.75, 1.5),
+    "qwen3next": (0.75, 1.5),
+}
+_UNSEEN_GRAPH = (0.3, 4.0)
 
 
 @lru_cache(maxsize=8192)
@@ -306,7 +346,7 @@ def process_bytes(spec: ModelSpec, settings: Settings) -> tuple[Bytes, Bytes, By
 
 def _tokenizer(spec: ModelSpec) -> Literal["bpe", "spm"]:
     """SentencePiece for Gemma and for the small vocabularies of Llama 2 and Mistral; else BPE with merges."""
-    return "spm" if spec.architecture == "gemma3" or spec.vocab < 40000 else "bpe"
+    return "spm" if spec.architecture.startswith("gemma") or spec.vocab < 40000 else "bpe"
 
 
 def work_bytes(spec: ModelSpec, settings: Settings) -> int:
