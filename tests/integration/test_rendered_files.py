@@ -236,6 +236,16 @@ def test_the_power_mode_is_selected_by_its_name(tmp_path: Path, jetson: dict[str
     assert (tmp_path / "mode").read_text() == "MAXN_SUPER\n"
 
 
+def test_agx_orin_prefixes_its_mode_names(tmp_path: Path, jetson: dict[str, str]) -> None:
+    conf = tmp_path / "nvpmodel.conf"
+    conf.write_text("< POWER_MODEL ID=0 NAME=MAXN >\n< POWER_MODEL ID=2 NAME=MODE_25W >\n")
+
+    done = power(tmp_path, jetson)
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mode").read_text() == "MODE_25W\n"
+
+
 def test_a_mode_the_board_does_not_have_is_refused_with_those_it_has(
     tmp_path: Path, jetson: dict[str, str]
 ) -> None:

@@ -16,9 +16,12 @@ modes() {
 }
 
 [ -r "$conf" ] || die "$conf is missing: this is not a Jetson, or nvpmodel is not installed"
-id=$(modes | awk -v mode="$mode" '$2 == mode { print $1; exit }')
+# AGX Orin's file writes MODE_30W where others write 30W.
+found=$(modes | awk -v mode="$mode" '$2 == mode || $2 == "MODE_" mode { print; exit }')
+id=${found%% *}
+name=${found#* }
 [ -n "$id" ] || die "$conf has no mode $mode; it has: $(modes | cut -d' ' -f2 | tr '\n' ' ')"
-if nvpmodel -q | grep -qxF "NV Power Mode: $mode"; then exit; fi
+if nvpmodel -q | grep -qxF "NV Power Mode: $name"; then exit; fi
 # Some changes ask for a reboot; without a terminal the answer is no, and the mode stays as it was.
 nvpmodel -m "$id" </dev/null
-nvpmodel -q | grep -qxF "NV Power Mode: $mode" || die "mode $mode needs a reboot: run nvpmodel -m $id and confirm"
+nvpmodel -q | grep -qxF "NV Power Mode: $name" || die "mode $mode needs a reboot: run nvpmodel -m $id and confirm"
