@@ -1170,10 +1170,6 @@ def running_server(
     """
     key = secrets.token_urlsafe(24)
     key_file = os.path.join(folder, "server.key")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(key_file)
-    with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-        out.write(key + "\n")
     port = _free_port()
     argv = [program, *args, "-m", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--api-key-file", key_file, "--log-verbosity", "4"]
@@ -1184,33 +1180,46 @@ def running_server(
     libc = ctypes.CDLL(None)
 
     def in_child() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
         limit.enter()
 
-    with _new_file(log) as out_log:
-        try:
-            process = subprocess.Popen(
-                argv,
-                env=dict(inherited, **environment, **arenas),
-                stdin=subprocess.DEVNULL,
-                stdout=out_log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=in_child,
-            )
-        except OSError as error:
-            raise MissingProgram("%s cannot be started: %s" % (program, error.strerror)) from None
-    server = Server(process, Meter(process, os.path.getsize(model)), port, key, log, limit)
-    server.meter.start()
+    # A signal between the start of the child and the block that ends it would leave both behind: it waits.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    process = None
     try:
-        yield server
-    finally:
-        server.meter.stop()
-        _end(process)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(key_file)
+        with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
+            out.write(key + "\n")
+        with _new_file(log) as out_log:
+            try:
+                process = subprocess.Popen(
+                    argv,
+                    env=dict(inherited, **environment, **arenas),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out_log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=in_child,
+                )
+            except OSError as error:
+                raise MissingProgram("%s cannot be started: %s" % (program, error.strerror)) from None
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        server = Server(process, Meter(process, os.path.getsize(model)), port, key, log, limit)
+        server.meter.start()
+        try:
+            yield server
+        finally:
+            server.meter.stop()
+    finally:
+        if process is not None:
+            _end(process)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(key_file)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

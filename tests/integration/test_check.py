@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -208,6 +209,43 @@ def test_the_server_never_outlives_the_agent(
     assert not Path(f"/proc/{server}").exists()
     if number != signal.SIGKILL:
         assert not (work / "server.key").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_server_is_being_started_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The moment between the child's start and the agent knowing of it: the signal waits until it does."""
+    (tmp_path / "weights").write_bytes(b"GGUF")
+    children: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def interrupted(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
+        children.append(start(*args, **options))
+        os.kill(os.getpid(), number)
+        return children[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    before = signal.signal(signal.SIGTERM, agent._interrupted)
+    try:
+        with (
+            agent.memory_limit(None) as limit,
+            pytest.raises(KeyboardInterrupt),
+            agent.running_server(
+                "/bin/sh",
+                ("-c", "exec sleep 600"),
+                model=str(tmp_path / "weights"),
+                folder=str(tmp_path),
+                environment={},
+                limit=limit,
+            ),
+        ):
+            pytest.fail("the signal came too late")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert [child.poll() for child in children] == [-signal.SIGTERM]
+    assert not (tmp_path / "server.key").exists()
 
 
 def started_server(model: Path) -> int:
