@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--fill", type=int, help="fill at most this many tokens (then the reading is a lower bound)"
     )
+    parser.add_argument("--threads", type=int, default=THREADS, help="1 on a machine with other work")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     rows_file = options.folder / "rows.jsonl"
@@ -58,7 +59,16 @@ def main() -> None:
             spec = pipeline.read_model(source)
             artifact = build(source, spec, scheme, options.folder)
             for context, kv_type in cases:
-                row = measure(shape, spec, artifact, scheme, context, kv_type, fill=options.fill)
+                row = measure(
+                    shape,
+                    spec,
+                    artifact,
+                    scheme,
+                    context,
+                    kv_type,
+                    fill=options.fill,
+                    threads=options.threads,
+                )
                 rows.append(row)
                 with rows_file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
@@ -91,9 +101,10 @@ def measure(
     kv_type: str,
     *,
     fill: int | None,
+    threads: int,
 ) -> dict[str, Any]:
     """One case: what is predicted, what llama.cpp says, what the process took."""
-    settings = llama_cpp.cpu_settings(context=context, kv_type=kv_type, threads=THREADS)
+    settings = llama_cpp.cpu_settings(context=context, kv_type=kv_type, threads=threads)
     predicted = fit.fit(spec, profile=None, scheme=scheme, settings=settings)
     asked = exact.exact(spec, scheme, settings, toolchain=toolchain.find())
     with (

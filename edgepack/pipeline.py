@@ -164,18 +164,19 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     _same_model(chosen, spec)
     tools = toolchain.install(progress)
     exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
+    folder = workspace.cache_root() / "artifacts"
     artifact = gguf.build(
         checkpoint,
         spec,
         exact.scheme,
-        workspace.cache_root() / "artifacts",
+        folder,
         imatrix=options.imatrix,
         toolchain=tools,
         progress=progress,
     )
     _same_size(exact, artifact)
     progress.step("probe    recording what the artifact answers, to be compared on the device")
-    selftest = quality.record(artifact.path, exact, tools, progress)
+    selftest = quality.record(artifact, exact, tools, folder, progress)
     runtime = toolchain.static_runtime(exact.profile.arch, progress) if options.with_runtime else None
     out = options.out / f"{exact.name}.tar"
     made = bundle.write(

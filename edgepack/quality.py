@@ -7,12 +7,16 @@ little, a wrong or damaged artifact moves them a lot. `check.DRIFT` says where t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from edgepack import serde, workspace
+from edgepack.artifact import Artifact
 from edgepack.device import agent
 from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.plan import Plan
@@ -21,9 +25,14 @@ from edgepack.runtimes import llama_cpp
 from edgepack.settings import Settings
 from edgepack.toolchain import Toolchain
 
-PROBES = 24
-PROBE_CHARACTERS = 160
-DECODE_TOKENS = 64
+PASSAGES = 4
+STEPS = 6
+STEP_CHARACTERS = 27
+PROBES = PASSAGES * STEPS
+"""Each passage is asked about STEPS times, longer each time: the server keeps what it has read (cache_prompt), so
+that 24 answers cost the reading of four short passages."""
+PROBE_CHARACTERS = STEPS * STEP_CHARACTERS
+DECODE_TOKENS = 16
 CONTEXT = 512
 """Tokens of context while recording: the longest probe, in single bytes, and the continuation fit in it."""
 START_SECONDS = 1800.0
@@ -33,26 +42,34 @@ HELDOUT = Path(__file__).parent / "models" / "demo" / "heldout.txt"
 
 
 def record(
-    artifact: Path,
+    artifact: Artifact,
     plan: Plan,
     toolchain: Toolchain,
+    folder: Path,
     progress: Progress,
     *,
     text: str | None = None,
 ) -> Mapping[str, object]:
     """selftest.json of an artifact: for fixed texts the most likely next tokens, and one continuation.
 
-    ``text``: what the probes are cut from, held-out English by default. Raises BadInput for a text that is
-    too short, and BuildFailed when the server does not run the artifact.
+    Kept in ``folder`` for the next build of the same artifact under the same flags. ``text``: what the probes are
+    cut from, held-out English by default. Raises BadInput for a text that is too short, and BuildFailed when the
+    server does not run the artifact.
     """
     prompts = probes(heldout() if text is None else text)
     args = llama_cpp.launch(recording(plan.settings))
-    with progress.bar("recording answers", None), tempfile.TemporaryDirectory(prefix="edgepack-") as folder:
-        answers = _ask(artifact, args, toolchain.server, Path(folder), prompts)
+    runtime = f"{plan.runtime} {plan.runtime_version}"
+    inputs = (artifact.sha256, runtime, *args, str(DECODE_TOKENS), *prompts)
+    kept = folder / f"{hashlib.sha256(chr(0).join(inputs).encode()).hexdigest()[:16]}-answers.json"
+    if not kept.is_file():
+        with progress.bar("recording answers", None), tempfile.TemporaryDirectory(prefix="edgepack-") as work:
+            answers = _ask(artifact.path, args, toolchain.server, Path(work), prompts)
+        workspace.write_text(kept, json.dumps(answers))
+    answers = serde.read_object(kept)
     return {
         "schema_version": 1,
         "about": "answers of the artifact on the build machine; log-probabilities in nats, rounded to 0.001",
-        "runtime": f"{plan.runtime} {plan.runtime_version}",
+        "runtime": runtime,
         **answers,
     }
 
@@ -77,22 +94,29 @@ def heldout() -> str:
 
 
 def probes(text: str) -> tuple[str, ...]:
-    """PROBES pieces of a text, evenly spread, each from the start of a word to the end of one.
+    """PASSAGES pieces of a text, evenly spread, each in STEPS growing prefixes: from the start of a word to, where
+    the language has them, the end of one.
 
     Raises BadInput when the text is too short to give that many different ones.
     """
     flat = " ".join(text.split())
-    step = len(flat) // PROBES
-    if step < PROBE_CHARACTERS:
-        raise BadInput(
-            f"the text for the quality probe has {len(flat)} characters, {PROBES * PROBE_CHARACTERS} are needed"
-        )
-    pieces = []
-    for number in range(PROBES):
-        piece = flat[number * step : number * step + PROBE_CHARACTERS]
-        first = 0 if number == 0 else piece.find(" ") + 1
-        pieces.append(piece[first : piece.rfind(" ")])
-    return tuple(pieces)
+    apart = len(flat) // PASSAGES
+    if apart < 2 * PROBE_CHARACTERS:
+        need = 2 * PASSAGES * PROBE_CHARACTERS
+        raise BadInput(f"the text for the quality probe has {len(flat)} characters, {need} are needed")
+    found = []
+    for number in range(PASSAGES):
+        at = number * apart
+        first = 0 if number == 0 else flat.find(" ", at, at + PROBE_CHARACTERS) + 1 or at
+        passage = flat[first : first + PROBE_CHARACTERS + 1]
+        found += [_prefix(passage, step * STEP_CHARACTERS) for step in range(1, STEPS + 1)]
+    return tuple(found)
+
+
+def _prefix(passage: str, length: int) -> str:
+    """So many characters of a passage, or up to STEP_CHARACTERS - 1 less where a word ends there."""
+    end = passage.rfind(" ", length - STEP_CHARACTERS + 1, length + 1)
+    return passage[: end if end > 0 else length]
 
 
 def _ask(
@@ -106,7 +130,7 @@ def _ask(
             ) as running,
         ):
             running.wait_healthy(START_SECONDS)
-            return agent.record_quality(running, prompts, prompts[0], DECODE_TOKENS)
+            return agent.record_quality(running, prompts, prompts[-1], DECODE_TOKENS)
     except agent.MissingProgram as error:
         raise MissingTool(str(error), hint="edgepack toolchain install") from error
     except agent.Failed as error:

@@ -149,6 +149,14 @@ def read_json(path: Path) -> object:
         raise BadInput(f"{path} is not usable JSON: {error}") from error
 
 
+def read_object(path: Path) -> dict[str, object]:
+    """The fields of a JSON file that must hold an object; raises BadInput when it holds anything else."""
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise BadInput(f"{path} is not a set of fields")
+    return document
+
+
 def read_yaml(path: Path) -> tuple[object, Lines]:
     """The document in a YAML file and the line of each value.
 

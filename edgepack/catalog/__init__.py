@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 from edgepack import modelspec, serde
-from edgepack.errors import BadInput
 
 BUILT_IN = "demo"
 """Name and repository of the model that the package itself carries."""
@@ -95,8 +94,6 @@ def built_in_folder() -> Path:
 
 
 def _with_own_config(model: CatalogModel) -> CatalogModel:
-    config = serde.read_json(built_in_folder() / "config.json")
-    if not isinstance(config, dict):
-        raise BadInput(f"{built_in_folder() / 'config.json'} is not a set of fields")
+    config = serde.read_object(built_in_folder() / "config.json")
     spec = modelspec.from_config(config, name=model.id)
     return replace(model, config=config, parameters=spec.parameters)

@@ -1710,8 +1710,11 @@ def probe_quality(server: Server, recorded: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _top(server: Server, prompt: str, count: int) -> List[Tuple[int, float]]:
-    """The likeliest next tokens; none when the first choice is a piece of a character, which the server holds back."""
-    body = dict(GREEDY, prompt=prompt, n_predict=1, n_probs=count, cache_prompt=False, id_slot=0)
+    """The likeliest next tokens; none when the first choice is a piece of a character, which the server holds back.
+
+    What the slot holds of the prompt before this one is not read again: probes may grow out of each other.
+    """
+    body = dict(GREEDY, prompt=prompt, n_predict=1, n_probs=count, cache_prompt=True, id_slot=0)
     answer = server.post("/completion", body, "quality")
     found = (answer.get("completion_probabilities") or [{"top_logprobs": []}])[0]["top_logprobs"]
     return [(entry["id"], round(entry["logprob"], 3)) for entry in found if entry["logprob"] is not None]

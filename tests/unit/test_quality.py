@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -21,18 +22,29 @@ def test_the_built_in_text_gives_different_probes_of_whole_words() -> None:
     flat = " ".join(text.split())
     assert len(set(pieces)) == quality.PROBES
     assert all(f" {piece} " in f" {flat} " for piece in pieces)
-    assert all(60 < len(piece) <= quality.PROBE_CHARACTERS for piece in pieces)
+    assert max(map(len, pieces)) <= quality.PROBE_CHARACTERS
 
 
-@given(words=st.lists(st.text(alphabet="abc", min_size=1, max_size=9), min_size=1000, max_size=1500))
-def test_any_long_text_gives_as_many_probes(words: list[str]) -> None:
+@given(words=st.lists(st.text(alphabet="abc", min_size=1, max_size=90), min_size=1000, max_size=1500))
+def test_any_long_text_gives_as_many_probes_each_longer_than_the_one_it_grows_from(words: list[str]) -> None:
     text = " ".join(words)
-    if len(text) >= quality.PROBES * quality.PROBE_CHARACTERS:
-        assert len(quality.probes(text)) == quality.PROBES
+
+    pieces = quality.probes(text)
+
+    assert len(pieces) == quality.PROBES
+    for shorter, longer in itertools.pairwise(pieces):
+        grows = longer.startswith(shorter) and len(shorter) < len(longer)
+        assert grows or len(longer) <= quality.STEP_CHARACTERS
+
+
+def test_a_text_without_spaces_is_cut_anyway() -> None:
+    pieces = quality.probes("春眠不觉晓处处闻啼鸟夜来风雨声花落知多少" * 100)
+
+    assert [len(piece) for piece in pieces[: quality.STEPS]] == [27, 54, 81, 108, 135, 162]
 
 
 def test_a_short_text_is_refused_with_what_is_needed() -> None:
-    with pytest.raises(BadInput, match="3840 are needed"):
+    with pytest.raises(BadInput, match="1296 are needed"):
         quality.probes("too short")
 
 
