@@ -17,7 +17,7 @@ from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, N
 from edgepack.progress import Progress, Silent, Terminal
 
 if TYPE_CHECKING:
-    from edgepack.plan import Plan, Request
+    from edgepack.plan import Candidate, Plan, Request
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -134,6 +134,21 @@ def _device_options(command: Command) -> Command:
     return command
 
 
+def _choice_options(command: Command) -> Command:
+    for option in (
+        click.option("--disk", metavar="SIZE", help="What the artifact may take on the device's disk, e.g. 4GiB."),
+        click.option("--license", "licenses", multiple=True, metavar="ID",
+                     help="Only models under this licence (repeat it); default: all that allow commercial use."),
+        click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
+                     help="Refuse candidates that may be slower with a full context (default 5; 0: off)."),
+        click.option("--goal", type=click.Choice(["quality", "latency", "throughput", "context"]),
+                     default="quality", show_default=True,
+                     help="What to make most of: throughput is that of all slots together."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -170,32 +185,41 @@ def fit(progress: Progress, /, **options: Any) -> None:
 @click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
 @_model_options
 @click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
-@click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
-              help="Refuse candidates that may be slower with a full context (default 5; 0: off).")  # fmt: skip
-@click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
-              show_default=True, help="What to make most of.")  # fmt: skip
-@click.option("--explain", is_flag=True, help="Say why this, and why not each of the others.")
+@_choice_options
+@click.option("--explain", is_flag=True, help="Say why this, why not the others, and what would change it.")
+@click.option(
+    "--pareto", is_flag=True, help="Show the candidates that no other beats in quality, speed and memory."
+)
 @click.option("--force", is_flag=True, help="Plan even what does not fit; the plan carries the reason.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan here.")
 @json_option
-def plan(output: Path | None, as_json: bool, explain: bool, **options: Any) -> None:
+def plan(output: Path | None, as_json: bool, explain: bool, pareto: bool, **options: Any) -> None:
     """Choose model, quantization, KV cache and context for a device.
 
     \b
     Examples:
       edgepack plan --profile jetson-orin --explain
       edgepack plan --profile consumer-8gb --goal context --min-tokens-per-second 30
+      edgepack plan --profile consumer-8gb --goal throughput --slots 8 --context 16384
+      edgepack plan --profile raspberry-pi-5-8gb --license Apache-2.0 --disk 3GiB --pareto
       edgepack plan --profile jetson-orin --model ./my-model -o my.plan.json
     """
-    from edgepack import pipeline, serde, tables, workspace
+    from edgepack import choice, pipeline, serde, tables, workspace
 
-    chosen = _planned(pipeline, options)
+    request, models = _asked(pipeline, options)
+    chosen = pipeline.make_plan(request, models)
     if output is not None:
         workspace.write_text(output, serde.to_json(chosen))
+    explanation = choice.explain(chosen, request, models) if explain else None
     if as_json:
-        _print_json(serde.dump(chosen))
+        document: Any = serde.dump(chosen)
+        if explanation is not None:
+            document |= {"explanation": serde.dump(explanation)}
+        _print_json(document)
     else:
-        click.echo(tables.plan(chosen, explain=explain), nl=False)
+        click.echo(tables.plan(chosen, explanation), nl=False)
+        if pareto:
+            click.echo(tables.pareto(chosen), nl=False)
 
 
 @cli.command()
@@ -204,10 +228,7 @@ def plan(output: Path | None, as_json: bool, explain: bool, **options: Any) -> N
 @click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
-@click.option("--min-tokens-per-second", "min_decode", type=click.FloatRange(0), metavar="X",
-              help="Refuse candidates that may be slower with a full context (default 5; 0: off).")  # fmt: skip
-@click.option("--goal", type=click.Choice(["quality", "latency", "context"]), default="quality",
-              show_default=True, help="What to make most of.")  # fmt: skip
+@_choice_options
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
               help="Importance matrix: a GGUF by llama-imatrix, or a text to compute it from.")  # fmt: skip
 @click.option("--key", type=click.Path(path_type=Path), help="Sign with this ed25519 private key.")
@@ -259,7 +280,7 @@ def build(
     else:
         chosen = _planned(pipeline, {**options, "imatrix": imatrix_file is not None, "offline": offline})
     if not as_json and not isinstance(progress, Silent):
-        click.echo(tables.plan(chosen, explain=False), nl=False, err=True)
+        click.echo(tables.plan(chosen, None), nl=False, err=True)
     if dry_run:
         _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
         return
@@ -539,16 +560,21 @@ def key_new(path: Path) -> None:
     click.echo(f"allowed_signers  {signers}  (give it to devices and to --allowed-signers)")
 
 
-def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
+def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candidate]]:
+    """The planner's question, and the models it may answer with."""
     request: Request = pipeline.request_from(options)
-    models = pipeline.candidates(
+    models: list[Candidate] = pipeline.candidates(
         options.get("model"),
         options.get("teacher"),
         revision=options.get("revision"),
         offline=bool(options.get("offline")),
         extra=pipeline.extra_models(options),
     )
-    chosen: Plan = pipeline.make_plan(request, models)
+    return request, models
+
+
+def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
+    chosen: Plan = pipeline.make_plan(*_asked(pipeline, options))
     return chosen
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from edgepack import (
     bundle,
     catalog,
+    choice,
     fit,
     hub,
     modelspec,
@@ -27,6 +28,7 @@ from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import llama_cpp
+from edgepack.units import parse_bytes
 
 DEFAULT_SCHEME = "Q4_K_M"
 """For `fit` without --scheme: what most published GGUF files are."""
@@ -72,11 +74,7 @@ def candidates(
             known = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
             raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(known)}")
         return [_from_catalog(m) for m in students]
-    return [
-        _from_catalog(m)
-        for m in everything
-        if m.id != "demo" and m.commercial and modelspec.converts(m.config)
-    ]
+    return [_from_catalog(m) for m in everything if m.id != "demo" and modelspec.converts(m.config)]
 
 
 def named(
@@ -134,7 +132,7 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
     """Surveys all candidates and returns the best plan; raises NothingFits with the nearest one."""
     if len(models) == 1 and models[0].spec.gguf_types is not None and request.scheme is None:
         request = replace(request, scheme=models[0].spec.gguf_scheme)
-    return plan.choose(list(plan.survey(request, models)), request, models)
+    return choice.choose(list(plan.survey(request, models)), request, models)
 
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
@@ -213,6 +211,8 @@ def request_from(options: Mapping[str, Any]) -> Request:
         imatrix=bool(options.get("imatrix")),
         min_decode=options.get("min_decode"),
         goal=options.get("goal") or "quality",
+        licenses=tuple(options.get("licenses") or ()),
+        disk=parse_bytes(options["disk"]) if options.get("disk") else None,
         force=bool(options.get("force")),
     )
 

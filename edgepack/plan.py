@@ -1,6 +1,6 @@
 """The Plan: model, scheme, runtime and KV-cache budget for one device, with the arithmetic behind it.
 
-`survey` tries every candidate and yields a Plan or a Rejection for each; `choose` ranks the plans.
+`survey` tries every candidate and yields a Plan or a Rejection for each; `choice.choose` ranks the plans.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from functools import lru_cache
 from typing import Literal
 
 from edgepack import degradation, memory, schemes, serde, speed
-from edgepack.errors import BadInput, NothingFits, Unsupported
-from edgepack.fit import binding, excess, fit, longest, tightest
+from edgepack.errors import BadInput, Unsupported
+from edgepack.fit import binding, excess, longest, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
 from edgepack.runtimes import llama_cpp
 from edgepack.settings import Settings
 from edgepack.speed import Speed
-from edgepack.units import MIB, show
+from edgepack.units import Bytes, show
 
-Goal = Literal["quality", "latency", "context"]
+Goal = Literal["quality", "latency", "throughput", "context"]
 
-KEPT = 0.97
-"""For the goal latency: what a scheme must surely keep of its unquantized model."""
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
@@ -34,9 +32,6 @@ SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M"
 """Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
 KV_TYPES = ("f16", "q8_0")
 """8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
-NOISE = 0.01
-"""Relative difference in score below which two candidates count as equal in quality: a panel's standard
-error and the loss law's own error are both about a percent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +78,10 @@ class Request:
     min_decode: float | None = None
     """Tokens per second that the lower end of the prediction must reach with the context full."""
     goal: Goal = "quality"
+    licenses: tuple[str, ...] = ()
+    """Licences that are acceptable, in any case; empty: all that allow commercial use."""
+    disk: Bytes | None = None
+    """Bytes the artifact may take on the device; None: what the profile says is free."""
     force: bool = False
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
 
@@ -102,6 +101,23 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What a plan that was not chosen would take and give."""
+
+    memory: int
+    """Bytes, expected."""
+    memory_high: int
+    decode: float
+    """Tokens per second with the context full."""
+    decode_low: float
+    quality: float
+    quality_low: float
+    panel: str
+    on_front: bool
+    """No other plan of its panel is at least as good in sure quality, speed and memory together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rejection:
     model: str
     scheme: str
@@ -113,6 +129,8 @@ class Rejection:
     slowness: float = 0.0
     """How many times too slow, above 1; 0 when speed was not the reason."""
     hint: str = ""
+    figures: Figures | None = None
+    """Of a candidate that fits and was not chosen."""
 
     @property
     def candidate(self) -> str:
@@ -157,6 +175,12 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
     models = list(candidates)
     panels = assign_panels(models)
     for candidate in models:
+        unwanted = _license_problem(request, candidate.model)
+        if unwanted and (request.licenses or len(models) > 1):
+            yield _reject(
+                candidate, "any", "any", 0, unwanted, hint="--license ID, or name the model with --model"
+            )
+            continue
         for scheme in (request.scheme,) if request.scheme else SCHEMES:
             for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
                 try:
@@ -164,6 +188,13 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
                 except Unsupported as error:
                     context = request.context or _default_context(request, candidate.spec)
                     yield _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
+
+
+def _license_problem(request: Request, model: ModelRef) -> str:
+    if not request.licenses:
+        return "" if model.commercial else f"{model.license} forbids commercial use"
+    wanted = {name.lower() for name in request.licenses}
+    return "" if model.license.lower() in wanted else f"its licence is {model.license}"
 
 
 def _default_context(request: Request, spec: ModelSpec) -> int:
@@ -178,40 +209,6 @@ def _reject(
         model=candidate.model.id, scheme=scheme, kv_type=kv_type, context=context, reason=reason, excess=excess,
         slowness=slowness, hint=hint,
     )  # fmt: skip
-
-
-def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: Sequence[Candidate]) -> Plan:
-    """The best plan, carrying the reasons against the others; raises NothingFits when there is none."""
-    goal = request.goal
-    plans = rank([o for o in outcomes if isinstance(o, Plan)], goal)
-    rejections = tuple(o for o in outcomes if isinstance(o, Rejection))
-    if not plans:
-        raise _nothing_fits(rejections, request, candidates)
-    best = plans[0]
-    others = tuple(
-        Rejection(
-            model=p.model.id,
-            scheme=p.scheme,
-            kv_type=p.settings.kv_type,
-            context=p.settings.context,
-            reason=_why_not(best, p, goal),
-        )
-        for p in plans[1:]
-    )
-    return replace(best, rejected=others + rejections)
-
-
-def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
-    """Best first; candidates whose scores come from different panels are never mixed.
-
-    Quality: the lower end of the score, and within its noise the faster. Latency: the faster among schemes
-    that surely keep ``KEPT`` of their model. Context: the longest, then quality.
-    """
-    groups: dict[str, list[Plan]] = {}
-    for plan in plans:
-        groups.setdefault(plan.quality.panel, []).append(plan)
-    by_size = sorted(groups, key=lambda panel: (panel == "none", -len({p.model.id for p in groups[panel]})))
-    return [plan for panel in by_size for plan in _ordered(groups[panel], goal)]
 
 
 def assign_panels(candidates: Sequence[Candidate]) -> dict[str, str]:
@@ -237,23 +234,6 @@ def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     """The same plan with its memory counted again from the weights at hand, exact down to the header."""
     estimate = _memory(plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix)
     return replace(plan, model=model, memory=estimate)
-
-
-def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
-    left = list(plans)
-    ordered: list[Plan] = []
-    while left:
-        if goal == "latency":
-            best = max(left, key=lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_full_low))
-        elif goal == "context":
-            best = max(left, key=lambda p: (p.settings.context, p.quality.low))
-        else:
-            top = max(p.quality.low for p in left)
-            equal = [p for p in left if p.quality.low >= top * (1.0 - NOISE)]
-            best = max(equal, key=lambda p: (p.speed.decode_full, p.quality.low))
-        ordered.append(best)
-        left.remove(best)
-    return ordered
 
 
 def _power_mode(request: Request) -> PowerMode:
@@ -322,6 +302,14 @@ def _try(
         if not request.force:
             return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
         warnings.append(f"forced: {reason}")
+    room_on_disk = request.disk if request.disk is not None else request.profile.disk
+    if room_on_disk is not None and estimate.file_bytes > room_on_disk:
+        reason = f"its file has {show(estimate.file_bytes)}, and {show(room_on_disk)} of disk may be used"
+        if not request.force:
+            return _reject(
+                candidate, scheme, kv_type, context, reason, hint="--disk SIZE, or a smaller scheme"
+            )
+        warnings.append(f"forced: {reason}")
     pace = _speed(request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots)
     floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
     if pace.decode_full_low < floor:
@@ -371,6 +359,7 @@ def _speed(
         read_bytes=speed.read_per_token(weights, embedding, tied=spec.tied),
         layers=spec.layers,
         kv_bytes=estimate.part("kv_cache") // slots,
+        slots=slots,
     )
 
 
@@ -409,58 +398,3 @@ def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "
             "software releases of this device: run edgepack check on it"
         )
-
-
-def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
-    if other.quality.panel != best.quality.panel:
-        return f"no score in {best.quality.panel}; scores of different sources are not compared"
-    quality = f"scores at least {other.quality.low:.1f} against {best.quality.low:.1f}"
-    pace = f"decodes {other.speed.decode_full:.1f} tok/s against {best.speed.decode_full:.1f} with a full context"
-    if goal == "latency":
-        return pace
-    if goal == "context" and other.settings.context != best.settings.context:
-        return f"holds {other.settings.context} tokens against {best.settings.context}"
-    if other.quality.low >= best.quality.low * (1.0 - NOISE):
-        return f"{quality}, within the noise, and {pace}"
-    return quality
-
-
-def _nothing_fits(
-    rejections: Sequence[Rejection], request: Request, candidates: Sequence[Candidate]
-) -> NothingFits:
-    """The refusal: the nearest candidate, its arithmetic, and the cheapest change that was tried and fits."""
-    if not rejections:
-        return NothingFits("there is no model to choose from", hint="name one with --model")
-    slow = [r for r in rejections if r.slowness]
-    large = [r for r in rejections if r.excess]
-    if slow:
-        nearest = min(slow, key=lambda r: r.slowness)
-        return NothingFits(
-            f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
-        )
-    if not large:
-        nearest = rejections[0]
-        return NothingFits(
-            f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
-        )
-    nearest = min(large, key=lambda r: r.excess)
-    spec = next(c.spec for c in candidates if c.model.id == nearest.model)
-    settings = llama_cpp.settings_for(
-        request.profile,
-        context=nearest.context,
-        slots=request.slots,
-        kv_type=nearest.kv_type,
-        ubatch=request.ubatch,
-    )
-    tried = fit(
-        spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
-        imatrix=request.imatrix,
-    )  # fmt: skip
-    terms = " ".join(
-        f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"
-        for name, value in budget(request.profile, request.session).arithmetic
-    )
-    return NothingFits(
-        f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
-        hint=f"{tried.hint}; or free {-(-nearest.excess // MIB)} MiB on the device, or --force",
-    )

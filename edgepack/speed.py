@@ -22,6 +22,9 @@ class Speed:
     decode_full: float
     """Tokens per second with the context full."""
     decode_full_low: float
+    decode_all: float
+    """Tokens per second of all slots together, every one busy and full."""
+    decode_all_low: float
     provenance: Literal["fitted", "measured"]
 
 
@@ -54,7 +57,7 @@ def read_per_token(weights: int, embedding: int, *, tied: bool) -> int:
 
 
 def estimate(
-    profile: DeviceProfile, mode: PowerMode, *, read_bytes: int, layers: int, kv_bytes: int
+    profile: DeviceProfile, mode: PowerMode, *, read_bytes: int, layers: int, kv_bytes: int, slots: int = 1
 ) -> Speed:
     """Decode speed in tokens per second, with the context empty and full.
 
@@ -66,7 +69,10 @@ def estimate(
     spread = 1.0 + constants.relative_interval
     short = read_bytes / bandwidth + overhead
     full = (read_bytes + kv_bytes) / bandwidth + overhead
+    every = (read_bytes + slots * kv_bytes) / bandwidth + overhead
     return Speed(
+        decode_all=slots / (every + slots * SERVER.middle),
+        decode_all_low=slots / (every * spread + slots * SERVER.high),
         decode=1.0 / (short + SERVER.middle),
         decode_low=1.0 / (short * spread + SERVER.high),
         decode_high=1.0 / (short / spread + SERVER.low),

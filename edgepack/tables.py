@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edgepack.choice import Explanation
 from edgepack.plan import Plan
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.units import show
@@ -41,8 +42,8 @@ def fit(document: Mapping[str, Any]) -> str:
     return _text(lines)
 
 
-def plan(chosen: Plan, *, explain: bool) -> str:
-    """The choice in one sentence, its memory map, its speed, and what was not chosen."""
+def plan(chosen: Plan, explanation: Explanation | None) -> str:
+    """The choice in one sentence, its memory map, its speed, and what was not chosen; with an explanation, why."""
     settings, pace, quality = chosen.settings, chosen.speed, chosen.quality
     parts: list[dict[str, Any]] = [
         {"name": p.name, "bytes": p.bytes, "low": p.low, "high": p.high, "provenance": p.provenance,
@@ -75,14 +76,41 @@ def plan(chosen: Plan, *, explain: bool) -> str:
         f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
         f"licence {chosen.model.license}",
     ]
+    if settings.slots > 1:
+        lines.append(
+            f"throughput {pace.decode_all:.1f} tok/s of all {settings.slots} slots together, every one full"
+        )
     lines += [f"warning: {text}" for text in chosen.warnings]
-    if explain:
+    if explanation is not None:
+        lines += ["", f"why      {explanation.why}"]
+        lines += [f"not      {reason}" for reason in explanation.against]
+        lines += [f"binding  {explanation.binding}"]
+        lines += [f"change   {explanation.change or 'none that was tried lets a better candidate in'}"]
         lines += ["", f"not chosen ({len(chosen.rejected)}):"]
         lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected]
     elif chosen.rejected:
         lines += ["", "runners-up (--explain shows all):"]
         lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected[:3]]
     return _text(lines)
+
+
+def pareto(chosen: Plan) -> str:
+    """The plans of the chosen one's panel that no other equals in sure quality, speed and memory together."""
+    quality, settings = chosen.quality, chosen.settings
+    own = f"{chosen.model.id} {chosen.scheme} kv {settings.kv_type} ctx {settings.context}"
+    rows = [(own, quality.low, quality.score, chosen.speed.decode_full, chosen.memory.high, "chosen")]
+    rows += [
+        (r.candidate, r.figures.quality_low, r.figures.quality, r.figures.decode, r.figures.memory_high, "")
+        for r in chosen.rejected
+        if r.figures is not None and r.figures.on_front and r.figures.panel == quality.panel
+    ]
+    rows.sort(key=lambda row: -row[1])
+    header = ("candidate", f"{quality.panel}, surely", "expected", "tok/s, full", "memory, up to", "")
+    cells = [
+        (c, f"{low:.1f}", f"{score:.1f}", f"{pace:.1f}", show(memory), mark)
+        for c, low, score, pace, memory, mark in rows
+    ]
+    return _text(["", *_columns([header, *cells])])
 
 
 def inspect(document: Mapping[str, Any]) -> str:

@@ -52,6 +52,8 @@ def example_plan(profile_name: str, *, model: str = "Qwen/Qwen2.5-1.5B-Instruct"
             decode_high=40.0,
             decode_full=27.0,
             decode_full_low=18.0,
+            decode_all=20.0,
+            decode_all_low=18.0,
             provenance="fitted",
         ),
         quality=Quality(

@@ -27,6 +27,7 @@ LEVELS = (
     {"runtimes"},
     {"memory", "speed", "degradation"},
     {"plan", "fit"},
+    {"choice"},
     {"artifact"},
     {"toolchain", "hub", "probe"},
     {"bundle", "check", "builders", "quality"},

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepack import catalog, modelspec, pipeline, plan, profile, serde
+from edgepack import catalog, choice, modelspec, pipeline, plan, profile, serde
 from edgepack.errors import BadInput, NothingFits
 from edgepack.fit import excess
 from edgepack.plan import Candidate, Plan, Rejection, Request
@@ -81,7 +81,7 @@ def test_more_memory_never_lowers_the_quality_chosen(memory: int) -> None:
         except NothingFits:
             return -1.0
 
-    assert best(memory + GIB) >= best(memory) * (1.0 - plan.NOISE)
+    assert best(memory + GIB) >= best(memory) * (1.0 - choice.NOISE)
 
 
 def test_a_refusal_names_the_arithmetic_and_a_change_that_fits() -> None:
@@ -190,7 +190,7 @@ def test_the_goal_context_finds_the_longest_that_fits() -> None:
 def test_scores_of_different_sources_are_never_mixed() -> None:
     panels = plan.assign_panels(models())
 
-    ranked = plan.rank(
+    ranked = choice.rank(
         [o for o in plan.survey(Request(profile=NANO), models()) if isinstance(o, Plan)], "quality"
     )
 

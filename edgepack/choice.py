@@ -1,0 +1,312 @@
+"""Which plan: ranked by a goal, with the Pareto front, the reasons against the others, and what would change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from edgepack.errors import NothingFits
+from edgepack.fit import binding, fit
+from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
+from edgepack.profile import budget
+from edgepack.runtimes import llama_cpp
+from edgepack.units import MIB, show
+
+KEPT = 0.97
+"""For the goals latency and throughput: what a scheme must surely keep of its unquantized model."""
+NOISE = 0.01
+"""Relative difference in score below which two candidates count as equal in quality: a panel's standard
+error and the loss law's own error are both about a percent."""
+RUNNERS_UP = 3
+NEAR_MISSES = 4
+"""Better candidates that did not fit and whose changes `explain` tries, nearest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """Why this plan, in sentences."""
+
+    why: str
+    against: tuple[str, ...]
+    """The best plan of each of the next models, and what it would give and cost."""
+    binding: str
+    """The part of memory, or the constraint, that keeps a better candidate out."""
+    change: str
+    """The cheapest change that lets a better candidate in, and what it costs; empty when none was found."""
+
+
+def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: Sequence[Candidate]) -> Plan:
+    """The best plan, carrying the reasons against the others; raises NothingFits when there is none.
+
+    Others that fit come first, best first; then what did not, nearest first.
+    """
+    plans = rank([o for o in outcomes if isinstance(o, Plan)], request.goal)
+    rejections = [o for o in outcomes if isinstance(o, Rejection)]
+    if not plans:
+        raise _nothing_fits(rejections, request, candidates)
+    best, front = plans[0], {id(p) for p in pareto(plans)}
+    others = tuple(
+        Rejection(
+            model=p.model.id,
+            scheme=p.scheme,
+            kv_type=p.settings.kv_type,
+            context=p.settings.context,
+            reason=_why_not(best, p, request.goal),
+            figures=figures(p, on_front=id(p) in front),
+        )
+        for p in plans[1:]
+    )
+    near = sorted(rejections, key=lambda r: (not (r.excess or r.slowness), r.excess, r.slowness))
+    return replace(best, rejected=(*others, *near))
+
+
+def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
+    """Best first; candidates whose scores come from different panels are never mixed.
+
+    Quality: the lower end of the score, and within its noise the faster. Latency and throughput: the faster for
+    one user, or for all slots together, among schemes that surely keep ``KEPT`` of their model. Context: the
+    longest, then quality.
+    """
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(plan.quality.panel, []).append(plan)
+    by_size = sorted(groups, key=lambda panel: (panel == "none", -len({p.model.id for p in groups[panel]})))
+    return [plan for panel in by_size for plan in _ordered(groups[panel], goal)]
+
+
+def pareto(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans that no other beats or equals in sure quality, decode speed and memory together, in order.
+
+    Only plans of one panel are compared with each other; ties keep the first.
+    """
+    points = [(p.quality.low, p.speed.decode_full, -p.memory.high) for p in plans]
+    kept: dict[str, list[int]] = {}
+    for at in sorted(range(len(plans)), key=lambda at: points[at], reverse=True):
+        front = kept.setdefault(plans[at].quality.panel, [])
+        if not any(all(a >= b for a, b in zip(points[other], points[at], strict=True)) for other in front):
+            front.append(at)
+    return [plans[at] for at in sorted(at for front in kept.values() for at in front)]
+
+
+def figures(plan: Plan, *, on_front: bool) -> Figures:
+    """What the report and the Pareto table show of a plan."""
+    return Figures(
+        memory=plan.memory.total,
+        memory_high=plan.memory.high,
+        decode=plan.speed.decode_full,
+        decode_low=plan.speed.decode_full_low,
+        quality=plan.quality.score,
+        quality_low=plan.quality.low,
+        panel=plan.quality.panel,
+        on_front=on_front,
+    )
+
+
+def explain(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> Explanation:
+    """Why ``chosen``, why not the next models, what binds, and the cheapest change that would give a better one.
+
+    Changes are tried, not guessed: each is a request of its own, surveyed for the near misses.
+    """
+    return Explanation(
+        why=_why(chosen, request.goal),
+        against=tuple(_against(chosen)),
+        binding=_binding(chosen),
+        change=_change(chosen, request, candidates),
+    )
+
+
+# ── ranking ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
+    match goal:
+        case "latency":
+            return _by(plans, lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_full_low))
+        case "throughput":
+            return _by(plans, lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_all_low))
+        case "context":
+            return _by(plans, lambda p: (p.settings.context, p.quality.low))
+        case "quality":
+            return _by_sure_score(plans)
+
+
+def _by(plans: Sequence[Plan], key: Callable[[Plan], tuple[float, float]]) -> list[Plan]:
+    return sorted(plans, key=key, reverse=True)
+
+
+def _by_sure_score(plans: Sequence[Plan]) -> list[Plan]:
+    """Again and again the fastest of those within the noise of the best that is left."""
+    left = _by(plans, lambda p: (p.quality.low, p.speed.decode_full))
+    ordered: list[Plan] = []
+    while left:
+        floor = left[0].quality.low * (1.0 - NOISE)
+        equal = next((at for at, p in enumerate(left) if p.quality.low < floor), len(left))
+        best = max(range(equal), key=lambda at: (left[at].speed.decode_full, left[at].quality.low))
+        ordered.append(left.pop(best))
+    return ordered
+
+
+def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
+    if other.quality.panel != best.quality.panel:
+        return f"no score in {best.quality.panel}; scores of different sources are not compared"
+    quality = f"scores at least {other.quality.low:.1f} against {best.quality.low:.1f}"
+    pace = f"decodes {other.speed.decode_full:.1f} tok/s against {best.speed.decode_full:.1f} with a full context"
+    match goal:
+        case "latency":
+            return pace
+        case "throughput":
+            return f"{other.speed.decode_all:.1f} tok/s in all slots together against {best.speed.decode_all:.1f}"
+        case "context" if other.settings.context != best.settings.context:
+            return f"holds {other.settings.context} tokens against {best.settings.context}"
+        case _ if other.quality.low >= best.quality.low * (1.0 - NOISE):
+            return f"{quality}, within the noise, and {pace}"
+        case _:
+            return quality
+
+
+# ── explaining ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _why(chosen: Plan, goal: Goal) -> str:
+    fitting = [
+        r for r in chosen.rejected if r.figures is not None and r.figures.panel == chosen.quality.panel
+    ]
+    size = f"of {len(fitting) + 1} that fit and are scored in {chosen.quality.panel}"
+    match goal:
+        case "latency":
+            return f"the fastest for one user {size} and surely keep {KEPT:.0%} of their model"
+        case "throughput":
+            return f"the most tokens in all slots together {size} and surely keep {KEPT:.0%} of their model"
+        case "context":
+            return f"the longest context {size}, then the best sure score"
+        case "quality":
+            top = chosen.quality.low * (1.0 - NOISE)
+            ties = sum(r.figures.quality_low >= top for r in fitting if r.figures is not None)
+            equal = (
+                f"; {ties} others are within {NOISE:.0%} of it, and it is the fastest of them" if ties else ""
+            )
+            return f"the best score one can be sure of, {chosen.quality.low:.1f}, {size}{equal}"
+
+
+def _against(chosen: Plan) -> Iterator[str]:
+    seen = {chosen.model.id}
+    for other in chosen.rejected:
+        if other.figures is None or other.model in seen:
+            continue
+        seen.add(other.model)
+        pace = other.figures.decode - chosen.speed.decode_full
+        memory = other.figures.memory - chosen.memory.total
+        yield (
+            f"{other.candidate}: {other.reason}; {pace:+.1f} tok/s, "
+            f"{'-' if memory < 0 else '+'}{show(abs(memory))} of memory"
+        )
+        if len(seen) > RUNNERS_UP:
+            return
+
+
+def _binding(chosen: Plan) -> str:
+    tightest = binding(chosen.memory, chosen.budget)
+    pool, limit = (
+        (chosen.memory.high, chosen.budget.device)
+        if chosen.budget.unified or tightest.startswith("device")
+        else (chosen.memory.at("host"), chosen.budget.host)
+    )
+    if not chosen.budget.unified and tightest.startswith("device"):
+        pool = chosen.memory.at("device")
+    return f"{tightest}: up to {show(pool)} of {show(limit)} taken, {show(limit - pool)} left"
+
+
+def _change(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> str:
+    better = _near_misses(chosen, candidates)
+    for words, changed in _changes(request, chosen):
+        outcomes = [o for o in survey(changed, better) if isinstance(o, Plan) and _better(o, chosen)]
+        if outcomes:
+            found = rank(outcomes, request.goal)[0]
+            return (
+                f"{words} would allow {label(found)}: scores at least {found.quality.low:.1f} "
+                f"({found.quality.low - chosen.quality.low:+.1f}), decodes {found.speed.decode_full:.1f} tok/s with a "
+                f"full context ({found.speed.decode_full - chosen.speed.decode_full:+.1f})"
+            )
+    return ""
+
+
+def _near_misses(chosen: Plan, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Models of the same panel that scored higher unquantized, of those refused for memory or speed, nearest first."""
+    by_id = {c.model.id: c for c in candidates}
+    names = dict.fromkeys(r.model for r in chosen.rejected if r.excess or r.slowness)
+    panel = chosen.quality.panel
+    whole = chosen.quality.score / chosen.quality.retention
+    return [
+        by_id[name]
+        for name in names
+        if name in by_id and (panel == "none" or by_id[name].panels.get(panel, 0.0) >= whole)
+    ][:NEAR_MISSES]
+
+
+def _better(other: Plan, chosen: Plan) -> bool:
+    return other.quality.panel == chosen.quality.panel and other.quality.low > chosen.quality.low * (
+        1 + NOISE
+    )
+
+
+def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
+    """From free to dear: what a user may give up."""
+    if request.session == "desktop":
+        yield "leaving out --desktop", replace(request, session="headless")
+    here = request.profile.mode(request.power_mode)
+    faster = [m for m in request.profile.power_modes if m.bandwidth_gbs > here.bandwidth_gbs]
+    for mode in sorted(faster, key=lambda m: m.bandwidth_gbs):
+        yield f"--power-mode {mode.name}", replace(request, power_mode=mode.name)
+    if request.kv_type in ("f32", "f16", "bf16"):
+        yield "--kv-type q8_0", replace(request, kv_type="q8_0")
+    if request.ubatch > 128:
+        yield "--ubatch 128", replace(request, ubatch=128)
+    context = chosen.settings.context
+    for shorter in (context // 2, context // 4):
+        if shorter >= 512 * request.slots and request.goal != "context":
+            yield f"--context {shorter}", replace(request, context=shorter)
+    floor = chosen.speed.decode_full_low
+    for slower in (floor / 1.5, floor / 3):
+        if request.min_decode is None or slower < request.min_decode:
+            yield f"--min-tokens-per-second {slower:.1f}", replace(request, min_decode=round(slower, 1))
+
+
+def _nothing_fits(
+    rejections: Sequence[Rejection], request: Request, candidates: Sequence[Candidate]
+) -> NothingFits:
+    """The refusal: the nearest candidate, its arithmetic, and the cheapest change that was tried and fits."""
+    if not rejections:
+        return NothingFits("there is no model to choose from", hint="name one with --model")
+    slow = [r for r in rejections if r.slowness]
+    large = [r for r in rejections if r.excess]
+    if slow:
+        nearest = min(slow, key=lambda r: r.slowness)
+        return NothingFits(
+            f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+        )
+    if not large:
+        nearest = rejections[0]
+        return NothingFits(
+            f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+        )
+    nearest = min(large, key=lambda r: r.excess)
+    spec = next(c.spec for c in candidates if c.model.id == nearest.model)
+    settings = llama_cpp.settings_for(
+        request.profile,
+        context=nearest.context,
+        slots=request.slots,
+        kv_type=nearest.kv_type,
+        ubatch=request.ubatch,
+    )
+    tried = fit(
+        spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
+        imatrix=request.imatrix,
+    )  # fmt: skip
+    terms = " ".join(
+        f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"
+        for name, value in budget(request.profile, request.session).arithmetic
+    )
+    return NothingFits(
+        f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
+        hint=f"{tried.hint}; or free {-(-nearest.excess // MIB)} MiB on the device, or --force",
+    )

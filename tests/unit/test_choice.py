@@ -1,0 +1,181 @@
+"""Choosing: the order of plans, the front that nothing beats, hard constraints, and explanations that hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgepack import choice, cli, pipeline, plan, profile
+from edgepack.errors import NothingFits
+from edgepack.plan import Candidate, Plan, Request
+from edgepack.units import GIB, MIB, Bytes
+from tests.plans import example_plan
+
+NANO = profile.load("jetson-orin")
+
+
+@cache
+def models() -> tuple[Candidate, ...]:
+    return tuple(pipeline.candidates(None, None))
+
+
+def fitting(request: Request) -> list[Plan]:
+    return [o for o in plan.survey(request, models()) if isinstance(o, Plan)]
+
+
+def standing(quality: float, pace: float, memory: int) -> Plan:
+    """A plan of which only what the front compares is of interest."""
+    base = example_plan("jetson-orin-nano-8gb")
+    part = replace(base.memory.parts[0], bytes=Bytes(memory), low=Bytes(memory), high=Bytes(memory))
+    return replace(
+        base,
+        memory=replace(base.memory, parts=(part,)),
+        speed=replace(base.speed, decode_full=pace),
+        quality=replace(base.quality, low=quality),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_beats_and_covers_the_rest(points: list[tuple[int, int, int]]) -> None:
+    plans = [standing(*point) for point in points]
+
+    front = choice.pareto(plans)
+
+    def figures(p: Plan) -> tuple[float, float, int]:
+        return p.quality.low, p.speed.decode_full, -p.memory.high
+
+    kept = [figures(p) for p in front]
+    assert len(set(kept)) == len(kept)
+    for one in kept:
+        assert not any(o != one and all(a >= b for a, b in zip(o, one, strict=True)) for o in kept)
+    for other in plans:
+        assert any(all(a >= b for a, b in zip(one, figures(other), strict=True)) for one in kept)
+
+
+def test_what_was_not_chosen_comes_best_first_then_nearest_first() -> None:
+    chosen = pipeline.make_plan(Request(profile=NANO), models())
+
+    fits = [r.figures is not None for r in chosen.rejected]
+    excess = [r.excess for r in chosen.rejected if r.excess]
+
+    assert fits == sorted(fits, reverse=True)
+    assert excess == sorted(excess)
+    assert any(r.figures is not None and r.figures.on_front for r in chosen.rejected)
+
+
+def test_a_licence_is_a_hard_constraint() -> None:
+    chosen = pipeline.make_plan(Request(profile=NANO, licenses=("mit",)), models())
+
+    assert chosen.model.license == "MIT"
+    others = {r.model: r.reason for r in chosen.rejected if r.scheme == "any"}
+    assert others["qwen3-8b"] == "its licence is Apache-2.0"
+
+
+def test_without_a_wish_only_models_for_commercial_use_are_chosen() -> None:
+    chosen = pipeline.make_plan(Request(profile=NANO), models())
+
+    assert any(not c.model.commercial for c in models())
+    assert chosen.model.commercial
+    assert any("forbids commercial use" in r.reason for r in chosen.rejected)
+
+
+def test_a_model_named_for_research_is_planned_with_a_warning() -> None:
+    chosen = pipeline.make_plan(Request(profile=NANO), [pipeline.named("qwen2.5-3b-instruct")])
+
+    assert any("forbids commercial use" in text for text in chosen.warnings)
+
+
+def test_the_file_must_fit_on_the_disk() -> None:
+    room = Bytes(1 * GIB)
+
+    chosen = pipeline.make_plan(Request(profile=NANO, disk=room), models())
+
+    assert chosen.memory.file_bytes <= room
+    assert any("of disk may be used" in r.reason for r in chosen.rejected)
+
+
+def test_forcing_past_the_disk_keeps_the_reason() -> None:
+    request = Request(profile=NANO, disk=Bytes(MIB), force=True, scheme="Q4_0")
+
+    chosen = pipeline.make_plan(request, [pipeline.named("qwen2.5-0.5b-instruct")])
+
+    assert any(text.startswith("forced: its file has") for text in chosen.warnings)
+
+
+def test_throughput_makes_most_of_all_slots_together() -> None:
+    request = Request(profile=profile.load("consumer-8gb"), goal="throughput", slots=8, min_decode=0.0)
+
+    chosen = pipeline.make_plan(request, models())
+
+    kept = [p for p in fitting(request) if p.quality.kept_low >= choice.KEPT]
+    rivals = [p for p in kept if p.quality.panel == chosen.quality.panel]
+    assert chosen.speed.decode_all_low == max(p.speed.decode_all_low for p in rivals)
+    assert chosen.speed.decode_all > chosen.speed.decode_full
+
+
+@pytest.mark.parametrize("name", ["jetson-orin", "raspberry-pi-5-8gb", "consumer-8gb"])
+def test_the_change_that_an_explanation_names_is_true_when_applied(name: str) -> None:
+    request = Request(profile=profile.load(name), context=8192)
+    chosen = pipeline.make_plan(request, models())
+
+    change = choice.explain(chosen, request, models()).change
+
+    words = re.match(
+        r"--(kv-type|ubatch|context|min-tokens-per-second|power-mode) (\S+) would allow (\S+) (\S+) ", change
+    )
+    if not change:
+        assert not any(
+            isinstance(o, Plan) and o.quality.low > chosen.quality.low * (1 + choice.NOISE)
+            for o in plan.survey(replace(request, context=4096), models())
+            if isinstance(o, Plan) and o.quality.panel == chosen.quality.panel
+        )
+        return
+    assert words is not None, change
+    option, value, model, scheme = words.groups()
+    changed = {
+        "kv-type": lambda: replace(request, kv_type=value),
+        "ubatch": lambda: replace(request, ubatch=int(value)),
+        "context": lambda: replace(request, context=int(value)),
+        "min-tokens-per-second": lambda: replace(request, min_decode=float(value)),
+        "power-mode": lambda: replace(request, power_mode=value),
+    }[option]()
+    found = [p for p in fitting(changed) if (p.model.id, p.scheme) == (model, scheme)]
+    assert max(p.quality.low for p in found) > chosen.quality.low
+
+
+def test_an_explanation_compares_with_the_next_three_models() -> None:
+    request = Request(profile=NANO)
+    chosen = pipeline.make_plan(request, models())
+
+    explained = choice.explain(chosen, request, models())
+
+    named = [text.split()[0] for text in explained.against]
+    assert len(set(named)) == 3
+    assert chosen.model.id not in named
+    assert "left" in explained.binding
+    assert f"{chosen.quality.low:.1f}" in explained.why
+
+
+def test_a_refusal_for_a_licence_nobody_has_says_so() -> None:
+    with pytest.raises(NothingFits, match="licence"):
+        pipeline.make_plan(Request(profile=NANO, licenses=("none-such",)), models())
+
+
+def test_the_command_line_shows_the_front_and_the_explanation() -> None:
+    shown = CliRunner().invoke(cli.cli, ["plan", "--profile", "jetson-orin", "--pareto", "--explain"])
+    document = json.loads(
+        CliRunner().invoke(cli.cli, ["plan", "--profile", "jetson-orin", "--explain", "--json"]).stdout
+    )
+
+    assert shown.exit_code == 0
+    assert re.search(r"^candidate +qwen3_instruct, surely", shown.stdout, re.M)
+    assert re.search(r"^binding +memory: weights", shown.stdout, re.M)
+    assert set(document["explanation"]) == {"why", "against", "binding", "change"}
