@@ -27,7 +27,7 @@ from edgepack.toolchain import Toolchain
 
 PASSAGES = 4
 STEPS = 6
-STEP_CHARACTERS = 27
+STEP_CHARACTERS = 12
 PROBES = PASSAGES * STEPS
 """Each passage is asked about STEPS times, longer each time: the server keeps what it has read (cache_prompt), so
 that 24 answers cost the reading of four short passages."""

@@ -40,11 +40,11 @@ def test_any_long_text_gives_as_many_probes_each_longer_than_the_one_it_grows_fr
 def test_a_text_without_spaces_is_cut_anyway() -> None:
     pieces = quality.probes("春眠不觉晓处处闻啼鸟夜来风雨声花落知多少" * 100)
 
-    assert [len(piece) for piece in pieces[: quality.STEPS]] == [27, 54, 81, 108, 135, 162]
+    assert [len(piece) for piece in pieces[: quality.STEPS]] == [12, 24, 36, 48, 60, 72]
 
 
 def test_a_short_text_is_refused_with_what_is_needed() -> None:
-    with pytest.raises(BadInput, match="1296 are needed"):
+    with pytest.raises(BadInput, match="576 are needed"):
         quality.probes("too short")
 
 
