@@ -9,7 +9,7 @@ from edgepack import memory, runtimes, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
-from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
+from edgepack.profile import Budget, DeviceProfile, Session, budget
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.settings import Settings
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from edgepack import degradation, memory, schemes, serde, speed
+from edgepack import degradation, memory, runtimes, schemes, serde, speed
 from edgepack.errors import BadInput, NothingFits, Unsupported
 from edgepack.fit import binding, excess, fit, longest, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
-from edgepack.runtimes import llama_cpp
+from edgepack.runtimes import Machine, Runtime, llama_cpp
 from edgepack.settings import Settings
 from edgepack.speed import Speed
 from edgepack.units import MIB, show
@@ -30,10 +30,6 @@ KEPT = 0.97
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
-SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
-"""Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
-KV_TYPES = ("f16", "q8_0")
-"""8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
 NOISE = 0.01
 """Relative difference in score below which two candidates count as equal in quality: a panel's standard
 error and the loss law's own error are both about a percent."""
@@ -85,6 +81,8 @@ class Request:
     goal: Goal = "quality"
     force: bool = False
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
+    runtime: str | None = None
+    """None: llama.cpp, or the runtimes that run the scheme asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +111,12 @@ class Rejection:
     slowness: float = 0.0
     """How many times too slow, above 1; 0 when speed was not the reason."""
     hint: str = ""
+    runtime: str = llama_cpp.NAME
 
     @property
     def candidate(self) -> str:
-        return f"{self.model} {self.scheme} kv {self.kv_type} ctx {self.context}"
+        where = "" if self.runtime == llama_cpp.NAME else f" on {self.runtime}"
+        return f"{self.model} {self.scheme} kv {self.kv_type} ctx {self.context}{where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,19 +151,44 @@ class Plan:
 
 
 def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan | Rejection]:
-    """Every model, scheme and KV type on this device: a Plan where it fits, else why it does not."""
+    """Every model, runtime, scheme and KV type on this device: a Plan where it fits, else why it does not."""
     room = budget(request.profile, request.session)
     mode = _power_mode(request)
+    machine = Machine.of(request.profile)
     models = list(candidates)
     panels = assign_panels(models)
+    tried = [
+        (runtime, scheme, kv_type)
+        for runtime in _runtimes(request, machine)
+        for scheme in ((request.scheme,) if request.scheme else runtime.SCHEMES)
+        for kv_type in ((request.kv_type,) if request.kv_type else runtime.kv_types(machine))
+    ]
+    refused = {(r.NAME, scheme): r.refusal(scheme, machine) for r, scheme, _ in tried}
     for candidate in models:
-        for scheme in (request.scheme,) if request.scheme else SCHEMES:
-            for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
-                try:
-                    yield _try(request, room, mode, candidate, panels[candidate.model.id], scheme, kv_type)
-                except Unsupported as error:
-                    context = request.context or _default_context(request, candidate.spec)
-                    yield _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
+        panel = panels[candidate.model.id]
+        for runtime, scheme, kv_type in tried:
+            why_not = refused[runtime.NAME, scheme]
+            try:
+                if why_not is not None and not request.force:
+                    raise Unsupported(why_not, hint="another --runtime or --scheme, or --force")
+                found = _try(request, room, mode, candidate, panel, runtime, scheme, kv_type)
+            except Unsupported as error:
+                context = request.context or _default_context(request, candidate.spec)
+                found = _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
+            if isinstance(found, Rejection):
+                yield found if runtime is llama_cpp else replace(found, runtime=runtime.NAME)
+            else:
+                forced = (f"forced: {why_not}",) if why_not is not None else ()
+                yield replace(found, warnings=(*found.warnings, *forced)) if forced else found
+
+
+def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
+    """The runtime asked for; else those that run the scheme asked for; else the one that bundles are built for."""
+    if request.runtime is not None:
+        return (runtimes.named(request.runtime),)
+    if request.scheme is not None and not schemes.is_gguf(request.scheme):
+        return runtimes.reading(request.scheme, machine)
+    return (llama_cpp,)
 
 
 def _default_context(request: Request, spec: ModelSpec) -> int:
@@ -195,6 +220,7 @@ def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: S
             kv_type=p.settings.kv_type,
             context=p.settings.context,
             reason=_why_not(best, p, goal),
+            runtime=p.runtime,
         )
         for p in plans[1:]
     )
@@ -235,7 +261,9 @@ def label(plan: Plan) -> str:
 
 def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     """The same plan with its memory counted again from the weights at hand, exact down to the header."""
-    estimate = _memory(plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix)
+    estimate = _memory(
+        plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
+    )
     return replace(plan, model=model, memory=estimate)
 
 
@@ -267,7 +295,7 @@ def _power_mode(request: Request) -> PowerMode:
 
 
 def _memory(
-    profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool
+    profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool, runtime: str
 ) -> MemoryEstimate:
     return memory.estimate(
         spec,
@@ -276,6 +304,7 @@ def _memory(
         backend=profile.backend,
         imatrix=imatrix,
         arch=profile.arch,
+        runtime=runtime,
     )
 
 
@@ -285,6 +314,7 @@ def _try(
     mode: PowerMode,
     candidate: Candidate,
     panel: str,
+    runtime: Runtime,
     scheme: str,
     kv_type: str,
 ) -> Plan | Rejection:
@@ -302,18 +332,20 @@ def _try(
         return _reject(candidate, scheme, kv_type, context, reason, hint=f"--context {limit}")
 
     def settings(tokens: int) -> Settings:
-        return llama_cpp.settings_for(
+        return runtime.settings_for(
             request.profile, context=tokens, slots=request.slots, kv_type=kv_type, ubatch=request.ubatch
         )
 
     def needs(tokens: int) -> MemoryEstimate:
-        return _memory(request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix)
+        return _memory(
+            request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix, runtime=runtime.NAME
+        )
 
     if request.goal == "context" and request.context is None:
         context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
-    warnings = list(_warnings(request, candidate.model, spec, scheme))
+    warnings = list(_warnings(request, candidate.model, spec, runtime, scheme))
     if need > there_is:
         reason = (
             f"needs {show(need)}, {show(need - there_is)} more than the {show(there_is)} there is; "
@@ -343,8 +375,8 @@ def _try(
         model=candidate.model,
         scheme=scheme,
         imatrix=request.imatrix,
-        runtime=llama_cpp.NAME,
-        runtime_version=llama_cpp.VERSION,
+        runtime=runtime.NAME,
+        runtime_version=runtime.VERSION,
         settings=settings(context),
         memory=estimate,
         speed=pace,
@@ -363,8 +395,9 @@ def _speed(
     imatrix: bool,
     slots: int,
 ) -> Speed:
-    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
+    backend = profile.backend
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend) - per_layer
     return speed.estimate(
         profile,
         mode,
@@ -394,17 +427,24 @@ def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) ->
     )
 
 
-def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -> Iterator[str]:
+def _warnings(
+    request: Request, model: ModelRef, spec: ModelSpec, runtime: Runtime, scheme: str
+) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
     for image in request.profile.software.images:
-        if image.runtime == llama_cpp.NAME and image.digest == "unknown":
+        if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
+    if not runtime.BUILT:
+        yield (
+            f"no bundle is built for {runtime.NAME} yet, and the speed of this plan is that of llama.cpp for as many "
+            f"bytes: nothing was measured for {runtime.NAME} here"
+        )
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
     weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix)
-    if limit is not None and weights > limit:
+    if limit is not None and weights > limit and runtime is llama_cpp:
         yield (
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "
             "software releases of this device: run edgepack check on it"
@@ -445,7 +485,7 @@ def _nothing_fits(
         )
     nearest = min(large, key=lambda r: r.excess)
     spec = next(c.spec for c in candidates if c.model.id == nearest.model)
-    settings = llama_cpp.settings_for(
+    settings = runtimes.named(nearest.runtime).settings_for(
         request.profile,
         context=nearest.context,
         slots=request.slots,
@@ -454,7 +494,7 @@ def _nothing_fits(
     )
     tried = fit(
         spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
-        imatrix=request.imatrix,
+        imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
     terms = " ".join(
         f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"

@@ -62,6 +62,9 @@ _BASE: Mapping[str, str] = {
 GGUF: tuple[str, ...] = tuple(_BASE)
 """Every file type that llama-quantize writes, widest first within a family."""
 
+SAFETENSORS_BF16 = "bf16"
+"""The one name that GGUF has too: in lower case the unquantized checkpoint."""
+
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """llama-quantize's own aliases."""
 
@@ -73,12 +76,13 @@ _NEEDS_IMATRIX = (*_NEEDY_TYPES, "IQ3_XS", "IQ2_M", "Q2_K_S")
 def canonical(scheme: str) -> str:
     """The scheme's own name, from any spelling; every name on the command line comes through here.
 
-    GGUF's names are upper-case, as llama-quantize takes them; the others are lower-case (layouts.parse). Raises
-    Unsupported for a name that is not known, with the nearest one, and for combinations that do not exist.
+    GGUF's names are upper-case, as llama-quantize takes them; the others are lower-case (layouts.parse), so BF16 is
+    a GGUF and bf16 a checkpoint. Raises Unsupported for a name that is not known, with the nearest one, and for
+    combinations that do not exist.
     """
     name = scheme.upper()
     name = ALIASES.get(name, name)
-    if name in _BASE:
+    if name in _BASE and scheme != SAFETENSORS_BF16:
         return name
     if scheme.lower().partition("-")[0] in (*layouts.FAMILIES, "gguf"):
         return layouts.parse(scheme).name

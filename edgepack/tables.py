@@ -23,6 +23,9 @@ def fit(document: Mapping[str, Any]) -> str:
         f"{'total':<18}{show(total['bytes']):>12}  {_interval(total)}",
         f"{'file':<18}{show(document['file_bytes']):>12}  {document['bits_per_weight']:.2f} bits per weight",
     ]
+    if document["start_up"]:
+        told = ", ".join(f"{name} {value}" for name, value in document["start_up"].items())
+        lines.append(f"{document['runtime']} starts with {told}")
     if document.get("exact") is not None:
         lines += ["", "llama.cpp itself says:"]
         asked = {

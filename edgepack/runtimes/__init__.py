@@ -28,6 +28,9 @@ class Runtime(Protocol):
     BUILT: bool
     """Whether this version of edgepack builds bundles for it."""
 
+    def reads(self, scheme: str) -> bool:
+        """Whether it runs ``scheme`` on any machine."""
+
     def refusal(self, scheme: str, machine: Machine) -> str | None:
         """Why it cannot run ``scheme`` on this machine; None when it can."""
 
@@ -81,6 +84,8 @@ def reading(scheme: str, machine: Machine) -> tuple[Runtime, ...]:
     reasons = {runtime.NAME: runtime.refusal(scheme, machine) for runtime in RUNTIMES}
     able = tuple(runtime for runtime in RUNTIMES if reasons[runtime.NAME] is None)
     if not able:
-        said = "; ".join(dict.fromkeys(str(reason) for reason in reasons.values()))
-        raise Unsupported(f"no runtime runs {scheme} on this device: {said}", hint="take a GGUF scheme")
+        said = [str(reasons[r.NAME]) for r in RUNTIMES if r.reads(scheme)] or ["none that edgepack knows reads it"]
+        raise Unsupported(
+            f"no runtime runs {scheme} on this device: {'; '.join(said)}", hint="take a GGUF scheme, e.g. Q4_K_M"
+        )
     return able

@@ -59,6 +59,10 @@ _BATCH = 2048
 """Logical batch (-b); llama-server's default. Buffers follow -ub."""
 
 
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
 def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 

@@ -43,6 +43,10 @@ KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16")
 _KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
 def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 

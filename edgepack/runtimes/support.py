@@ -51,7 +51,7 @@ class Kernel:
 
 def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machine) -> str | None:
     """Why ``runtime`` cannot run ``scheme`` on this machine; None when it can, or nothing speaks against it."""
-    of_scheme = [row for row in kernels if _reads(row, scheme)]
+    of_scheme = [row for row in kernels if _holds(row, scheme)]
     if not of_scheme:
         return f"{runtime} does not read {scheme}"
     here = [row for row in of_scheme if row.backend == machine.backend]
@@ -59,10 +59,17 @@ def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machi
         others = ", ".join(sorted({row.backend for row in of_scheme}))
         return f"{runtime} runs {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
     reasons = [_unable(row, machine) for row in here]
-    return None if None in reasons else f"{runtime} cannot run {scheme} here: {reasons[0]} ({here[0].why})"
+    if None in reasons:
+        return None
+    return f"{runtime} cannot run {scheme} here: {reasons[0]} ({here[0].why})"
 
 
-def _reads(row: Kernel, scheme: str) -> bool:
+def reads(kernels: Iterable[Kernel], scheme: str) -> bool:
+    """Whether any row is for ``scheme``."""
+    return any(_holds(row, scheme) for row in kernels)
+
+
+def _holds(row: Kernel, scheme: str) -> bool:
     if schemes.is_gguf(scheme):
         return "gguf" in row.schemes
     found = layouts.parse(scheme)

@@ -48,6 +48,10 @@ left out."""
 KV_TYPES: tuple[str, ...] = ("bf16", "f16")
 
 
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
 def refusal(scheme: str, machine: support.Machine) -> str | None:
     if schemes.is_gguf(scheme):
         return f"{NAME} unpacks GGUF to full precision: it would save nothing"
@@ -109,24 +113,38 @@ def kv_bytes(spec: ModelSpec, tokens: int, *, slots: int = 1) -> int:
 
 
 ACTIVATION_SPREAD = (0.0, 1.1)
-"""Factors on the prompt's activations: the A100 table shows them (0.93 to 1.05 over all lengths), the H20 table, which
-seems to have been read after the run, none at all."""
+"""Factors on the prompt's activations: the A100 table shows them (0.996 to 1.015 per token of prompt), the H20 table,
+which seems to have been read after the run, none at all."""
 
-WORKSPACE = (45 * MIB, 5 * MIB, 260 * MIB)
-"""cuBLAS workspaces, rotary tables and rounding of the allocator: median and extremes of what is left in the Qwen2.5
-table on one card (`python scripts/measured_memory.py`)."""
+WORKSPACE = (45 * MIB, 0, 260 * MIB)
+"""cuBLAS workspaces, rotary tables and rounding of the allocator: the median of what is left in both tables, 53 and
+36 MiB, and the extremes of the A100 table on one card (`python scripts/measured_memory.py`)."""
 
 PROCESS = (900 * MIB, 440 * MIB, 2500 * MIB)
 """Python with torch and transformers on the host. Measured: 458 MiB with the CPU build (torch 2.13, transformers 5.24,
 a model of 8 MiB); with CUDA nothing was measured, hence the upper end."""
 
 _DEQUANTIZES = ("gptq", "autoround")
-"""Kernels that unpack a whole matrix beside the packed one (exllama's temp_dq); AWQ's does so in tiles."""
+"""Kernels that unpack a whole matrix beside the packed one (exllama's temp_dq): what GPTQ rows of the A100 table take
+more than AWQ rows, but for Qwen2.5-7B in 8 bits; AWQ's kernel does so in tiles."""
 
 
-def peak_bytes(spec: ModelSpec, scheme: str, *, prompt: int) -> int:
-    """Bytes beside weights and cache at the largest moment of a prompt of ``prompt`` tokens, without a workspace."""
-    return decoder.activation_bytes(spec, prompt) + unpacked_bytes(spec, scheme)
+def peak_bytes(spec: ModelSpec, scheme: str, *, prompt: int, generated: int, cards: int = 1) -> int:
+    """Bytes beside weights and workspace at the largest moment: loading, reading the prompt, or the last token.
+
+    With several ``cards`` each is read at its own peak, so all their activations are counted.
+    """
+    moment = cards * decoder.activation_bytes(spec, prompt)
+    return max(
+        loading_bytes(spec, scheme),
+        unpacked_bytes(spec, scheme)
+        + max(kv_bytes(spec, prompt) + moment, kv_bytes(spec, prompt + generated)),
+    ) + head_copy_bytes(spec, scheme)
+
+
+def resting_bytes(spec: ModelSpec, scheme: str, *, tokens: int) -> int:
+    """Bytes beside weights and workspace that stay when a generation is over."""
+    return kv_bytes(spec, tokens) + head_copy_bytes(spec, scheme)
 
 
 def unpacked_bytes(spec: ModelSpec, scheme: str) -> int:
@@ -135,46 +153,47 @@ def unpacked_bytes(spec: ModelSpec, scheme: str) -> int:
 
 
 def head_copy_bytes(spec: ModelSpec, scheme: str) -> int:
-    """Bytes of a tied embedding that is there a second time as the output head.
+    """Bytes of a tied embedding that is kept a second time as the output head.
 
-    FP8 checkpoints keep it: in the Qwen3 table 0.6B, 1.7B and 4B are larger than tied models by their embedding, to
-    3 %. AWQ makes it while loading and lets it go (the Qwen2.5 table's shortest rows).
+    FP8 checkpoints keep it: in the Qwen3 table 0.6B, 1.7B and 4B take that much more, to a few percent.
     """
-    return embedding_bytes(spec) if scheme.startswith(("fp8", "awq")) and spec.tied else 0
+    return _embedding_bytes(spec) if scheme == "fp8" and spec.tied else 0
 
 
-def embedding_bytes(spec: ModelSpec) -> int:
+def loading_bytes(spec: ModelSpec, scheme: str) -> int:
+    """Bytes of a tied embedding that AWQ's loader copies and lets go: the shortest AWQ rows of the Qwen2.5 table."""
+    return _embedding_bytes(spec) if scheme.startswith("awq") and spec.tied else 0
+
+
+def _embedding_bytes(spec: ModelSpec) -> int:
     return next((decoder.HALF * t.elements for t in spec.tensors if t.name == EMBEDDING), 0)
 
 
 def parts(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
 ) -> tuple[Part, ...]:
-    """What generate() takes with the context full: the larger of reading a prompt of that length and loading."""
+    """What generate() takes at its largest moment, a prompt as long as the context."""
     place: Place = "host" if backend == "cpu" else "device"
     weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
     per_slot = -(-settings.context // settings.slots)
     activations = decoder.activation_bytes(spec, per_slot * settings.slots)
-    unpacked = unpacked_bytes(spec, scheme)
+    unpacked, loading = unpacked_bytes(spec, scheme), loading_bytes(spec, scheme)
     low, high = ACTIVATION_SPREAD
+    moment = max(activations + unpacked, loading)
     copy = head_copy_bytes(spec, scheme)
-    made = () if not copy else (
-        exact("host_copy", copy, place, "a tied embedding, again as the output head"),
+    device = (
+        fitted("workspace", WORKSPACE[0], WORKSPACE[1:], place, "cuBLAS, rotary tables, rounding"),
     )  # fmt: skip
     return (
         exact("weights", weights, place, "the checkpoint's tensors"),
-        *made,
+        *((exact("host_copy", copy, place, "a tied embedding, again as the output head"),) if copy else ()),
         exact("kv_cache", kv_bytes(spec, per_slot, slots=settings.slots), place, "DynamicCache, 16 bits"),
         fitted(
-            "compute", activations + unpacked, (int(activations * low), int(activations * high) + unpacked), place,
+            "compute", moment, (int(activations * low), max(int(activations * high) + unpacked, loading)), place,
             "a prompt as long as the context, not in chunks",
         ),
         exact("output", settings.slots * spec.vocab * 4, place, "logits of the last token, f32"),
-        *(
-            (fitted("workspace", WORKSPACE[0], WORKSPACE[1:], place, "cuBLAS, rotary tables, rounding"),)
-            if place == "device"
-            else ()
-        ),
+        *(device if place == "device" else ()),
         fitted("process", PROCESS[0], PROCESS[1:], "host", "Python, torch, transformers"),
     )  # fmt: skip
 

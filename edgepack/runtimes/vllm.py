@@ -71,6 +71,10 @@ DEFAULT_UTILIZATION = 0.92
 """--gpu-memory-utilization when it is not given (0.9 before); a share of the TOTAL memory."""
 
 
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
 def refusal(scheme: str, machine: support.Machine) -> str | None:
     if machine.backend != "cuda":
         return f"{NAME} has no official wheel for {machine.backend}: PyPI's are for CUDA"
