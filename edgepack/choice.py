@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from edgepack import runtimes
 from edgepack.errors import NothingFits
 from edgepack.fit import binding, fit
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import budget
-from edgepack.runtimes import llama_cpp
 from edgepack.units import MIB, show
 
 KEPT = 0.97
@@ -52,6 +52,7 @@ def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: S
             kv_type=p.settings.kv_type,
             context=p.settings.context,
             reason=_why_not(best, p, request.goal),
+            runtime=p.runtime,
             figures=figures(p, on_front=id(p) in front),
         )
         for p in plans[1:]
@@ -291,7 +292,7 @@ def _nothing_fits(
         )
     nearest = min(large, key=lambda r: r.excess)
     spec = next(c.spec for c in candidates if c.model.id == nearest.model)
-    settings = llama_cpp.settings_for(
+    settings = runtimes.named(nearest.runtime).settings_for(
         request.profile,
         context=nearest.context,
         slots=request.slots,
@@ -300,7 +301,7 @@ def _nothing_fits(
     )
     tried = fit(
         spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
-        imatrix=request.imatrix,
+        imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
     terms = " ".join(
         f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"

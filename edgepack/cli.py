@@ -29,6 +29,7 @@ PLANNED = (
     "model",
     "teacher",
     "scheme",
+    "runtime",
     "context",
     "kv_type",
     "min_decode",
@@ -115,10 +116,10 @@ def _model_options(command: Command) -> Command:
                      help="Users served at the same time."),
         click.option("--context", type=click.IntRange(1), metavar="N",
                      help="Tokens in all slots together."),
-        click.option("--runtime", default="llama.cpp", show_default=True, help="Inference runtime."),
+        click.option("--runtime", metavar="R", help="llama.cpp (the default), vllm, onnx-genai, transformers."),
         click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="YAML file of more models, in the form of edgepack/catalog/*.yaml."),
-        click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M."),
+        click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M, gptq-int4-g128, onnx-int4."),
     ):  # fmt: skip
         command = option(command)
     return command

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgepack import layouts
 from edgepack.errors import Unsupported
 from edgepack.modelspec import Tensor
 
@@ -98,11 +99,12 @@ def rounding_error(tensors: Sequence[Tensor], types: Sequence[str]) -> float:
     for tensor, kind in zip(tensors, types, strict=True):
         if len(tensor.shape) < 2 or tensor.name == "token_embd.weight":
             continue
-        if kind not in ROUNDING_ERROR:
+        error = ROUNDING_ERROR.get(kind, layouts.rounding_error(kind))
+        if error is None:
             raise Unsupported(f"what {kind} costs in quality is not known ({tensor.name})")
         count = tensor.elements
         total += count
-        weighted += count * ROUNDING_ERROR[kind]
+        weighted += count * error
     return weighted / total if total else 0.0
 
 

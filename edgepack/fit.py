@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
-from edgepack import memory, schemes
+from edgepack import memory, runtimes, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
-from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
-from edgepack.runtimes import llama_cpp
+from edgepack.profile import Budget, DeviceProfile, Session, budget
+from edgepack.runtimes import Machine, llama_cpp
 from edgepack.settings import Settings
 
 _STEP = 256
 _SMALL_UBATCH = 128
-_STEPS_DOWN = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K")
-"""Schemes a hint may propose: none of them needs an importance matrix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +34,9 @@ class Fit:
     """The pool with least room, and the part that takes most of it: "memory: weights"."""
     hint: str
     """The cheapest change that makes it fit; empty when it does, or nothing is judged."""
+    runtime: str = llama_cpp.NAME
+    start_up: Mapping[str, int | float] = field(default_factory=dict)
+    """What the runtime is told, or prints, about its memory when it starts."""
 
 
 def fit(
@@ -46,14 +47,22 @@ def fit(
     scheme: str,
     settings: Settings,
     imatrix: bool = False,
+    runtime: str = llama_cpp.NAME,
 ) -> Fit:
     """Holds the upper end of the estimate against what a server may use on this device.
 
     Without a profile the estimate is for a CPU, or for an accelerator with memory of its own when
-    ``settings.gpu_layers`` says so. Raises Unsupported for a scheme or KV type the model cannot have.
+    ``settings.gpu_layers`` says so. Raises Unsupported for a scheme or KV type the model cannot have, and for a
+    scheme that ``runtime`` does not run on this device.
     """
-    case = _Case(spec, profile, session, schemes.canonical(scheme), settings, imatrix)
+    case = _Case(spec, profile, session, schemes.canonical(scheme), settings, imatrix, runtime)
+    refused = case.refusal()
+    if refused is not None:
+        raise Unsupported(refused, hint=_instead(case))
     estimate = case.estimate()
+    start_up = runtimes.named(runtime).start_up(
+        spec, settings, backend=case.machine.backend, needed=_on_accelerator(case, estimate), total=case.total()
+    )  # fmt: skip
     if case.room is None:
         return Fit(
             model=spec.name,
@@ -65,6 +74,8 @@ def fit(
             max_context=None,
             binding=f"memory: {_largest(estimate)}",
             hint="",
+            runtime=runtime,
+            start_up=start_up,
         )
     fits = case.fits()
     return Fit(
@@ -77,6 +88,8 @@ def fit(
         max_context=case.max_context(),
         binding=binding(estimate, case.room),
         hint="" if fits else _hint(case),
+        runtime=runtime,
+        start_up=start_up,
     )
 
 
@@ -120,8 +133,9 @@ def to_document(result: Fit) -> dict[str, object]:
     return {
         "schema_version": 1,
         "model": result.model,
-        "runtime": llama_cpp.NAME,
-        "runtime_version": llama_cpp.VERSION,
+        "runtime": result.runtime,
+        "runtime_version": runtimes.named(result.runtime).VERSION,
+        "start_up": dict(result.start_up),
         "scheme": result.scheme,
         "context": settings.context,
         "slots": settings.slots,
@@ -169,36 +183,50 @@ class _Case:
     scheme: str
     settings: Settings
     imatrix: bool
+    runtime: str
+
+    @property
+    def machine(self) -> Machine:
+        if self.profile is None:
+            return Machine(backend="cuda" if self.settings.gpu_layers else "cpu")
+        return Machine.of(self.profile)
+
+    def refusal(self) -> str | None:
+        return runtimes.named(self.runtime).refusal(self.scheme, self.machine)
+
+    def total(self) -> int | None:
+        """Bytes of memory that the accelerator reports; None without a profile."""
+        if self.profile is None:
+            return None
+        own = self.profile.accelerator.memory if self.profile.accelerator else None
+        return int(own or self.profile.memory)
 
     @property
     def room(self) -> Budget | None:
         return budget(self.profile, self.session) if self.profile else None
 
     def estimate(self) -> MemoryEstimate:
-        profile = self.profile
-        if profile is None:
-            backend: Backend = "cuda" if self.settings.gpu_layers else "cpu"
-            return memory.estimate(
-                self.spec,
-                self.scheme,
-                self.settings,
-                backend=backend,
-                imatrix=self.imatrix,
-            )
+        machine = self.machine
         return memory.estimate(
             self.spec,
             self.scheme,
             self.settings,
-            backend=profile.backend,
+            backend=machine.backend,
             imatrix=self.imatrix,
-            arch=profile.arch,
+            arch=machine.arch,
+            runtime=self.runtime,
         )
 
     def fits(self) -> bool:
-        return self.room is not None and excess(self.estimate(), self.room) <= 0
+        if self.room is None or self.refusal() is not None:
+            return False
+        return excess(self.estimate(), self.room) <= 0
 
     def with_context(self, context: int) -> _Case:
-        return replace(self, settings=replace(self.settings, context=context))
+        started = _with(self, context=context, ubatch=self.settings.ubatch)
+        return replace(
+            self, settings=replace(self.settings, context=context, ubatch=started.ubatch, batch=started.batch)
+        )
 
     def max_context(self) -> int:
         limit = self.spec.context_train * self.settings.slots
@@ -220,14 +248,15 @@ def _changes(case: _Case) -> Iterator[tuple[str, _Case]]:
     settings = case.settings
     if case.session == "desktop":
         yield "leave out --desktop (run the device without one)", replace(case, session="headless")
+    lighter = runtimes.named(case.runtime).lighter_kv(settings.kv_type, case.machine)
     light = case
-    if settings.kv_type in ("f32", "f16", "bf16"):
-        light = replace(light, settings=replace(light.settings, kv_type="q8_0"))
-        yield "--kv-type q8_0", light
-    if settings.ubatch > _SMALL_UBATCH:
+    if lighter is not None:
+        light = replace(light, settings=replace(light.settings, kv_type=lighter))
+        yield f"--kv-type {lighter}", light
+    if settings.ubatch > _SMALL_UBATCH and _bounded(case):
         yield f"--ubatch {_SMALL_UBATCH}", _ubatch(case)
         if light is not case:
-            yield f"--kv-type q8_0 --ubatch {_SMALL_UBATCH}", _ubatch(light)
+            yield f"--kv-type {lighter} --ubatch {_SMALL_UBATCH}", _ubatch(light)
     half = settings.context // 2
     context = _shorter(case)
     if context >= half:
@@ -241,12 +270,27 @@ def _changes(case: _Case) -> Iterator[tuple[str, _Case]]:
         least = replace(light, scheme=scheme)
         context = _shorter(least)
         if context:
-            kv = " --kv-type q8_0" if light is not case else ""
+            kv = f" --kv-type {lighter}" if lighter is not None else ""
             yield f"--scheme {scheme}{kv} --context {context}", least.with_context(context)
 
 
+def _bounded(case: _Case) -> bool:
+    """Whether --ubatch changes anything: not where the whole prompt goes through at once."""
+    return _ubatch(case).settings != case.settings
+
+
+def _with(case: _Case, *, context: int, ubatch: int) -> Settings:
+    """How the runtime itself would be started with these."""
+    settings = case.settings
+    return runtimes.named(case.runtime).settings_for(
+        case.profile, context=context, slots=settings.slots, kv_type=settings.kv_type, ubatch=ubatch
+    )
+
+
 def _ubatch(case: _Case) -> _Case:
-    return replace(case, settings=replace(case.settings, ubatch=_SMALL_UBATCH))
+    settings = case.settings
+    started = _with(case, context=settings.context, ubatch=_SMALL_UBATCH)
+    return replace(case, settings=replace(settings, ubatch=started.ubatch, batch=started.batch))
 
 
 def _shorter(case: _Case) -> int:
@@ -258,14 +302,40 @@ def _shorter(case: _Case) -> int:
 
 
 def _smaller(case: _Case) -> list[str]:
-    """Schemes of this model that weigh less than the present one, heaviest first."""
+    """Schemes of this model that weigh less than the present one and run here, heaviest first."""
     if case.spec.gguf_types is not None and case.spec.gguf_scheme not in ("F32", "F16", "BF16"):
         return []
+    backend = case.machine.backend
 
     def weight(scheme: str) -> int:
-        return schemes.weights_bytes(case.spec, scheme, imatrix=case.imatrix)
+        return schemes.weights_bytes(case.spec, scheme, imatrix=case.imatrix, backend=backend)
 
-    return sorted((s for s in _STEPS_DOWN if weight(s) < weight(case.scheme)), key=weight, reverse=True)
+    there = [s for s in runtimes.named(case.runtime).STEPS_DOWN if _possible(case, s)]
+    return sorted((s for s in there if weight(s) < weight(case.scheme)), key=weight, reverse=True)
+
+
+def _possible(case: _Case, scheme: str) -> bool:
+    """Whether the model can be stored so and the runtime runs it here."""
+    try:
+        schemes.tensor_types(case.spec, scheme, imatrix=case.imatrix, backend=case.machine.backend)
+    except Unsupported:
+        return False
+    return replace(case, scheme=scheme).refusal() is None
+
+
+def _instead(case: _Case) -> str:
+    """What to name instead of a scheme that the runtime does not run here."""
+    for scheme in runtimes.named(case.runtime).SCHEMES:
+        if _possible(case, scheme):
+            return f"{case.runtime} runs here, for instance, --scheme {scheme}"
+    able = [r.NAME for r in runtimes.RUNTIMES if r.refusal(case.scheme, case.machine) is None]
+    return f"runs here with --runtime {able[0]}" if able else f"--runtime {llama_cpp.NAME} --scheme Q4_K_M"
+
+
+def _on_accelerator(case: _Case, estimate: MemoryEstimate) -> int:
+    """Upper end of what this plan takes of the accelerator's memory, the driver's context included."""
+    context = case.profile.reserves.accelerator_context if case.profile else 0
+    return estimate.at("device" if case.machine.backend != "cpu" else "host") + context
 
 
 def binding(estimate: MemoryEstimate, room: Budget) -> str:

@@ -16,6 +16,7 @@ from edgepack import (
     modelspec,
     plan,
     profile,
+    runtimes,
     schemes,
     serde,
     toolchain,
@@ -27,7 +28,7 @@ from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
-from edgepack.runtimes import llama_cpp
+from edgepack.runtimes import Machine, llama_cpp
 from edgepack.units import parse_bytes
 
 DEFAULT_SCHEME = "Q4_K_M"
@@ -140,6 +141,11 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     from edgepack import quality
     from edgepack.builders import convert, gguf
 
+    if not runtimes.named(chosen.runtime).BUILT:
+        raise Unsupported(
+            f"this version builds {llama_cpp.NAME} bundles only, and the plan is for {chosen.runtime}",
+            hint="plan with a GGUF scheme, e.g. --scheme Q4_K_M",
+        )
     if not chosen.profile.deployable:
         raise Unsupported(
             f"{chosen.profile.name} is for planning only", hint="edgepack profiles list marks such profiles"
@@ -198,7 +204,6 @@ def request_from(options: Mapping[str, Any]) -> Request:
     name = options.get("profile")
     if not name:
         raise BadInput("no device is named", hint=f"--profile NAME; known: {', '.join(profile.names())}")
-    _known_runtime(options)
     return Request(
         profile=profile.load(name),
         session="desktop" if options.get("desktop") else "headless",
@@ -206,7 +211,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
         context=options.get("context"),
         slots=options["slots"],
         kv_type=options.get("kv_type"),
-        scheme=schemes.canonical(options["scheme"]) if options.get("scheme") else None,
+        scheme=_scheme(options),
         ubatch=options["ubatch"],
         imatrix=bool(options.get("imatrix")),
         min_decode=options.get("min_decode"),
@@ -214,25 +219,26 @@ def request_from(options: Mapping[str, Any]) -> Request:
         licenses=tuple(options.get("licenses") or ()),
         disk=parse_bytes(options["disk"]) if options.get("disk") else None,
         force=bool(options.get("force")),
+        runtime=_runtime(options),
     )
 
 
 def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
-    _known_runtime(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
     spec = named(options["model"], extra=extra_models(options)).spec
-    scheme = schemes.canonical(options.get("scheme") or spec.gguf_scheme or DEFAULT_SCHEME)
+    machine = Machine.of(device) if device else Machine(backend="cuda")
+    asked = _scheme(options)
+    wanted = _runtime(options)
+    if wanted is None and asked and not schemes.is_gguf(asked):
+        wanted = runtimes.reading(asked, machine)[0].NAME
+    runtime = runtimes.named(wanted or llama_cpp.NAME)
+    default = spec.gguf_scheme or DEFAULT_SCHEME if runtime is llama_cpp else runtime.SCHEMES[0]
+    scheme = asked or schemes.canonical(default)
     context = options.get("context") or min(plan.DEFAULT_CONTEXT, spec.context_train) * options["slots"]
-    kv_type = options.get("kv_type") or "f16"
-    settings = (
-        llama_cpp.settings_for(
-            device, context=context, slots=options["slots"], kv_type=kv_type, ubatch=options["ubatch"]
-        )
-        if device
-        else llama_cpp.cpu_settings(
-            context=context, slots=options["slots"], kv_type=kv_type, ubatch=options["ubatch"]
-        )
+    kv_type = options.get("kv_type") or runtime.kv_types(machine)[0]
+    settings = runtime.settings_for(
+        device, context=context, slots=options["slots"], kv_type=kv_type, ubatch=options["ubatch"]
     )
     session: Session = "desktop" if options.get("desktop") else "headless"
     result = fit.fit(
@@ -242,12 +248,17 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
         scheme=scheme,
         settings=settings,
         imatrix=bool(options["imatrix"]),
+        runtime=runtime.NAME,
     )
     document: dict[str, Any] = fit.to_document(result)
     if options.get("exact"):
+        if runtime is not llama_cpp:
+            raise Unsupported(
+                f"--exact asks {llama_cpp.NAME}, which does not run {scheme}", hint="leave it out"
+            )
         from edgepack.builders import exact
 
-        asked = exact.exact(
+        told = exact.exact(
             spec,
             scheme,
             settings,
@@ -255,12 +266,12 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
             toolchain=toolchain.install(progress),
         )
         document["exact"] = {
-            "weights_bytes": int(asked.tensor_bytes),
-            "file_bytes": None if asked.file_bytes is None else int(asked.file_bytes),
-            "kv_cache_bytes": int(asked.kv_cache),
-            "recurrent_state_bytes": int(asked.recurrent_state),
-            "compute_bytes": int(asked.compute),
-            "output_bytes": int(asked.output),
+            "weights_bytes": int(told.tensor_bytes),
+            "file_bytes": None if told.file_bytes is None else int(told.file_bytes),
+            "kv_cache_bytes": int(told.kv_cache),
+            "recurrent_state_bytes": int(told.recurrent_state),
+            "compute_bytes": int(told.compute),
+            "output_bytes": int(told.output),
             "provenance": "measured",
             "note": "llama.cpp's CPU buffers, printed in hundredths of a MiB",
         }
@@ -272,10 +283,19 @@ def read_plan(path: Path) -> Plan:
     return serde.load_json(Plan, path)
 
 
-def _known_runtime(options: Mapping[str, Any]) -> None:
-    wanted = options.get("runtime") or llama_cpp.NAME
-    if wanted != llama_cpp.NAME:
-        raise Unsupported(f"runtime {wanted!r} is not known", hint=f"known runtimes: {llama_cpp.NAME}")
+def _runtime(options: Mapping[str, Any]) -> str | None:
+    """The runtime asked for; None leaves it to the scheme. Raises Unsupported for one that is not known."""
+    wanted: str | None = options.get("runtime")
+    return runtimes.named(wanted).NAME if wanted else None
+
+
+def _scheme(options: Mapping[str, Any]) -> str | None:
+    """The scheme asked for by its own name: bf16 is GGUF's unless another runtime than llama.cpp is asked for."""
+    asked: str | None = options.get("scheme")
+    if not asked:
+        return None
+    ours = (options.get("runtime") or llama_cpp.NAME) == llama_cpp.NAME
+    return schemes.canonical(asked.upper() if ours and asked.upper() in schemes.GGUF else asked.lower())
 
 
 def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candidate:

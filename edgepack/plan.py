@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from edgepack import degradation, memory, schemes, serde, speed
+from edgepack import degradation, memory, runtimes, schemes, serde, speed
 from edgepack.errors import BadInput, Unsupported
 from edgepack.fit import binding, excess, longest, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
-from edgepack.runtimes import llama_cpp
+from edgepack.runtimes import Machine, Runtime, llama_cpp
 from edgepack.settings import Settings
 from edgepack.speed import Speed
 from edgepack.units import Bytes, show
@@ -28,10 +28,6 @@ Goal = Literal["quality", "latency", "throughput", "context"]
 DEFAULT_CONTEXT = 4096
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
-SCHEMES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
-"""Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
-KV_TYPES = ("f16", "q8_0")
-"""8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +80,8 @@ class Request:
     """Bytes the artifact may take on the device; None: what the profile says is free."""
     force: bool = False
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
+    runtime: str | None = None
+    """None: llama.cpp, or the runtimes that run the scheme asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +129,12 @@ class Rejection:
     hint: str = ""
     figures: Figures | None = None
     """Of a candidate that fits and was not chosen."""
+    runtime: str = llama_cpp.NAME
 
     @property
     def candidate(self) -> str:
-        return f"{self.model} {self.scheme} kv {self.kv_type} ctx {self.context}"
+        where = "" if self.runtime == llama_cpp.NAME else f" on {self.runtime}"
+        return f"{self.model} {self.scheme} kv {self.kv_type} ctx {self.context}{where}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +169,19 @@ class Plan:
 
 
 def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan | Rejection]:
-    """Every model, scheme and KV type on this device: a Plan where it fits, else why it does not."""
+    """Every model, runtime, scheme and KV type on this device: a Plan where it fits, else why it does not."""
     room = budget(request.profile, request.session)
     mode = _power_mode(request)
+    machine = Machine.of(request.profile)
     models = list(candidates)
     panels = assign_panels(models)
+    tried = [
+        (runtime, scheme, kv_type)
+        for runtime in _runtimes(request, machine)
+        for scheme in ((request.scheme,) if request.scheme else runtime.SCHEMES)
+        for kv_type in ((request.kv_type,) if request.kv_type else runtime.kv_types(machine))
+    ]
+    refused = {(r.NAME, scheme): r.refusal(scheme, machine) for r, scheme, _ in tried}
     for candidate in models:
         unwanted = _license_problem(request, candidate.model)
         if unwanted and (request.licenses or len(models) > 1):
@@ -181,13 +189,30 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
                 candidate, "any", "any", 0, unwanted, hint="--license ID, or name the model with --model"
             )
             continue
-        for scheme in (request.scheme,) if request.scheme else SCHEMES:
-            for kv_type in (request.kv_type,) if request.kv_type else KV_TYPES:
-                try:
-                    yield _try(request, room, mode, candidate, panels[candidate.model.id], scheme, kv_type)
-                except Unsupported as error:
-                    context = request.context or _default_context(request, candidate.spec)
-                    yield _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
+        panel = panels[candidate.model.id]
+        for runtime, scheme, kv_type in tried:
+            why_not = refused[runtime.NAME, scheme]
+            try:
+                if why_not is not None and not request.force:
+                    raise Unsupported(why_not, hint="another --runtime or --scheme, or --force")
+                found = _try(request, room, mode, candidate, panel, runtime, scheme, kv_type)
+            except Unsupported as error:
+                context = request.context or _default_context(request, candidate.spec)
+                found = _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
+            if isinstance(found, Rejection):
+                yield found if runtime is llama_cpp else replace(found, runtime=runtime.NAME)
+            else:
+                forced = (f"forced: {why_not}",) if why_not is not None else ()
+                yield replace(found, warnings=(*found.warnings, *forced)) if forced else found
+
+
+def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
+    """The runtime asked for; else those that run the scheme asked for; else the one that bundles are built for."""
+    if request.runtime is not None:
+        return (runtimes.named(request.runtime),)
+    if request.scheme is not None and not schemes.is_gguf(request.scheme):
+        return runtimes.reading(request.scheme, machine)
+    return (llama_cpp,)
 
 
 def _license_problem(request: Request, model: ModelRef) -> str:
@@ -232,7 +257,9 @@ def label(plan: Plan) -> str:
 
 def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     """The same plan with its memory counted again from the weights at hand, exact down to the header."""
-    estimate = _memory(plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix)
+    estimate = _memory(
+        plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
+    )
     return replace(plan, model=model, memory=estimate)
 
 
@@ -247,7 +274,7 @@ def _power_mode(request: Request) -> PowerMode:
 
 
 def _memory(
-    profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool
+    profile: DeviceProfile, spec: ModelSpec, scheme: str, settings: Settings, *, imatrix: bool, runtime: str
 ) -> MemoryEstimate:
     return memory.estimate(
         spec,
@@ -256,6 +283,7 @@ def _memory(
         backend=profile.backend,
         imatrix=imatrix,
         arch=profile.arch,
+        runtime=runtime,
     )
 
 
@@ -265,6 +293,7 @@ def _try(
     mode: PowerMode,
     candidate: Candidate,
     panel: str,
+    runtime: Runtime,
     scheme: str,
     kv_type: str,
 ) -> Plan | Rejection:
@@ -282,18 +311,20 @@ def _try(
         return _reject(candidate, scheme, kv_type, context, reason, hint=f"--context {limit}")
 
     def settings(tokens: int) -> Settings:
-        return llama_cpp.settings_for(
+        return runtime.settings_for(
             request.profile, context=tokens, slots=request.slots, kv_type=kv_type, ubatch=request.ubatch
         )
 
     def needs(tokens: int) -> MemoryEstimate:
-        return _memory(request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix)
+        return _memory(
+            request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix, runtime=runtime.NAME
+        )
 
     if request.goal == "context" and request.context is None:
         context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
-    warnings = list(_warnings(request, candidate.model, spec, scheme))
+    warnings = list(_warnings(request, candidate.model, spec, runtime, scheme))
     if need > there_is:
         reason = (
             f"needs {show(need)}, {show(need - there_is)} more than the {show(there_is)} there is; "
@@ -331,8 +362,8 @@ def _try(
         model=candidate.model,
         scheme=scheme,
         imatrix=request.imatrix,
-        runtime=llama_cpp.NAME,
-        runtime_version=llama_cpp.VERSION,
+        runtime=runtime.NAME,
+        runtime_version=runtime.VERSION,
         settings=settings(context),
         memory=estimate,
         speed=pace,
@@ -351,8 +382,9 @@ def _speed(
     imatrix: bool,
     slots: int,
 ) -> Speed:
-    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
+    backend = profile.backend
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend) - per_layer
     return speed.estimate(
         profile,
         mode,
@@ -383,17 +415,24 @@ def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) ->
     )
 
 
-def _warnings(request: Request, model: ModelRef, spec: ModelSpec, scheme: str) -> Iterator[str]:
+def _warnings(
+    request: Request, model: ModelRef, spec: ModelSpec, runtime: Runtime, scheme: str
+) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
     for image in request.profile.software.images:
-        if image.runtime == llama_cpp.NAME and image.digest == "unknown":
+        if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
+    if not runtime.BUILT:
+        yield (
+            f"no bundle is built for {runtime.NAME} yet, and the speed of this plan is that of llama.cpp for as many "
+            f"bytes: nothing was measured for {runtime.NAME} here"
+        )
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
     weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix)
-    if limit is not None and weights > limit:
+    if limit is not None and weights > limit and runtime is llama_cpp:
         yield (
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "
             "software releases of this device: run edgepack check on it"

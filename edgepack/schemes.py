@@ -1,7 +1,8 @@
-"""What each GGUF scheme costs: the type llama-quantize gives every tensor, and the bytes that follow.
+"""What each scheme costs: the type every tensor gets, and the bytes that follow.
 
-The rules are those of the pinned llama.cpp (src/llama-quant.cpp: tensor_allows_quantization,
-llama_tensor_get_type_impl, tensor_type_fallback); the tests hold them to its own dry run.
+The rules for GGUF are those of the pinned llama.cpp (src/llama-quant.cpp: tensor_allows_quantization,
+llama_tensor_get_type_impl, tensor_type_fallback); the tests hold them to its own dry run. What is no GGUF is in
+layouts.py.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
+from edgepack import layouts, serde
 from edgepack.errors import Unsupported
 from edgepack.ggufheader import ALIGNMENT, BLOCKS
 from edgepack.modelspec import ModelSpec, Tensor, llama_order
+from edgepack.parts import Provenance as Provenance
+from edgepack.profile import Backend
 from edgepack.units import Bytes, pad
-
-Provenance = Literal["exact", "fitted", "measured"]
 
 _BASE: Mapping[str, str] = {
     "F32": "F32",
@@ -61,6 +62,9 @@ _BASE: Mapping[str, str] = {
 GGUF: tuple[str, ...] = tuple(_BASE)
 """Every file type that llama-quantize writes, widest first within a family."""
 
+SAFETENSORS_BF16 = "bf16"
+"""The one name that GGUF has too: in lower case the unquantized checkpoint."""
+
 ALIASES: Mapping[str, str] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """llama-quantize's own aliases."""
 
@@ -70,12 +74,28 @@ _NEEDS_IMATRIX = (*_NEEDY_TYPES, "IQ3_XS", "IQ2_M", "Q2_K_S")
 
 
 def canonical(scheme: str) -> str:
-    """The scheme's own name, from any spelling llama-quantize takes. Raises Unsupported for another."""
+    """The scheme's own name, from any spelling; every name on the command line comes through here.
+
+    GGUF's names are upper-case, as llama-quantize takes them; the others are lower-case (layouts.parse), so BF16 is
+    a GGUF and bf16 a checkpoint. Raises Unsupported for a name that is not known, with the nearest one, and for
+    combinations that do not exist.
+    """
     name = scheme.upper()
     name = ALIASES.get(name, name)
-    if name not in _BASE:
-        raise Unsupported(f"scheme {scheme!r} is not known", hint=f"known schemes: {', '.join(GGUF)}")
-    return name
+    if name in _BASE and scheme != SAFETENSORS_BF16:
+        return name
+    if scheme.lower().partition("-")[0] in (*layouts.FAMILIES, "gguf"):
+        return layouts.parse(scheme).name
+    near = serde.did_you_mean(scheme, (*GGUF, *layouts.EXAMPLES))
+    raise Unsupported(
+        f"scheme {scheme!r} is not known{near}",
+        hint=f"known schemes: {', '.join(GGUF)}; and {', '.join(layouts.EXAMPLES)}",
+    )
+
+
+def is_gguf(scheme: str) -> bool:
+    """Whether the scheme is a file type of llama-quantize."""
+    return canonical(scheme) in _BASE
 
 
 def needs_imatrix(scheme: str) -> bool:
@@ -90,6 +110,8 @@ def needs_imatrix(scheme: str) -> bool:
 def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
     """Whether llama-quantize refuses this scheme for this very model without an importance matrix."""
     name = canonical(scheme)
+    if name not in _BASE:
+        return False
     needy = (*_NEEDY_TYPES, "Q2_K") if name == "Q2_K_S" else _NEEDY_TYPES
     if spec.gguf_types is not None and spec.gguf_scheme == name:
         return False
@@ -101,7 +123,9 @@ def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
-    """Bytes of one tensor without padding: rows of whole blocks (ggml-common.h)."""
+    """Bytes of one tensor without padding: rows of whole blocks (ggml-common.h), or as layouts.py has it."""
+    if kind not in BLOCKS:
+        return layouts.kind_bytes(kind, shape)
     _, weights, size = BLOCKS[kind]
     if shape[0] % weights != 0:
         raise Unsupported(
@@ -114,13 +138,15 @@ def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[str, ...]:
-    """The ggml type of every tensor of ``spec``, in its order, after quantizing to ``scheme``.
+def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> tuple[str, ...]:
+    """The type of every tensor of ``spec``, in its order, after quantizing to ``scheme``: ggml's, or layouts.py's.
 
-    A GGUF source keeps its types; one in full precision can be quantized. Raises Unsupported for
-    requantizing and for shapes that llama-quantize itself refuses.
+    A GGUF source keeps its types; one in full precision can be quantized. ``backend`` matters to ONNX only. Raises
+    Unsupported for requantizing and for shapes that the quantizer itself refuses.
     """
     name = canonical(scheme)
+    if name not in _BASE:
+        return layouts.kinds(spec, name, backend=backend)
     if spec.gguf_types is not None:
         if name == spec.gguf_scheme:
             return spec.gguf_types
@@ -155,16 +181,16 @@ def _unquantized(tensor: Tensor) -> str:
 
 
 @lru_cache(maxsize=4096)
-def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> int:
+def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> int:
     """Bytes of all tensors, without padding: what llama.cpp prints as the model size."""
-    kinds = tensor_types(spec, scheme, imatrix=imatrix)
+    kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
     return sum(tensor_bytes(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
 
 
 @lru_cache(maxsize=4096)
-def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[int, int]:
+def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> tuple[int, int]:
     """Bytes of the tables that rows are looked up in: the token embedding, and Gemma's embedding per layer."""
-    kinds = tensor_types(spec, scheme, imatrix=imatrix)
+    kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
     sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
     for tensor, kind in zip(spec.tensors, kinds, strict=True):
         if tensor.name in sizes:
@@ -172,17 +198,22 @@ def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[int, i
     return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
 
 
-def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
+def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> float:
     """Bits of all tensors over the number of their elements, as llama-quantize prints it."""
-    return weights_bytes(spec, scheme, imatrix=imatrix) * 8 / spec.parameters
+    return weights_bytes(spec, scheme, imatrix=imatrix, backend=backend) * 8 / spec.parameters
 
 
 @lru_cache(maxsize=4096)
-def file_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool) -> tuple[Bytes, Provenance]:
-    """Size of the whole GGUF file: header, tensors, each padded to 32 bytes.
+def file_bytes(
+    spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu"
+) -> tuple[Bytes, Provenance]:
+    """Size of the whole file: of a GGUF header and tensors, each padded to 32 bytes; else of the weights' files.
 
-    Exact when the header is known (a GGUF or a folder with its tokenizer), else with an estimated header.
+    Exact when the GGUF's header is known (a GGUF or a folder with its tokenizer), else with an estimated header.
     """
+    if canonical(scheme) not in _BASE:
+        tensors = weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+        return Bytes(tensors + layouts.container_bytes(spec, scheme)), "fitted"
     if spec.file_bytes is not None and canonical(scheme) == spec.gguf_scheme:
         return spec.file_bytes, "exact"
     kinds = tensor_types(spec, scheme, imatrix=imatrix)

@@ -24,6 +24,9 @@ def fit(document: Mapping[str, Any]) -> str:
         f"{'total':<18}{show(total['bytes']):>12}  {_interval(total)}",
         f"{'file':<18}{show(document['file_bytes']):>12}  {document['bits_per_weight']:.2f} bits per weight",
     ]
+    if document["start_up"]:
+        told = ", ".join(f"{name} {value}" for name, value in document["start_up"].items())
+        lines.append(f"{document['runtime']} starts with {told}")
     if document.get("exact") is not None:
         lines += ["", "llama.cpp itself says:"]
         asked = {
@@ -196,7 +199,7 @@ def profile(found: DeviceProfile) -> str:
 def bar(parts: Sequence[Mapping[str, Any]], limit: int) -> str:
     """The parts against the budget, each with its own sign; ``!`` runs over the edge."""
     signs = {"weights": "█", "host_copy": "▓", "kv_cache": "▒", "recurrent_state": "▒", "compute": "░",
-             "output": "░", "process": "·"}  # fmt: skip
+             "output": "░", "rope_cache": "░", "graphs": "░", "workspace": "░", "process": "·"}  # fmt: skip
     scale = max(limit, sum(p["bytes"] for p in parts)) or 1
     drawn = ""
     for part in parts:

@@ -21,8 +21,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEVELS = (
     {"errors"},
     {"units"},
-    {"settings", "ggufheader", "architectures", "shell", "workspace", "progress", "serde"},
+    {"settings", "ggufheader", "architectures", "parts", "shell", "workspace", "progress", "serde"},
     {"profile", "modelspec", "l4t"},
+    {"layouts"},
     {"schemes", "catalog"},
     {"runtimes"},
     {"memory", "speed", "degradation"},

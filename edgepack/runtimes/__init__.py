@@ -1,1 +1,94 @@
-"""The runtimes edgepack plans for: each is one module of constants and arithmetic."""
+"""The runtimes edgepack plans for: each is one module of constants and arithmetic, and one word below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from edgepack import serde
+from edgepack.errors import Unsupported
+from edgepack.modelspec import ModelSpec
+from edgepack.parts import Part
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes import llama_cpp, onnx_genai, transformers, vllm
+from edgepack.runtimes.support import Machine as Machine
+from edgepack.settings import Settings
+
+
+class Runtime(Protocol):
+    """What the planner asks a runtime; the modules are the implementations."""
+
+    NAME: str
+    VERSION: str
+    """The version that the figures hold for."""
+    SCHEMES: tuple[str, ...]
+    """Tried when no scheme is asked for."""
+    STEPS_DOWN: tuple[str, ...]
+    """Schemes a hint may propose."""
+    BUILT: bool
+    """Whether this version of edgepack builds bundles for it."""
+
+    def reads(self, scheme: str) -> bool:
+        """Whether it runs ``scheme`` on any machine."""
+
+    def refusal(self, scheme: str, machine: Machine) -> str | None:
+        """Why it cannot run ``scheme`` on this machine; None when it can."""
+
+    def kv_types(self, machine: Machine) -> tuple[str, ...]:
+        """KV types that the planner tries; the first is the default."""
+
+    def lighter_kv(self, kv_type: str, machine: Machine) -> str | None:
+        """A KV type that takes less than this one at no measurable cost; None when there is none."""
+
+    def settings_for(
+        self, profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
+    ) -> Settings:
+        """How it is started on this device. Raises BadInput for what it does not take."""
+
+    def parts(
+        self,
+        spec: ModelSpec,
+        scheme: str,
+        settings: Settings,
+        *,
+        backend: Backend,
+        arch: Arch,
+        imatrix: bool,
+    ) -> tuple[Part, ...]:
+        """What it takes, part by part. Raises Unsupported for what it cannot do with this model."""
+
+    def start_up(
+        self, spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+    ) -> Mapping[str, int | float]:
+        """What it prints about its memory when it starts, or is to be told; ``needed`` and ``total``: bytes of the
+        accelerator that this plan takes and that there are."""
+
+
+RUNTIMES: tuple[Runtime, ...] = (llama_cpp, vllm, onnx_genai, transformers)
+NAMES: tuple[str, ...] = tuple(runtime.NAME for runtime in RUNTIMES)
+
+
+def named(name: str) -> Runtime:
+    """The runtime of this name. Raises Unsupported with the nearest name."""
+    for runtime in RUNTIMES:
+        if name == runtime.NAME:
+            return runtime
+    raise Unsupported(
+        f"runtime {name!r} is not known{serde.did_you_mean(name, NAMES)}",
+        hint=f"known runtimes: {', '.join(NAMES)}",
+    )
+
+
+def reading(scheme: str, machine: Machine) -> tuple[Runtime, ...]:
+    """Runtimes that run ``scheme`` on this machine. Raises Unsupported with each one's reason when none does."""
+    reasons = {runtime.NAME: runtime.refusal(scheme, machine) for runtime in RUNTIMES}
+    able = tuple(runtime for runtime in RUNTIMES if reasons[runtime.NAME] is None)
+    if not able:
+        said = [str(reasons[r.NAME]) for r in RUNTIMES if r.reads(scheme)] or [
+            "none that edgepack knows reads it"
+        ]
+        raise Unsupported(
+            f"no runtime runs {scheme} on this device: {'; '.join(said)}",
+            hint="take a GGUF scheme, e.g. Q4_K_M",
+        )
+    return able

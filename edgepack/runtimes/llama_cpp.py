@@ -10,17 +10,32 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
+from edgepack import schemes
 from edgepack.errors import BadInput, Unsupported
 from edgepack.ggufheader import BLOCKS
 from edgepack.modelspec import CONVERTED, KvLayers, ModelSpec
+from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import llama_graph
+from edgepack.runtimes import llama_graph, support
 from edgepack.settings import Settings
 from edgepack.units import MIB, Bytes, pad
 
 NAME = "llama.cpp"
 VERSION = "0.5.0-dev (0c1e57098)"
 """Version that `llama-server --version` prints, and its commit: the one in llama-cpp-python 0.3.36."""
+
+BUILT = True
+KERNELS: tuple[support.Kernel, ...] = tuple(
+    support.Kernel(schemes=("gguf",), backend=backend, why="ggml has every GGUF type on every backend")
+    for backend in ("cpu", "cuda", "vulkan", "metal")
+)
+
+SCHEMES: tuple[str, ...] = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K")
+"""Tried when no scheme is asked for: those that need no importance matrix and are not dominated."""
+STEPS_DOWN: tuple[str, ...] = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
+"""Schemes a hint may propose: none of them needs an importance matrix."""
 
 KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 """What -ctk and -ctv take; "K/V" names two, as in q8_0/q4_0."""
@@ -44,10 +59,35 @@ _BATCH = 2048
 """Logical batch (-b); llama-server's default. Buffers follow -ub."""
 
 
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
+def refusal(scheme: str, machine: support.Machine) -> str | None:
+    return support.refusal(NAME, KERNELS, scheme, machine)
+
+
+def kv_types(machine: support.Machine) -> tuple[str, ...]:
+    """8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
+    return ("f16", "q8_0")
+
+
+def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
+    return "q8_0" if kv_type in ("f32", "f16", "bf16") else None
+
+
+def start_up(
+    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+) -> Mapping[str, int | float]:
+    """llama-server's own line: tokens of context a slot has."""
+    return {"n_ctx_slot": cells(settings)}
+
+
 def settings_for(
-    profile: DeviceProfile, *, context: int, slots: int = 1, kv_type: str = "f16", ubatch: int = 512
+    profile: DeviceProfile | None, *, context: int, slots: int = 1, kv_type: str = "f16", ubatch: int = 512
 ) -> Settings:
-    """How llama-server is started on this device. Raises BadInput for a context or slots below 1.
+    """How llama-server is started on this device, or on a CPU when none is named. Raises BadInput for a context or
+    slots below 1.
 
     Weights are read, not mapped (-lm none). On a CPU that avoids a second copy: a mapped file stays
     resident beside its repacked tensors. Measured with a 1.5B Q4_K_M at 4096 tokens, peak RSS over the bare
@@ -55,6 +95,8 @@ def settings_for(
     repacking stays on, for its faster prefill. On a GPU the mapping would only fill the page cache, which
     on a Jetson is the same memory.
     """
+    if profile is None:
+        return cpu_settings(context=context, slots=slots, kv_type=kv_type, ubatch=ubatch)
     offloaded = profile.accelerator is not None and profile.backend != "cpu"
     base = cpu_settings(
         context=context, slots=slots, kv_type=kv_type, ubatch=ubatch, threads=profile.cpu_cores
@@ -353,3 +395,97 @@ def work_bytes(spec: ModelSpec, settings: Settings) -> int:
     """Scratch for quantizing activations before a matrix product: the widest input of a full batch."""
     widest = max(spec.ffn, spec.hidden, spec.heads * spec.head_dim)
     return _ubatch(settings) * widest * 34 // 32 if settings.gpu_layers == 0 else 0
+
+
+# -- all parts ----------------------------------------------------------------------------------------------
+
+ACCELERATOR_SPREAD = 0.03
+"""Compute buffers on an accelerator are computed as exactly as on a CPU, but only one published log of a
+CUDA device could be compared (Qwen3-1.7B on a Jetson Orin, equal to the last digit)."""
+
+
+def parts(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
+) -> tuple[Part, ...]:
+    """What llama-server takes with these weights and settings; ``arch`` decides what a CPU repacks."""
+    process, low, high = process_bytes(spec, settings)
+    note = "code, tokenizer tables and scratch of llama-server, fitted on measured runs"
+    return (
+        *_weights(spec, scheme, settings, backend=backend, imatrix=imatrix, arch=arch),
+        *_context(spec, settings, backend=backend),
+        fitted("process", process, (low, high), "host", note),
+    )
+
+
+def _weights(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, imatrix: bool, arch: Arch
+) -> list[Part]:
+    total = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
+    if backend != "cpu" and settings.gpu_layers > 0:
+        lookup = "rows are looked up on the CPU (llama-model.cpp, input layer)"
+        if spec.tied:
+            reason = f"token_embd again, beside its use as output: {lookup}"
+            return [
+                exact("weights", total - per_layer, "device", "all tensors"),
+                *(
+                    [exact("weights", per_layer, "host", f"per_layer_token_embd: {lookup}")]
+                    if per_layer
+                    else []
+                ),
+                exact("host_copy", embedding, "host", reason),
+            ]
+        return [
+            exact("weights", total - embedding, "device", "all tensors but token_embd"),
+            exact("weights", embedding, "host", f"token_embd: {lookup}"),
+        ]
+    parts = [exact("weights", total, "host", "all tensors")]
+    if settings.repack:
+        pairs = zip(spec.tensors, schemes.tensor_types(spec, scheme, imatrix=imatrix), strict=True)
+        # A tied embedding whose type is repacked is loaded twice, as it is for look-ups and repacked as the
+        # output: 0.5B with a Q4_0 embedding on x86-64 logged 73 + 265 MiB of buffers for 265 MiB of tensors.
+        mapped = settings.load_mode != "none"
+        again = sum(
+            schemes.tensor_bytes(kind, t.shape)
+            for t, kind in pairs
+            if repacked(kind, t.shape, arch) and (spec.tied if t.name == "token_embd.weight" else mapped)
+        )
+        if again:
+            reason = "repacked beside the mapped file" if mapped else "token_embd repacked as the output"
+            parts.append(exact("host_copy", again, "host", f"{reason} (ggml-cpu/repack.cpp)"))
+    return parts
+
+
+def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[Part]:
+    offloaded = backend != "cpu" and settings.gpu_layers > 0
+    device: Place = "device" if offloaded else "host"
+    parts = [exact("kv_cache", kv_bytes(spec, settings), device, "src/llama-kv-cache.cpp")]
+    state = recurrent_bytes(spec, settings)
+    if state:
+        parts.append(exact("recurrent_state", state, device, "src/llama-memory-recurrent.cpp"))
+    room = compute(spec, settings, backend)
+    note = "ggml's own placement, repeated (ggml-alloc.c)"
+    if spec.architecture not in EXACT_GRAPHS:
+        note = f"a plain decoder of these sizes; the graph of {spec.architecture} is not modelled"
+        parts.append(_compute(spec, settings, room.device, device, note))
+        if offloaded:
+            parts.append(_compute(spec, settings, room.host, "host", note))
+    elif offloaded:
+        spread = round(room.device * ACCELERATOR_SPREAD)
+        around = (Bytes(room.device - spread), Bytes(room.device + spread))
+        parts.append(fitted("compute", room.device, around, "device", note))
+        parts.append(exact("compute", room.host, "host", "inputs handed to the accelerator"))
+    else:
+        parts.append(exact("compute", room.device, "host", note))
+    logits = output_bytes(spec, settings.slots)
+    return [*parts, exact("output", logits, "host", "logits, one row per slot")]
+
+
+def _compute(spec: ModelSpec, settings: Settings, count: int, place: Place, note: str) -> Part:
+    """A compute buffer, exact or as far as the graph is known."""
+    around = compute_range(spec, settings, count)
+    return (
+        exact("compute", count, place, note)
+        if around is None
+        else fitted("compute", count, around, place, note)
+    )

@@ -1,0 +1,343 @@
+"""Schemes that are no GGUF: their names, and the bytes in which each stores every tensor.
+
+GPTQ, AWQ, AutoRound, compressed-tensors, FP8, bitsandbytes and bf16 checkpoints are safetensors files; ONNX models
+are one graph. All but ONNX leave embeddings, the output head and norms in 16 bits. How a matrix is stored is its
+*kind*, a short name such as GPTQ4-G128; `kind_bytes` prices it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+from edgepack import serde
+from edgepack.errors import Unsupported
+from edgepack.modelspec import ModelSpec, Tensor
+from edgepack.profile import Backend
+
+Family = Literal["gptq", "awq", "autoround", "ct", "fp8", "bnb", "onnx", "bf16"]
+FAMILIES: tuple[str, ...] = get_args(Family)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    name: str
+    family: Family
+    bits: int
+    group: int | None = None
+    """Weights along a row that share a scale; None: the whole row."""
+    activations: int = 16
+    """Bits of the activations that the matrices are multiplied with."""
+    act_order: bool = False
+    mixed: bool = False
+    """Eight bits for the output head and half of the values and downs (onnxruntime-genai's k_quant_mixed)."""
+
+
+EXAMPLES: tuple[str, ...] = (
+    "gptq-int4-g128", "gptq-int8-g128", "gptq-int4-g128-actorder", "awq-int4-g128", "autoround-int4-g128",
+    "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "ct-w4a8-g128", "fp8", "bnb-int8", "bnb-nf4", "onnx-int4", "onnx-int8",
+    "onnx-int4-b128", "onnx-int4-k-quant-mixed", "bf16",
+)  # fmt: skip
+"""One name of each kind, for hints; the grammar is in `parse`."""
+
+LATER = {"gguf-budget": "a later version builds it"}
+"""Names that are reserved, and why they are refused."""
+
+_GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-actorder)?")
+_PACKED = re.compile(r"ct-w([48])a(8|16)(-g128)?")
+_ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-k-quant-mixed)?")
+_PLAIN: dict[str, tuple[Family, int]] = {
+    "fp8": ("fp8", 8),
+    "bnb-int8": ("bnb", 8),
+    "bnb-nf4": ("bnb", 4),
+    "bf16": ("bf16", 16),
+}
+
+BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "autoround": (2, 3, 4, 8)}
+"""Bits that each packs. AWQ's GEMM layout and its kernels hold 4 (gptqmodel's AWQ and vLLM's, both 4 only)."""
+GROUPS = (32, 64, 128)
+
+_ONNX_BLOCK = 32
+"""block_size of onnxruntime-genai's builder when none is given."""
+
+
+def parse(name: str) -> Scheme:
+    """The scheme behind a name that is no GGUF's.
+
+    ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-actorder]``, ``ct-w{4,8}a{8,16}[-g128]``, ``fp8``,
+    ``bnb-int8``, ``bnb-nf4``, ``onnx-int{4,8}[-b{16..256}][-k-quant-mixed]``, ``bf16``. Raises Unsupported for a name
+    that is not known, with the nearest one, and for a combination that does not exist, with the reason.
+    """
+    text = name.lower()
+    if text in LATER:
+        raise Unsupported(f"scheme {text} is not built yet", hint=LATER[text])
+    if text in _PLAIN:
+        family, bits = _PLAIN[text]
+        return Scheme(name=text, family=family, bits=bits, activations=8 if text == "fp8" else 16)
+    for pattern, read in ((_GROUPED, _grouped), (_PACKED, _packed), (_ONNX, _onnx)):
+        found = pattern.fullmatch(text)
+        if found is not None:
+            return read(text, found)
+    near = serde.did_you_mean(text, (*EXAMPLES, *LATER))
+    raise Unsupported(f"scheme {name!r} is not known{near}", hint=f"beside GGUF's: {', '.join(EXAMPLES)}")
+
+
+def _grouped(text: str, found: re.Match[str]) -> Scheme:
+    family, bits, group, order = found.groups()
+    offered = BITS[family]
+    if int(bits) not in offered:
+        only = ", ".join(str(b) for b in offered)
+        other = f"gptq-int{bits}-g{group}" if int(bits) in BITS["gptq"] else "gptq-int4-g128"
+        raise Unsupported(f"{text}: {family} packs {only} bits, not {bits}", hint=f"take {other}")
+    if group != "all" and int(group) not in GROUPS:
+        raise Unsupported(f"{text}: no kernel reads groups of {group}", hint="groups are 32, 64, 128 or all")
+    if order and family != "gptq":
+        raise Unsupported(
+            f"{text}: {family} has no act order; its layout has no g_idx", hint=text.removesuffix("-actorder")
+        )
+    return Scheme(
+        name=text,
+        family=family,  # type: ignore[arg-type]  # the expression lists them
+        bits=int(bits),
+        group=None if group == "all" else int(group),
+        act_order=order is not None,
+    )
+
+
+def _packed(text: str, found: re.Match[str]) -> Scheme:
+    weights, activations, group = found.groups()
+    if group and activations == "8" and weights == "8":
+        raise Unsupported(
+            f"{text}: W8A8 has one scale per output channel, no groups", hint=text.removesuffix(group)
+        )
+    return Scheme(
+        name=text,
+        family="ct",
+        bits=int(weights),
+        group=128 if group else None,
+        activations=int(activations),
+    )
+
+
+def _onnx(text: str, found: re.Match[str]) -> Scheme:
+    bits, block, mixed = found.groups()
+    if mixed and bits == "8":
+        raise Unsupported(f"{text}: k_quant_mixed mixes 8 bits into 4", hint="take onnx-int8")
+    size = int(block) if block else _ONNX_BLOCK
+    name = f"onnx-int{bits}{'' if size == _ONNX_BLOCK else f'-b{size}'}{mixed or ''}"
+    return Scheme(name=name, family="onnx", bits=int(bits), group=size, mixed=mixed is not None)
+
+
+# -- which tensor is stored as what -----------------------------------------------------------------------
+
+_LINEAR = (
+    "attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_qkv.weight", "attn_output.weight",
+    "ffn_gate.weight", "ffn_up.weight", "ffn_down.weight",
+    "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight",
+)  # fmt: skip
+"""The matrices of a block that quantizers change: every Linear but the router of a mixture (lm_head is none)."""
+
+PLAIN_DECODERS: tuple[str, ...] = (
+    "llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "granite", "smollm3", "minicpm", "mistral3",
+    "cohere2", "olmo2",
+)  # fmt: skip
+"""Architectures whose blocks are made of those matrices and norms only, so that what a quantizer changes is known."""
+
+_NOT_STORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""GGUF's own; a checkpoint has them in config.json."""
+
+HEAD = "output.weight"
+EMBEDDING = "token_embd.weight"
+
+
+def is_linear(tensor: Tensor) -> bool:
+    return tensor.name.startswith("blk.") and tensor.name.partition(".")[2].partition(".")[2] in _LINEAR
+
+
+@lru_cache(maxsize=1024)
+def kinds(spec: ModelSpec, name: str, *, backend: Backend) -> tuple[str, ...]:
+    """The kind of every tensor of ``spec``, in its order.
+
+    ``backend`` matters to ONNX, whose graphs are fp32 on a CPU and fp16 on CUDA (builder.py, set_io_dtype). Raises
+    Unsupported for a model whose matrices the scheme cannot hold, or of which it is not known which it changes.
+    """
+    scheme = parse(name)
+    if spec.gguf_types is not None:
+        raise Unsupported(
+            f"{spec.name} is a GGUF file, which {scheme.name} cannot be made from",
+            hint="give the Hugging Face folder, or a GGUF scheme",
+        )
+    if scheme.family != "bf16" and spec.architecture not in PLAIN_DECODERS:
+        raise Unsupported(
+            f"which matrices of {spec.architecture} {scheme.name} changes is not known", hint="take bf16"
+        )
+    if scheme.family == "onnx":
+        return tuple(_onnx_kinds(spec, scheme, half=backend != "cpu"))
+    kind = _kind(scheme)
+    result = []
+    for tensor in spec.tensors:
+        if tensor.name in _NOT_STORED:
+            result.append("NONE")
+        elif kind is None or not is_linear(tensor):
+            result.append("BF16")
+        else:
+            _refuse_shape(scheme, tensor)
+            result.append(kind)
+    return tuple(result)
+
+
+def _kind(scheme: Scheme) -> str | None:
+    """Kind of a quantized matrix; None when nothing is quantized."""
+    group = "ROW" if scheme.group is None else f"G{scheme.group}"
+    match scheme.family:
+        case "bf16":
+            return None
+        case "fp8":
+            return "FP8"
+        case "bnb":
+            return "NF4" if scheme.bits == 4 else "LLM.INT8"
+        case _:
+            return f"{scheme.family.upper()}{scheme.bits}-{group}"
+
+
+def _refuse_shape(scheme: Scheme, tensor: Tensor) -> None:
+    columns, rows = tensor.shape[0], tensor.shape[1]
+    if scheme.group is not None and columns % scheme.group:
+        fitting = [g for g in GROUPS if columns % g == 0]
+        raise Unsupported(
+            f"{scheme.name}: {tensor.name} has rows of {columns}, which groups of {scheme.group} do not divide",
+            hint=f"take g{fitting[-1]}" if fitting else "take gall, or bnb-int8",
+        )
+    if scheme.family in ("gptq", "autoround", "awq") and (columns % 32 or rows % 32):
+        raise Unsupported(
+            f"{scheme.name}: {tensor.name} of {columns} x {rows} does not pack into words of 32 bits",
+            hint="take bnb-int8 or bf16",
+        )
+
+
+def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]:
+    """Embedding and norms in the graph's floats; every matrix in blocks, the head too."""
+    floats = "F16" if half else "F32"
+    zeros = "-ZP" if scheme.mixed else ""  # k_quant is asymmetric, the default symmetric
+
+    def blocks(bits: int) -> str:
+        return f"ONNX{bits}-G{scheme.group}-{floats}{zeros}"
+
+    for tensor in spec.tensors:
+        if tensor.name in _NOT_STORED:
+            yield "NONE"
+        elif tensor.name == HEAD:
+            yield blocks(8 if scheme.mixed else scheme.bits)
+        elif is_linear(tensor):
+            layer, _, part = tensor.name.removeprefix("blk.").partition(".")
+            wide = scheme.mixed and part in _MIXED and mixed_layer(int(layer), spec.layers)
+            yield blocks(8 if wide else scheme.bits)
+        else:
+            yield floats
+
+
+_MIXED = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_qkv.weight", "ffn_down.weight")
+"""Queries and keys too: the builder packs them with the values into one matrix."""
+
+
+def mixed_layer(layer: int, layers: int) -> bool:
+    """Layers to which k_quant_mixed gives 8 bits, after llama.cpp's mixtures; divisions are not rounded."""
+    return layer < layers / 8 or layer >= 7 * layers / 8 or (layer - round(layers / 8)) % 3 == 2
+
+
+# -- bytes ------------------------------------------------------------------------------------------------
+
+_FLOATS = {"NONE": 0, "F16": 2, "BF16": 2, "F32": 4}
+_INTEGERS = re.compile(r"(GPTQ|AWQ|AUTOROUND|CT)(\d)-(ROW|G(\d+))")
+_BLOCKS = re.compile(r"ONNX(\d)-G(\d+)-F(16|32)(-ZP)?")
+_NF4_BLOCK = 64
+
+
+@lru_cache(maxsize=65536)
+def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of one tensor; ``shape`` in ggml's order (columns, rows, experts), each expert a matrix of its own.
+
+    GPTQ: qweight, qzeros (stored even when symmetric), fp16 scales, g_idx (GPTQModel, nn_modules/qlinear,
+    _register_gptq_buffers); AWQ the same without g_idx (AWQuantLinear), AutoRound too. Compressed-tensors: packed
+    int32 and bf16 scales. bitsandbytes: NF4 with an f32 scale per 64 and no second quantization
+    (functional.py, quantize_4bit), int8 with an f32 scale per row. ONNX: MatMulNBits, scales in the graph's floats.
+    """
+    elements = 1
+    for n in shape:
+        elements *= n
+    if kind in _FLOATS:
+        return elements * _FLOATS[kind]
+    columns, rows = shape[0], elements // shape[0]
+    matrices = elements // (columns * shape[1])
+    if kind == "FP8":
+        return elements + 4 * matrices  # one scale per matrix (modelopt)
+    if kind == "NF4":
+        return -(-elements // 2) + 4 * -(-elements // _NF4_BLOCK)
+    if kind == "LLM.INT8":
+        return elements + 4 * rows
+    blocks = _BLOCKS.fullmatch(kind)
+    if blocks:
+        bits, block, floats, zeros = int(blocks[1]), int(blocks[2]), int(blocks[3]), blocks[4]
+        per_row = -(-columns // block)
+        points = -(-per_row * bits // 8) if zeros else 0
+        return rows * (per_row * block * bits // 8 + per_row * floats // 8 + points)
+    integers = _INTEGERS.fullmatch(kind)
+    if integers is None:
+        raise Unsupported(f"how {kind} is stored is not known")
+    family, bits = integers[1], int(integers[2])
+    groups = columns // int(integers[4]) if integers[4] else 1
+    size = elements * bits // 8 + 2 * groups * rows
+    if family != "CT":
+        size += groups * rows * bits // 8
+    if family == "GPTQ":
+        size += 4 * columns * matrices
+    return size
+
+
+@lru_cache(maxsize=1024)
+def container_bytes(spec: ModelSpec, name: str) -> int:
+    """Bytes of a file that are no tensor, estimated: a safetensors header of about 110 bytes for each tensor of a
+    checkpoint (its name, type, shape and offsets), or the nodes of an ONNX graph, about 10 KB a layer (an export of
+    four layers is 40 KB larger than its tensors)."""
+    scheme = parse(name)
+    if scheme.family == "onnx":
+        return 10_000 * spec.layers
+    per_matrix = {"gptq": 4, "awq": 3, "autoround": 3, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
+    entries = sum(
+        (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix[scheme.family] if is_linear(t) else 1)
+        for t in spec.tensors
+    )
+    return 8 + 110 * entries
+
+
+# -- rounding ---------------------------------------------------------------------------------------------
+
+_ROUNDING = {
+    (2, 32): (2.224e-1, 1.649e-1), (2, 64): (2.616e-1, 2.086e-1), (2, 128): (3.027e-1, 2.535e-1),
+    (2, None): (5.055e-1, 4.691e-1),
+    (3, 32): (4.125e-2, 2.992e-2), (3, 64): (4.864e-2, 3.808e-2), (3, 128): (5.650e-2, 4.659e-2),
+    (3, None): (9.927e-2, 9.041e-2),
+    (4, 16): (7.602e-3, 4.832e-3), (4, 32): (9.016e-3, 6.531e-3), (4, 64): (1.062e-2, 8.310e-3),
+    (4, 128): (1.233e-2, 1.014e-2), (4, 256): (1.416e-2, 1.201e-2), (4, None): (2.162e-2, 1.971e-2),
+    (8, 16): (2.628e-5, 1.672e-5), (8, 32): (3.112e-5, 2.256e-5), (8, 64): (3.668e-5, 2.869e-5),
+    (8, 128): (4.256e-5, 3.514e-5), (8, 256): (4.894e-5, 4.164e-5), (8, None): (7.479e-5, 6.822e-5),
+}  # fmt: skip
+"""Bits and group -> mean squared error of symmetric and asymmetric rounding to nearest, over the mean square
+(`python scripts/rounding_of_layouts.py`). Calibration (GPTQ, AWQ, AutoRound) does better."""
+_ROUNDING_FLOATS = {"NONE": 0.0, "FP8": 6.989e-4, "NF4": 8.471e-3, "LLM.INT8": 7.479e-5}
+
+
+def rounding_error(kind: str) -> float | None:
+    """What rounding to nearest loses in a matrix of this kind; None for a kind that is ggml's."""
+    if kind in _ROUNDING_FLOATS:
+        return _ROUNDING_FLOATS[kind]
+    blocks, integers = _BLOCKS.fullmatch(kind), _INTEGERS.fullmatch(kind)
+    if blocks:
+        return _ROUNDING[int(blocks[1]), int(blocks[2])][1 if blocks[4] else 0]
+    if integers is None:
+        return None
+    group = int(integers[4]) if integers[4] else None
+    return _ROUNDING[int(integers[2]), group][1 if integers[1] == "AWQ" else 0]

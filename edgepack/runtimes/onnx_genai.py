@@ -1,0 +1,163 @@
+"""onnxruntime-genai as a runtime: the whole KV cache at once, fp32 on a CPU and fp16 on CUDA.
+
+Held against onnxruntime-genai 0.18.0 with onnxruntime 1.32.0 as they ran on a CPU (KV cache and files of a model of
+5.25 M parameters); nothing was run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgepack import schemes
+from edgepack.errors import BadInput, Unsupported
+from edgepack.modelspec import ModelSpec
+from edgepack.parts import Part, Place, exact, fitted
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes import support
+from edgepack.settings import Settings
+from edgepack.units import MIB
+
+NAME = "onnx-genai"
+VERSION = "0.18.0"
+BUILT = False
+
+SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4-k-quant-mixed", "onnx-int4")
+STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4-k-quant-mixed", "onnx-int4", "onnx-int4-b128")
+
+_WHEELS = "onnxruntime-genai-cuda 0.18.0 and onnxruntime-gpu 1.31.1 as on PyPI"
+KERNELS: tuple[support.Kernel, ...] = (
+    support.Kernel(
+        schemes=("onnx",), backend="cpu", why="builder: INT4 and INT8 for CPU; fp16 on a CPU fails at run time"
+    ),
+    support.Kernel(
+        schemes=("onnx",), backend="cuda", at_least=(7, 5), lacks=((8, 7), (11, 0)), why=_WHEELS
+    ),
+    support.Kernel(
+        schemes=("bf16",), backend="cuda", at_least=(8, 0), lacks=((8, 7), (11, 0)), why=f"builder: BF16; {_WHEELS}"
+    ),
+)  # fmt: skip
+"""x86-64 wheels hold sm 75, 80, 86, 89, 90, 120; aarch64 ones 89, 90, 120, 121 and no PTX: no Orin (8.7), no Thor
+(11.0). A GPTQ or AWQ checkpoint may be the builder's input, but what runs is then onnx-int4."""
+
+KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16")
+_KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
+def refusal(scheme: str, machine: support.Machine) -> str | None:
+    return support.refusal(NAME, KERNELS, scheme, machine)
+
+
+def kv_types(machine: support.Machine) -> tuple[str, ...]:
+    """The cache has the graph's floats: the CPU provider keeps fp32."""
+    return ("f32",) if machine.backend == "cpu" else ("f16",)
+
+
+def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
+    """8-bit caches need a file of scales made by calibration, which nothing here makes."""
+    return None
+
+
+def settings_for(
+    profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
+) -> Settings:
+    """search.max_length = context / slots, batch_size = slots, past_present_share_buffer on. Raises BadInput."""
+    if context < 1 or slots < 1:
+        raise BadInput(f"context {context} and slots {slots} must both be at least 1")
+    on_cpu = profile is not None and profile.backend == "cpu"
+    allowed = ("f32",) if on_cpu else ("f16", "bf16")
+    if kv_type.lower() not in allowed:
+        raise BadInput(
+            f"{NAME} keeps its cache in {' or '.join(allowed)} here, not {kv_type}",
+            hint=f"--kv-type {allowed[0]}",
+        )
+    return Settings(
+        context=context,
+        slots=slots,
+        kv_type=kv_type.lower(),
+        batch=context,
+        ubatch=context,
+        flash_attention=True,
+        unified_kv=False,
+        threads=profile.cpu_cores if profile else 4,
+        gpu_layers=0 if on_cpu else 99,
+        load_mode="none",
+        repack=False,
+    )
+
+
+def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> int:
+    """Bytes of the cache: 2 x layers x heads x head size x bytes x max_length x batch, all of it allocated and touched
+    when the generator is made, whatever the prompt. A sliding layer keeps its window (measured: 1024 positions).
+
+    Raises Unsupported for latent attention and recurrent layers.
+    """
+    if spec.recurrent_bytes or any(kind.value_dim == 0 for kind in spec.kv):
+        raise Unsupported(
+            f"what {NAME} caches for {spec.architecture} is not known here", hint="plan it for llama.cpp"
+        )
+    return batch * sum(
+        kind.count
+        * kind.heads
+        * (kind.key_dim + kind.value_dim)
+        * element
+        * min(max_length, kind.window or max_length)
+        for kind in spec.kv
+    )
+
+
+def rope_cache_bytes(spec: ModelSpec, *, half: bool) -> int:
+    """Bytes of the cosines and sines in the graph: 2 x positions trained on x half a head, in its floats."""
+    return 2 * spec.context_train * (spec.head_dim // 2) * (2 if half else 4)
+
+
+PROCESS = (60 * MIB, 40 * MIB, 250 * MIB)
+"""A process with the CPU wheels: 92.6 MB in all with 15.3 MB of model and 15.6 MiB of cache. A server around it, and
+CUDA's libraries, were not measured."""
+
+
+def parts(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
+) -> tuple[Part, ...]:
+    """What a generator takes; a prompt as long as the context is its largest moment."""
+    half = backend != "cpu"
+    place: Place = "device" if half else "host"
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    length = -(-settings.context // settings.slots)
+    cache = kv_bytes(
+        spec, max_length=length, batch=settings.slots, element=_KV_BYTES[settings.kv_type]
+    )  # fmt: skip
+    row = spec.vocab * (2 + 4 if half else 4)
+    widest = max(spec.ffn, spec.experts_used * spec.expert_ffn) * 3 + 4 * spec.hidden
+    hidden = settings.context * widest * (2 if half else 4)
+    logits = settings.context * row
+    return (
+        exact("weights", weights, place, "MatMulNBits; the embedding in the graph's floats"),
+        exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),
+        exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
+        fitted(
+            "compute", hidden, (0, 2 * hidden), place, "activations of the prompt; not measured",
+        ),
+        fitted(
+            "output", logits, (settings.slots * row, logits), place,
+            "logits of every token of the prompt (src/models/logits.cpp); not measured",
+        ),
+        *(
+            ()
+            if half
+            else (
+                fitted("host_copy", 0, (0, weights), place, "weights packed again for the CPU; not measured"),
+            )
+        ),
+        fitted("process", PROCESS[0], PROCESS[1:], "host", "libraries and tokenizer; one measurement"),
+    )  # fmt: skip
+
+
+def start_up(
+    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+) -> Mapping[str, int | float]:
+    """genai_config.json: search.max_length would otherwise be all that the model was trained for."""
+    return {"search.max_length": -(-settings.context // settings.slots), "search.batch_size": settings.slots}

@@ -1,0 +1,88 @@
+"""Which scheme runs where, as data: each runtime lists its kernels, and `refusal` says why a machine has none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from edgepack import layouts, schemes
+from edgepack.profile import Arch, Backend, DeviceProfile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What decides which kernels there are."""
+
+    backend: Backend
+    arch: Arch = "x86_64"
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None when there is none, or it is not known."""
+    jetson: bool = False
+
+    @classmethod
+    def of(cls, profile: DeviceProfile) -> Machine:
+        accelerator = profile.accelerator
+        text = accelerator.compute_capability if accelerator else None
+        major, _, minor = (text or "").partition(".")
+        return cls(
+            backend=profile.backend,
+            arch=profile.arch,
+            capability=(int(major), int(minor or 0)) if text else None,
+            jetson=profile.device_class == "jetson",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """One row: schemes that a runtime computes with on one kind of machine."""
+
+    schemes: tuple[str, ...]
+    """Families of layouts.py, or whole names ("ct-w4a8"), or "gguf"."""
+    backend: Backend
+    at_least: tuple[int, int] | None = None
+    """Lowest compute capability."""
+    lacks: tuple[tuple[int, int], ...] = ()
+    """Compute capabilities above it for which the published binaries hold no code."""
+    bits: tuple[int, ...] = ()
+    """Bits that it handles; empty: all."""
+    why: str
+    """Where the row comes from; a refusal quotes it."""
+
+
+def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machine) -> str | None:
+    """Why ``runtime`` cannot run ``scheme`` on this machine; None when it can, or nothing speaks against it."""
+    of_scheme = [row for row in kernels if _holds(row, scheme)]
+    if not of_scheme:
+        return f"{runtime} does not read {scheme}"
+    here = [row for row in of_scheme if row.backend == machine.backend]
+    if not here:
+        others = ", ".join(sorted({row.backend for row in of_scheme}))
+        return f"{runtime} runs {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
+    reasons = [_unable(row, machine) for row in here]
+    if None in reasons:
+        return None
+    return f"{runtime} cannot run {scheme} here: {reasons[0]} ({here[0].why})"
+
+
+def reads(kernels: Iterable[Kernel], scheme: str) -> bool:
+    """Whether any row is for ``scheme``."""
+    return any(_holds(row, scheme) for row in kernels)
+
+
+def _holds(row: Kernel, scheme: str) -> bool:
+    if schemes.is_gguf(scheme):
+        return "gguf" in row.schemes
+    found = layouts.parse(scheme)
+    named = found.family in row.schemes or any(scheme.startswith(name) for name in row.schemes if "-" in name)
+    return named and (not row.bits or found.bits in row.bits)
+
+
+def _unable(row: Kernel, machine: Machine) -> str | None:
+    if machine.capability is None:
+        return None
+    is_there = f"compute capability {machine.capability[0]}.{machine.capability[1]}"
+    if row.at_least is not None and machine.capability < row.at_least:
+        return f"it needs {row.at_least[0]}.{row.at_least[1]}, the device has {is_there}"
+    if machine.capability in row.lacks:
+        return f"its published binaries hold no code for {is_there}; it needs a build of its own"
+    return None

@@ -1,0 +1,211 @@
+"""Hugging Face transformers as a runtime: one process, a cache that grows, no chunks in the prompt.
+
+Fitted on the Qwen2.5 table of transformers 4.46 on an A100 and held against Qwen3's on an H20 (`python
+scripts/measured_memory.py` prints predicted against measured); both report the allocator's memory, so the CUDA
+context is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgepack import schemes
+from edgepack.errors import BadInput, Unsupported
+from edgepack.layouts import EMBEDDING
+from edgepack.modelspec import ModelSpec
+from edgepack.parts import Part, Place, exact, fitted
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes import decoder, support
+from edgepack.settings import Settings
+from edgepack.units import MIB
+
+NAME = "transformers"
+VERSION = "5.23.0"
+BUILT = False
+
+SCHEMES: tuple[str, ...] = ("bf16", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")
+STEPS_DOWN: tuple[str, ...] = (
+    "bf16",
+    "gptq-int8-g128",
+    "bnb-int8",
+    "bnb-nf4",
+    "gptq-int4-g128",
+    "awq-int4-g128",
+)
+
+_BNB = "the aarch64 wheel of bitsandbytes has no sm_87, bitsandbytes#1930"
+KERNELS: tuple[support.Kernel, ...] = (
+    support.Kernel(schemes=("bf16",), backend="cpu", why="PyTorch"),
+    support.Kernel(schemes=("bf16",), backend="cuda", at_least=(8, 0), why="bf16 from Ampere on"),
+    support.Kernel(
+        schemes=("gptq",), backend="cpu", why="gptqmodel 7.6.0: 4 bits packed, others slow, all of them ran"
+    ),
+    support.Kernel(schemes=("awq",), backend="cpu", why="gptqmodel 7.6.0, AWQ_TORCH"),
+    support.Kernel(schemes=("autoround",), backend="cpu", why="auto-round 0.16.1, slow"),
+    support.Kernel(
+        schemes=("gptq", "awq", "autoround"), backend="cuda", at_least=(7, 5), why="AWQ and GPTQ from 7.5 on"
+    ),
+    support.Kernel(schemes=("bnb",), backend="cpu", why="bitsandbytes 0.50.2 ran on a CPU"),
+    support.Kernel(schemes=("bnb",), backend="cuda", at_least=(7, 5), lacks=((8, 7),), why=_BNB),
+    support.Kernel(schemes=("fp8",), backend="cuda", at_least=(8, 9), why="FP8 W8A8 needs Ada or later"),
+)
+"""compressed-tensors loads too, but decompresses to dense weights (llm-compressor 0.14), so it saves no memory and is
+left out."""
+
+KV_TYPES: tuple[str, ...] = ("bf16", "f16")
+
+
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
+def refusal(scheme: str, machine: support.Machine) -> str | None:
+    if schemes.is_gguf(scheme):
+        return f"{NAME} unpacks GGUF to full precision: it would save nothing"
+    if scheme.startswith("ct-"):
+        return f"{NAME} decompresses compressed-tensors to dense weights: it would save nothing"
+    return support.refusal(NAME, KERNELS, scheme, machine)
+
+
+def kv_types(machine: support.Machine) -> tuple[str, ...]:
+    return ("bf16",)
+
+
+def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
+    return None
+
+
+def settings_for(
+    profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
+) -> Settings:
+    """A batch of ``slots`` sequences; the prompt goes through whole, so ``ubatch`` bounds nothing."""
+    if context < 1 or slots < 1:
+        raise BadInput(f"context {context} and slots {slots} must both be at least 1")
+    if kv_type.lower() not in KV_TYPES:
+        raise BadInput(
+            f"KV type {kv_type!r} is not known to {NAME}", hint=f"known KV types: {', '.join(KV_TYPES)}"
+        )
+    return Settings(
+        context=context,
+        slots=slots,
+        kv_type=kv_type.lower(),
+        batch=context,
+        ubatch=context,
+        flash_attention=True,
+        unified_kv=False,
+        threads=profile.cpu_cores if profile else 4,
+        gpu_layers=0 if profile is not None and profile.backend == "cpu" else 99,
+        load_mode="none",
+        repack=False,
+    )
+
+
+def kv_bytes(spec: ModelSpec, tokens: int, *, slots: int = 1) -> int:
+    """Bytes of the dynamic cache of ``slots`` sequences of ``tokens`` each; a sliding layer keeps its window.
+
+    Latent attention is cached unfolded here. Raises Unsupported for it and for recurrent layers.
+    """
+    if spec.recurrent_bytes or any(kind.value_dim == 0 for kind in spec.kv):
+        raise Unsupported(
+            f"what {NAME} caches for {spec.architecture} is not known here", hint="plan it for llama.cpp"
+        )
+    return slots * sum(
+        kind.count
+        * kind.heads
+        * (kind.key_dim + kind.value_dim)
+        * decoder.HALF
+        * min(tokens, kind.window or tokens)
+        for kind in spec.kv
+    )
+
+
+ACTIVATION_SPREAD = (0.0, 1.1)
+"""Factors on the prompt's activations: the A100 table shows them (0.996 to 1.015 per token of prompt), the H20 table,
+which seems to have been read after the run, none at all."""
+
+WORKSPACE = (45 * MIB, 0, 260 * MIB)
+"""cuBLAS workspaces, rotary tables and rounding of the allocator: the median of what is left in both tables, 53 and
+36 MiB, and the extremes of the A100 table on one card (`python scripts/measured_memory.py`)."""
+
+PROCESS = (900 * MIB, 440 * MIB, 2500 * MIB)
+"""Python with torch and transformers on the host. Measured: 458 MiB with the CPU build (torch 2.13, transformers 5.24,
+a model of 8 MiB); with CUDA nothing was measured, hence the upper end."""
+
+_DEQUANTIZES = ("gptq", "autoround")
+"""Kernels that unpack a whole matrix beside the packed one (exllama's temp_dq): what GPTQ rows of the A100 table take
+more than AWQ rows, but for Qwen2.5-7B in 8 bits; AWQ's kernel does so in tiles."""
+
+
+def peak_bytes(spec: ModelSpec, scheme: str, *, prompt: int, generated: int, cards: int = 1) -> int:
+    """Bytes beside weights and workspace at the largest moment: loading, reading the prompt, or the last token.
+
+    With several ``cards`` each is read at its own peak, so all their activations are counted.
+    """
+    moment = cards * decoder.activation_bytes(spec, prompt)
+    return max(
+        loading_bytes(spec, scheme),
+        unpacked_bytes(spec, scheme)
+        + max(kv_bytes(spec, prompt) + moment, kv_bytes(spec, prompt + generated)),
+    ) + head_copy_bytes(spec, scheme)
+
+
+def resting_bytes(spec: ModelSpec, scheme: str, *, tokens: int) -> int:
+    """Bytes beside weights and workspace that stay when a generation is over."""
+    return kv_bytes(spec, tokens) + head_copy_bytes(spec, scheme)
+
+
+def unpacked_bytes(spec: ModelSpec, scheme: str) -> int:
+    """Bytes of the one matrix that is unpacked at a time."""
+    return decoder.HALF * decoder.largest_matrix(spec) if scheme.startswith(_DEQUANTIZES) else 0
+
+
+def head_copy_bytes(spec: ModelSpec, scheme: str) -> int:
+    """Bytes of a tied embedding that is kept a second time as the output head.
+
+    FP8 checkpoints keep it: in the Qwen3 table 0.6B, 1.7B and 4B take that much more, to a few percent.
+    """
+    return _embedding_bytes(spec) if scheme == "fp8" and spec.tied else 0
+
+
+def loading_bytes(spec: ModelSpec, scheme: str) -> int:
+    """Bytes of a tied embedding that AWQ's loader copies and lets go: the shortest AWQ rows of the Qwen2.5 table."""
+    return _embedding_bytes(spec) if scheme.startswith("awq") and spec.tied else 0
+
+
+def _embedding_bytes(spec: ModelSpec) -> int:
+    return next((decoder.HALF * t.elements for t in spec.tensors if t.name == EMBEDDING), 0)
+
+
+def parts(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
+) -> tuple[Part, ...]:
+    """What generate() takes at its largest moment, a prompt as long as the context."""
+    place: Place = "host" if backend == "cpu" else "device"
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    per_slot = -(-settings.context // settings.slots)
+    activations = decoder.activation_bytes(spec, per_slot * settings.slots)
+    unpacked, loading = unpacked_bytes(spec, scheme), loading_bytes(spec, scheme)
+    low, high = ACTIVATION_SPREAD
+    moment = max(activations + unpacked, loading)
+    copy = head_copy_bytes(spec, scheme)
+    device = (
+        fitted("workspace", WORKSPACE[0], WORKSPACE[1:], place, "cuBLAS, rotary tables, rounding"),
+    )  # fmt: skip
+    return (
+        exact("weights", weights, place, "the checkpoint's tensors"),
+        *((exact("host_copy", copy, place, "a tied embedding, again as the output head"),) if copy else ()),
+        exact("kv_cache", kv_bytes(spec, per_slot, slots=settings.slots), place, "DynamicCache, 16 bits"),
+        fitted(
+            "compute", moment, (int(activations * low), max(int(activations * high) + unpacked, loading)), place,
+            "a prompt as long as the context, not in chunks",
+        ),
+        exact("output", settings.slots * spec.vocab * 4, place, "logits of the last token, f32"),
+        *(device if place == "device" else ()),
+        fitted("process", PROCESS[0], PROCESS[1:], "host", "Python, torch, transformers"),
+    )  # fmt: skip
+
+
+def start_up(
+    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+) -> Mapping[str, int | float]:
+    return {"batch_size": settings.slots, "max_length": -(-settings.context // settings.slots)}

