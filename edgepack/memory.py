@@ -103,7 +103,7 @@ def _fitted(name: str, count: int, around: tuple[Bytes, Bytes], place: Place, no
 def _weights(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, imatrix: bool, arch: Arch
 ) -> list[Part]:
-    total = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    total = schemes.loaded_bytes(spec, scheme, imatrix=imatrix)
     embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
     if backend != "cpu" and settings.gpu_layers > 0:
         lookup = "rows are looked up on the CPU (llama-model.cpp, input layer)"

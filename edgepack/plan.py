@@ -364,7 +364,7 @@ def _speed(
     slots: int,
 ) -> Speed:
     embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
+    weights = schemes.active_bytes(spec, scheme, imatrix=imatrix) - per_layer
     return speed.estimate(
         profile,
         mode,
