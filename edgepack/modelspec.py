@@ -50,6 +50,11 @@ class ModelSpec:
     """With sliding windows: layer il has full attention iff il % window_period == window_period - 1."""
     recurrent_bytes: int = 0
     """State per sequence of all recurrent layers."""
+    recurrent_layers: int = 0
+    draft_layers: int = 0
+    """Layers behind the last one that only draft (MTP): in the file, never loaded, without a cache."""
+    first_kv_heads: int | None = None
+    """KV heads of layer 0 where layers differ (0 for one without attention); llama-quantize asks no other."""
     header_bytes: Bytes | None = None
     """Exact bytes before the tensor data of its GGUF (the same for every scheme, since the converter
     always writes general.file_type and general.quantization_version); None when there is no tokenizer."""
@@ -67,6 +72,19 @@ class ModelSpec:
     @property
     def parameters(self) -> int:
         return _parameters(self)
+
+    @property
+    def family(self) -> str:
+        """The architecture, but mixtral for a llama with experts: that one is planned for and not converted."""
+        return "mixtral" if self.architecture == "llama" and self.experts else self.architecture
+
+    def loaded(self, tensor: Tensor) -> bool:
+        """Whether llama-server loads the tensor at all: those of layers that only draft it skips."""
+        return llama_order(tensor)[0] < self.layers
+
+    def read_share(self, tensor: Tensor) -> float:
+        """Part of a matrix that one token reads: of routed experts those that are used, else all of it."""
+        return self.experts_used / self.experts if self.experts and "_exps." in tensor.name else 1.0
 
 
 @lru_cache(maxsize=1024)
@@ -88,15 +106,17 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
                 f"{name}: model_type {model_type} has no text_config",
                 hint="pass the text model's config.json",
             )
-        config, model_type = text, _MULTIMODAL[str(model_type)]
+        outer = {"tie_word_embeddings": config.get("tie_word_embeddings")}
+        config, model_type = {**outer, **text}, _MULTIMODAL[str(model_type)]
     read = _READERS.get(model_type) if isinstance(model_type, str) else None
     if read is None:
         planned = architectures.read(str(model_type), Config(config, name))
         if planned is not None:
             return _from_layout(planned, name=name)
         known = ", ".join(sorted((*_READERS, *architectures.MODEL_TYPES)))
+        missing = architectures.NOT_KNOWN.get(str(model_type))
         raise Unsupported(
-            f"{name}: model_type {model_type!r} is not known",
+            f"{name}: model_type {model_type!r} is not known" + (f": {missing}" if missing else ""),
             hint=f"known model types: {known}; a .gguf of a known architecture also works",
         )
     return read(Config(config, name))
@@ -140,7 +160,8 @@ def from_gguf(header: ggufheader.Header, *, name: str) -> ModelSpec:
         raise Unsupported(
             f"{name}: split GGUF files are not read", hint="merge the parts with llama-gguf-split"
         )
-    if architecture in architectures.PLANNED:
+    experts = header.values.get(f"{architecture}.expert_count", 0)
+    if architecture in architectures.PLANNED or (architecture == "llama" and experts):
         return _planned_gguf(header, str(architecture), name=name)
     fields = _GgufFields(header, name, str(architecture))
     shapes = {t.name: t.shape for t in header.tensors}
@@ -186,7 +207,10 @@ _MULTIMODAL = {
     "gemma3": "gemma3_text",
     "gemma3n": "gemma3n_text",
     "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
     "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl": "qwen3_vl_text",
     "mistral3": "ministral3",
 }
 """Configs that hold a vision tower too -> the model_type of their text_config."""
@@ -449,14 +473,18 @@ def _planned(
     if heads < 1:
         raise BadInput(f"{name}: the GGUF has {heads} heads")
     caches = architectures.caches(architecture, keys, name=name)
+    drafts = architectures.draft_layers(keys, name=name)
+    first = keys.get("attention.head_count_kv")
+    whole = [kind.heads for kind in caches.kv if kind.window is None] or [kind.heads for kind in caches.kv]
+    experts, ffn = widest("expert_count", 0), widest("feed_forward_length", 0)
     return ModelSpec(
         name=name,
         architecture=architecture,
-        layers=widest("block_count") - widest("nextn_predict_layers", 0),
+        layers=widest("block_count") - drafts,
         hidden=hidden,
-        ffn=widest("feed_forward_length", 0),
+        ffn=ffn,
         heads=heads,
-        kv_heads=max(1, widest("attention.head_count_kv", heads)),
+        kv_heads=max(whole, default=1),
         head_dim=widest("attention.key_length", hidden // heads),
         vocab=embedding[1],
         tied="output.weight" not in shapes,
@@ -464,10 +492,13 @@ def _planned(
         kv=caches.kv,
         window_period=caches.period,
         recurrent_bytes=caches.recurrent_bytes,
+        recurrent_layers=caches.recurrent_layers,
+        draft_layers=drafts,
+        first_kv_heads=first[0] if isinstance(first, tuple) and first else None,
         tensors=tensors,
-        experts=widest("expert_count", 0),
+        experts=experts,
         experts_used=widest("expert_used_count", 0),
-        expert_ffn=widest("expert_feed_forward_length", 0),
+        expert_ffn=widest("expert_feed_forward_length", ffn if experts else 0),
     )
 
 

@@ -105,7 +105,7 @@ def named(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
         source=str(path),
         revision=None,
-        architecture=spec.architecture,
+        architecture=spec.family,
         parameters=spec.parameters,
         license="unknown",
     )
@@ -122,7 +122,7 @@ def read_model(path: Path) -> modelspec.ModelSpec:
     """The shapes of a model; of a Hugging Face folder with a tokenizer also the exact size of its GGUF header."""
     spec = modelspec.read(path)
     tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    if not path.is_dir() or not tokenizer or spec.architecture not in modelspec.CONVERTED:
+    if not path.is_dir() or not tokenizer or spec.family not in modelspec.CONVERTED:
         return spec
     from edgepack.builders import convert
 
@@ -305,7 +305,7 @@ def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candid
         id=repository,
         source=repository,
         revision=checkpoint.revision,
-        architecture=spec.architecture,
+        architecture=spec.family,
         parameters=spec.parameters,
         license=checkpoint.license,
     )
@@ -318,7 +318,7 @@ def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -
         id=entry.id,
         source=entry.repo,
         revision=revision or entry.revision,
-        architecture=spec.architecture,
+        architecture=spec.family,
         parameters=spec.parameters,
         license=entry.license,
         commercial=entry.commercial,

@@ -384,7 +384,7 @@ def _speed(
 ) -> Speed:
     backend = profile.backend
     embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend) - per_layer
+    weights = schemes.active_bytes(spec, scheme, imatrix=imatrix, backend=backend) - per_layer
     return speed.estimate(
         profile,
         mode,
@@ -431,7 +431,7 @@ def _warnings(
             f"bytes: nothing was measured for {runtime.NAME} here"
         )
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
-    weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix)
+    weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
     if limit is not None and weights > limit and runtime is llama_cpp:
         yield (
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "

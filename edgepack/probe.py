@@ -13,10 +13,12 @@ import platform
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from edgepack import l4t, serde, shell
 from edgepack import profile as profiles
@@ -55,7 +57,27 @@ DDR5 laptop (54 of 80-86 GB/s STREAM)."""
 _LEAST_MEMORY = 64 * MIB
 """A MemTotal below this is a broken capture, not a machine that runs models."""
 _PATIENCE = 1.2
-"""Seconds that a driver has to answer; one that hangs must not hold up the rest."""
+"""Seconds that files and drivers have to answer, all of them at once; what hangs must not hold up the rest."""
+FILES: tuple[str, ...] = (
+    "etc/nv_tegra_release",
+    "etc/nvpmodel.conf",
+    "etc/os-release",
+    "nvidia-smi.csv",
+    "proc/cpuinfo",
+    "proc/device-tree/compatible",
+    "proc/device-tree/model",
+    "proc/driver/nvidia/gpus/*/information",
+    "proc/meminfo",
+    "proc/self/status",
+    "proc/sys/kernel/osrelease",
+    "sys/class/dmi/id/product_name",
+    "sys/devices/system/cpu/cpu0/cache/index*/size",
+    "sys/fs/cgroup/cpu.max",
+    "sys/fs/cgroup/memory.max",
+    "sys/fs/cgroup/memory.stat",
+    "var/lib/nvpmodel/status",
+)
+"""Every file of a root that is read; capture.sh, which each bundle carries, takes the same ones."""
 _SMI = "name,memory.total,memory.used,compute_cap"
 """What nvidia-smi is asked for; a capture has its answer, with the header, in nvidia-smi.csv at its root."""
 _PREFILL_PER_CORE: Mapping[Arch, float] = {"x86_64": 0.09, "aarch64": 0.025}
@@ -86,9 +108,16 @@ def probe(root: Path = Path("/")) -> Probed:
     machine that is neither x86-64 nor 64-bit Arm, BadInput for a root without /proc.
     """
     live = root == Path("/")
-    system = _System.read(root, live=live)
-    tree = _names(root)
-    card, silent = _card(root, live=live)
+    until = time.monotonic() + _PATIENCE
+    driver = _Question(lambda: _driver(until)) if live else None
+    psutil_says = _Question(_memory_now) if live else None
+    disk_says = _Question(_free_disk) if live else None
+    files = _Files.read(root, until)
+    now = psutil_says.answer(until) if psutil_says else None
+    disk = disk_says.answer(until) if disk_says else None
+    card, silent = _card(files, driver, until)
+    system = _System.read(files, root, now)
+    tree = _names(files)
     every = [profiles.load(name) for name in profiles.names()]
     kind = _kind(every, tree, card)
     nearest = _nearest(every, kind, system, tree, card)
@@ -101,7 +130,7 @@ def probe(root: Path = Path("/")) -> Probed:
         memory=system.memory or nearest.memory,
         cpu_cores=system.cores or nearest.cpu_cores,
         cpu_features=system.features or nearest.cpu_features,
-        disk=Bytes(shutil.disk_usage(Path.home()).free) if live else nearest.disk,
+        disk=nearest.disk if disk is None else Bytes(disk),
         software=replace(nearest.software, os=system.os or nearest.software.os),
         reserves=_system_reserves(nearest, system),
         match=_match(kind, system, nearest, card),
@@ -111,15 +140,16 @@ def probe(root: Path = Path("/")) -> Probed:
         findings.append(Finding(field="accelerator", source=f"unknown: {silent}"))
     match kind:
         case "jetson":
-            found, more = _as_jetson(found, nearest, root)
+            found, more = _as_jetson(found, nearest, files)
         case "nvidia-discrete":
             found, more = _as_card(found, nearest, system, card)
         case "amd-apu" | "apple":
             more = (Finding(field="power_modes", source=f"as {nearest.name}; nothing was measured"),)
         case _:
             found, more = _as_cpu(found, nearest, system, live=live)
-    if live:
+    if disk is not None:
         findings.append(Finding(field="disk", source="free space of the home folder"))
+    findings += [Finding(field=f"/{name}", source="unknown: it did not answer") for name in files.silent]
     read = {"memory", "cpu_cores", "cpu_features", "match"}
     uncertain = (*(name for name in found.uncertain if name not in read), *unknown)
     return Probed(
@@ -157,8 +187,6 @@ def read_bandwidth(*, threads: int, size: int = _BUFFER, seconds: float = _SECON
     """
     import ctypes
     import mmap
-    import threading
-    import time
 
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "memchr"):
@@ -202,6 +230,58 @@ def read_bandwidth(*, threads: int, size: int = _BUFFER, seconds: float = _SECON
     return share * threads / min(passes)
 
 
+# ── asking without waiting for ever ──────────────────────────────────────────────────────────────────
+
+_Answer = TypeVar("_Answer")
+
+
+class _Question(Generic[_Answer]):
+    """Asked at once, on a thread that ends with the program when it hangs."""
+
+    def __init__(self, ask: Callable[[], _Answer]) -> None:
+        self.answers: list[_Answer] = []
+        self.worker = threading.Thread(target=lambda: self.answers.append(ask()), daemon=True)
+        self.worker.start()
+
+    def answer(self, until: float) -> _Answer | None:
+        """None when there is none by then (time.monotonic)."""
+        self.worker.join(max(0.0, until - time.monotonic()))
+        return self.answers[0] if self.answers else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    texts: Mapping[str, tuple[str, ...]]
+    """By their names in FILES; more than one behind a star."""
+    silent: tuple[str, ...]
+    """Those that did not answer."""
+
+    @staticmethod
+    def read(root: Path, until: float) -> _Files:
+        asked = {name: _Question(partial(_texts, root, name)) for name in FILES}
+        said = {name: question.answer(until) for name, question in asked.items()}
+        return _Files(
+            texts={name: texts or () for name, texts in said.items()},
+            silent=tuple(name for name, texts in said.items() if texts is None),
+        )
+
+    def text(self, name: str) -> str:
+        """A file of the kernel's; "" where this kernel has none or will not let it be read."""
+        return next(iter(self.texts[name]), "")
+
+
+def _texts(root: Path, name: str) -> tuple[str, ...]:
+    return tuple(_text(path) for path in (sorted(root.glob(name)) if "*" in name else (root / name,)))
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return ""
+    return data.replace(b"\0", b"\n").decode("utf-8", errors="replace")
+
+
 # ── what the kernel says ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -226,34 +306,36 @@ class _System:
     """A desktop session is open now."""
 
     @staticmethod
-    def read(root: Path, *, live: bool) -> _System:
-        cpuinfo = _text(root / "proc/cpuinfo")
-        if not cpuinfo and not _text(root / "proc/meminfo"):
+    def read(files: _Files, root: Path, now: tuple[int, int] | None) -> _System:
+        """``now``: memory in all and in use, as this machine has it; None for a captured one."""
+        live = root == Path("/")
+        cpuinfo = files.text("proc/cpuinfo")
+        if not cpuinfo and not files.text("proc/meminfo"):
             raise BadInput(
                 f"{root} has no /proc with cpuinfo and meminfo", hint="give the root of a Linux system"
             )
-        arch = _arch(cpuinfo, root)
+        arch = _arch(cpuinfo, files)
         if live and platform.machine() != arch:
             raise Unsupported(
                 f"a {platform.machine()} machine is not known", hint="x86-64 and 64-bit Arm are"
             )
         flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)).split())
-        cores, cores_source = _cores(cpuinfo, root, live=live)
-        memory, used = _memory(root, live=live)
+        cores, cores_source = _cores(cpuinfo, files)
+        memory, used = now or _memory(files)
         memory_source, used_source = (
             "MemTotal in /proc/meminfo",
             "MemTotal - MemAvailable in /proc/meminfo, now",
         )
-        limit = _text(root / "sys/fs/cgroup/memory.max").strip()
+        limit = files.text("sys/fs/cgroup/memory.max").strip()
         if limit.isdigit() and (memory is None or int(limit) < memory):
             memory, memory_source = int(limit), "memory.max of this control group (a container's limit)"
-            used, used_source = _cgroup_used(root), "memory.stat of this control group, now"
+            used, used_source = _cgroup_used(files), "memory.stat of this control group, now"
         model = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.M)
-        release = _text(root / "proc/sys/kernel/osrelease")
-        name = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text(root / "etc/os-release"), re.M)
+        release = files.text("proc/sys/kernel/osrelease")
+        name = re.search(r'^PRETTY_NAME="?([^"\n]+)', files.text("etc/os-release"), re.M)
         return _System(
             arch=arch,
-            cpu=" ".join(model.group(1).split()) if model else _model(root) or f"{arch} CPU",
+            cpu=" ".join(model.group(1).split()) if model else _model(files) or f"{arch} CPU",
             cores=cores,
             cores_source=cores_source,
             features=tuple(feature for feature in _FEATURES[arch] if feature in flags),
@@ -261,29 +343,40 @@ class _System:
             memory_source=memory_source,
             used=None if used is None else Bytes(used),
             used_source=used_source,
-            cache=max((_size(_text(path)) for path in _caches(root)), default=0),
+            cache=max(map(_size, files.texts["sys/devices/system/cpu/cpu0/cache/index*/size"]), default=0),
             os=name.group(1) if name else None,
             windows="microsoft" in release.lower(),
             desktop=live and any(os.environ.get(key) for key in ("DISPLAY", "WAYLAND_DISPLAY")),
         )
 
 
-def _arch(cpuinfo: str, root: Path) -> Arch:
+def _arch(cpuinfo: str, files: _Files) -> Arch:
     """x86 says flags and Arm Features; where neither is left, only Arm boards have a device tree."""
     if re.search(r"^flags\s*:", cpuinfo, re.M):
         return "x86_64"
-    arm = re.search(r"^(?:Features|CPU implementer)\s*:", cpuinfo, re.M) or _model(root)
+    arm = re.search(r"^(?:Features|CPU implementer)\s*:", cpuinfo, re.M) or _model(files)
     return "aarch64" if arm else "x86_64"
 
 
-def _memory(root: Path, *, live: bool) -> tuple[int | None, int | None]:
-    """Bytes of memory in all, and those of them that no new program can have; None for what is not said."""
-    if live:
-        import psutil  # it also knows kernels that do not say MemAvailable
+def _free_disk() -> int | None:
+    """Bytes that are free in the home folder; None where there is no home."""
+    try:
+        return shutil.disk_usage(Path.home()).free
+    except (OSError, RuntimeError):
+        return None
 
-        now = psutil.virtual_memory()
-        return now.total, now.total - now.available
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", _text(root / "proc/meminfo"), re.M)
+
+def _memory_now() -> tuple[int, int]:
+    """Bytes of this machine's memory, and those of them that no new program can have."""
+    import psutil  # it also knows kernels that do not say MemAvailable
+
+    now = psutil.virtual_memory()
+    return now.total, now.total - now.available
+
+
+def _memory(files: _Files) -> tuple[int | None, int | None]:
+    """The same of a captured machine; None for what is not said."""
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", files.text("proc/meminfo"), re.M)
     said = {name: int(kib) * KIB for name, kib in found}
     total, available = said.get("MemTotal"), said.get("MemAvailable")
     if total is None or total < _LEAST_MEMORY:
@@ -291,9 +384,9 @@ def _memory(root: Path, *, live: bool) -> tuple[int | None, int | None]:
     return total, total - available if available and available <= total else None
 
 
-def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int | None, str]:
+def _cores(cpuinfo: str, files: _Files) -> tuple[int | None, str]:
     """Physical cores this process may use: hyperthreads share one, and a container may have fewer."""
-    allowed = os.sched_getaffinity(0) if live else None
+    allowed = _allowed(files)
     cores: set[tuple[str, str]] = set()
     for block in cpuinfo.strip().split("\n\n"):
         said = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", block, re.M))
@@ -303,20 +396,23 @@ def _cores(cpuinfo: str, root: Path, *, live: bool) -> tuple[int | None, str]:
         cores.add((said.get("physical id", ""), said.get("core id", f"cpu{number}")))
     if not cores:
         return None, "no processor in /proc/cpuinfo"
-    quota = re.match(r"(\d+) (\d+)", _text(root / "sys/fs/cgroup/cpu.max"))
+    quota = re.match(r"(\d+) (\d+)", files.text("sys/fs/cgroup/cpu.max"))
     if quota is not None and int(quota.group(1)) < len(cores) * int(quota.group(2)):
         return max(1, int(quota.group(1)) // int(quota.group(2))), "cpu.max of this control group"
     return len(cores), "physical cores in /proc/cpuinfo that this process may use"
 
 
-def _cgroup_used(root: Path) -> int:
+def _allowed(files: _Files) -> frozenset[int] | None:
+    """Processors that this process may use, as in "0-3,8"; None when it is not said."""
+    said = re.search(r"^Cpus_allowed_list:\s*([\d,-]+)$", files.text("proc/self/status"), re.M)
+    ranges = re.findall(r"(\d{1,5})(?:-(\d{1,5}))?", said.group(1)) if said else []
+    return frozenset(n for low, high in ranges for n in range(int(low), int(high or low) + 1)) or None
+
+
+def _cgroup_used(files: _Files) -> int:
     """What a control group holds and cannot give back: all but the file cache."""
-    said = dict(re.findall(r"^(\w+) (\d+)$", _text(root / "sys/fs/cgroup/memory.stat"), re.M))
+    said = dict(re.findall(r"^(\w+) (\d+)$", files.text("sys/fs/cgroup/memory.stat"), re.M))
     return sum(int(said.get(name, 0)) for name in ("anon", "kernel", "shmem"))
-
-
-def _caches(root: Path) -> list[Path]:
-    return list((root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
 
 
 def _size(text: str) -> int:
@@ -324,23 +420,14 @@ def _size(text: str) -> int:
     return int(match.group(1)) * {"": 1, "K": 1024, "M": MIB}[match.group(2)] if match else 0
 
 
-def _text(path: Path) -> str:
-    """A file of the kernel's; "" where this kernel has none or will not let it be read."""
-    try:
-        data = path.read_bytes() if path.is_file() else b""
-    except OSError:
-        return ""
-    return data.replace(b"\0", b"\n").decode("utf-8", errors="replace")
+def _model(files: _Files) -> str:
+    return files.text("proc/device-tree/model").strip()
 
 
-def _model(root: Path) -> str:
-    return _text(root / "proc/device-tree/model").strip()
-
-
-def _names(root: Path) -> str:
+def _names(files: _Files) -> str:
     """What the firmware calls this device: the device tree on Arm boards, DMI on PCs."""
-    tree = [_text(root / "proc/device-tree" / name) for name in ("model", "compatible")]
-    return "\n".join((*tree, _text(root / "sys/class/dmi/id/product_name")))
+    tree = ("proc/device-tree/model", "proc/device-tree/compatible", "sys/class/dmi/id/product_name")
+    return "\n".join(files.text(name) for name in tree)
 
 
 # ── what the driver says ─────────────────────────────────────────────────────────────────────────────
@@ -357,35 +444,30 @@ class _Card:
     bandwidth_gbs: float | None = None
 
 
-_Answer = TypeVar("_Answer")
+_Driver = tuple["_Card | None", str]
+"""A GPU, and why nothing is known of one when its driver did not answer."""
 
 
-def _card(root: Path, *, live: bool) -> tuple[_Card | None, str]:
-    """The NVIDIA GPU with memory of its own, and why nothing is known of one when a driver did not answer."""
-    if not live:
-        return _listed(_text(root / "nvidia-smi.csv")) or _in_proc(root), ""
-    answers = _within(_PATIENCE, _nvidia)
-    if not answers:
-        return _in_proc(root), f"NVML did not answer within {_PATIENCE} seconds"
-    if answers[0] is not None:
-        return answers[0], ""
-    if shutil.which("nvidia-smi") is None:
-        return _in_proc(root), ""
+def _card(files: _Files, driver: _Question[_Driver] | None, until: float) -> _Driver:
+    """The NVIDIA GPU with memory of its own; the kernel module still has the name of one that is silent."""
+    if driver is None:
+        return _listed(files.text("nvidia-smi.csv")) or _in_proc(files), ""
+    card, silent = driver.answer(until) or (None, f"NVML did not answer within {_PATIENCE} seconds")
+    return card or _in_proc(files), silent
+
+
+def _driver(until: float) -> _Driver:
+    """What NVML says, or nvidia-smi where NVML's bindings are missing."""
+    card = _nvidia()
+    if card is not None or shutil.which("nvidia-smi") is None:
+        return card, ""
+    query = (f"--query-gpu={_SMI}", "--format=csv")
+    left = max(0.1, until - time.monotonic() - 0.1)
     try:
-        query = (f"--query-gpu={_SMI}", "--format=csv")
-        said = shell.run(("nvidia-smi", *query), check=False, timeout=_PATIENCE)
+        said = shell.run(("nvidia-smi", *query), check=False, timeout=left)
     except shell.TimedOut:
-        return _in_proc(root), f"nvidia-smi did not answer within {_PATIENCE} seconds"
-    return _listed(said.stdout if said.returncode == 0 else "") or _in_proc(root), ""
-
-
-def _within(seconds: float, ask: Callable[[], _Answer]) -> tuple[_Answer, ...]:
-    """What ``ask`` returns, or nothing when it takes longer: a thread that hangs ends with the program."""
-    answers: list[_Answer] = []
-    worker = threading.Thread(target=lambda: answers.append(ask()), daemon=True)
-    worker.start()
-    worker.join(seconds)
-    return tuple(answers)
+        return None, f"nvidia-smi did not answer within {left:.1f} seconds"
+    return _listed(said.stdout if said.returncode == 0 else ""), ""
 
 
 def _listed(text: str) -> _Card | None:
@@ -413,11 +495,10 @@ def _mib(text: str) -> int | None:
     return int(found.group(1)) * MIB if found and int(found.group(1)) else None
 
 
-def _in_proc(root: Path) -> _Card | None:
+def _in_proc(files: _Files) -> _Card | None:
     """The name alone, which NVIDIA's kernel module gives."""
-    folders = root / "proc/driver/nvidia/gpus"
-    for path in sorted(folders.glob("*/information")):
-        found = re.search(r"^Model:\s*(\S.*?)\s*$", _text(path), re.M)
+    for text in files.texts["proc/driver/nvidia/gpus/*/information"]:
+        found = re.search(r"^Model:\s*(\S.*?)\s*$", text, re.M)
         if found:
             return _Card(name=found.group(1), source="/proc/driver/nvidia/gpus")
     return None
@@ -582,25 +663,25 @@ def _as_cpu(
 
 
 def _as_jetson(
-    found: DeviceProfile, nearest: DeviceProfile, root: Path
+    found: DeviceProfile, nearest: DeviceProfile, files: _Files
 ) -> tuple[DeviceProfile, Sequence[Finding]]:
     """Bandwidth is the mode's, which the CPU cannot measure: one core complex reads a third of it."""
-    software, findings = _software(found.software, nearest, root)
+    software, findings = _software(found.software, nearest, files)
     found = replace(
         found, software=software, reserves=replace(found.reserves, safety=nearest.reserves.safety)
     )
     if not set(software.l4t) <= set(nearest.software.l4t):
         found = replace(found, uncertain=(*found.uncertain, "software.images"))
-    mode, source = _power_mode(root), "/etc/nvpmodel.conf and /var/lib/nvpmodel/status"
+    mode, source = _power_mode(files), "/etc/nvpmodel.conf and /var/lib/nvpmodel/status"
     if mode is None or mode not in {known.name for known in nearest.power_modes}:
         unknown = Finding(field="default_mode", source=f"as {nearest.name}; the live mode is not known")
         return found, (*findings, unknown)
     return replace(found, default_mode=mode), (*findings, Finding(field="default_mode", source=source))
 
 
-def _software(known: Software, nearest: DeviceProfile, root: Path) -> tuple[Software, tuple[Finding, ...]]:
+def _software(known: Software, nearest: DeviceProfile, files: _Files) -> tuple[Software, tuple[Finding, ...]]:
     """The software by its L4T; a release that the table lacks has no CUDA rather than a neighbor's."""
-    version = l4t.release(_text(root / "etc/nv_tegra_release"))
+    version = l4t.release(files.text("etc/nv_tegra_release"))
     if version is None:
         said = f"unknown: no release in /etc/nv_tegra_release; as {nearest.name}"
         return replace(known, os=nearest.software.os), (Finding(field="software", source=said),)
@@ -615,13 +696,13 @@ def _software(known: Software, nearest: DeviceProfile, root: Path) -> tuple[Soft
     return software, (Finding(field="software", source="/etc/nv_tegra_release and edgepack/l4t.py"),)
 
 
-def _power_mode(root: Path) -> str | None:
+def _power_mode(files: _Files) -> str | None:
     """Name of the live power mode; ids differ per board, so the board's own table translates.
 
     Some boards write MODE_30W where others write 30W; profiles have the short form.
     """
-    live = re.search(r"pmode:(\d+)", _text(root / "var/lib/nvpmodel/status"))
-    rows = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", _text(root / "etc/nvpmodel.conf"))
+    live = re.search(r"pmode:(\d+)", files.text("var/lib/nvpmodel/status"))
+    rows = re.findall(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+?)\s*>", files.text("etc/nvpmodel.conf"))
     name = {int(number): name for number, name in rows}.get(int(live.group(1))) if live else None
     return name.removeprefix("MODE_") if name else None
 

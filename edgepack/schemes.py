@@ -188,6 +188,37 @@ def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backe
 
 
 @lru_cache(maxsize=4096)
+def loaded_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> int:
+    """Bytes of the tensors that llama-server loads: all but those of layers that only draft."""
+    if not spec.draft_layers:
+        return weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    return _sum(
+        spec, scheme, imatrix=imatrix, backend=backend, share=lambda t: 1.0 if spec.loaded(t) else 0.0
+    )
+
+
+@lru_cache(maxsize=4096)
+def active_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> int:
+    """Bytes of the weights that one token reads: of the routed experts only those that are used."""
+    if not spec.experts:
+        return loaded_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    return _sum(
+        spec,
+        scheme,
+        imatrix=imatrix,
+        backend=backend,
+        share=lambda t: spec.read_share(t) if spec.loaded(t) else 0.0,
+    )
+
+
+def _sum(
+    spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend, share: Callable[[Tensor], float]
+) -> int:
+    pairs = zip(spec.tensors, tensor_types(spec, scheme, imatrix=imatrix, backend=backend), strict=True)
+    return round(sum(tensor_bytes(kind, t.shape) * share(t) for t, kind in pairs))
+
+
+@lru_cache(maxsize=4096)
 def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> tuple[int, int]:
     """Bytes of the tables that rows are looked up in: the token embedding, and Gemma's embedding per layer."""
     kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
@@ -252,6 +283,7 @@ _KEPT = (
     "per_layer_model_proj",
     "ssm_conv1d",
     "shortconv.conv.weight",
+    "position_embd",
 )
 """Names that are never quantized (tensor_allows_quantization), as far as the known architectures go."""
 
@@ -331,8 +363,9 @@ class _State:
     def __init__(self, spec: ModelSpec, scheme: str, imatrix: bool) -> None:
         self.scheme = scheme
         self.imatrix = imatrix
-        self.layers = spec.layers
-        self.gqa = spec.heads // spec.kv_heads if spec.kv_heads else 0
+        self.layers = spec.layers + spec.draft_layers
+        kv_heads = spec.kv_heads if spec.first_kv_heads is None else spec.first_kv_heads
+        self.gqa = spec.heads // kv_heads if kv_heads else 0
         self.experts = spec.experts
         self.tied = all(t.name != "output.weight" for t in spec.tensors)
         self.of_v = sum(1 for t in spec.tensors if _category(t.name) in _LIKE_V)

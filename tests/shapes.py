@@ -64,6 +64,12 @@ _GEMMA4 = {
     "layer_types": [("full_attention" if il % 6 == 5 else "sliding_attention") for il in range(42)],
 }  # fmt: skip
 
+_GRANITE_H = {
+    "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_d_conv": 4,
+}  # fmt: skip
+_NEMOTRON = {"ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4}
+_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
 PLANNED: Mapping[str, Mapping[str, object]] = {
     "gemma-2-2b": config("gemma2", 26, 2304, 9216, 8, 4, 256000, head_dim=256, sliding_window=4096),
     "gemma-3n-e2b": config(
@@ -97,6 +103,87 @@ PLANNED: Mapping[str, Mapping[str, object]] = {
         "gpt_oss", 24, 2880, 2880, 64, 8, 201088,
         head_dim=64, num_local_experts=32, num_experts_per_tok=4, sliding_window=128,
     ),
+    "granite-4.0-h-micro": config(
+        "granitemoehybrid", 40, 2048, 8192, 32, 8, 100352, shared_intermediate_size=8192, mamba_n_heads=64,
+        layer_types=[("attention" if il % 10 == 5 else "mamba") for il in range(40)], **_GRANITE_H, **TIED,
+    ),
+    "granite-4.0-h-tiny": config(
+        "granitemoehybrid", 40, 1536, 512, 12, 4, 100352, shared_intermediate_size=1024, mamba_n_heads=48,
+        num_local_experts=64, num_experts_per_tok=6,
+        layer_types=[("attention" if il % 10 == 5 else "mamba") for il in range(40)], **_GRANITE_H, **TIED,
+    ),
+    "granite-3.1-3b-a800m": config(
+        "granitemoe", 32, 1536, 512, 24, 8, 49155, num_local_experts=40, num_experts_per_tok=8, **TIED
+    ),
+    "nemotron-nano-9b-v2": config(
+        "nemotron_h", 56, 4480, 15680, 40, 8, 131072, head_dim=128, mamba_num_heads=128, mamba_head_dim=80,
+        hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", **_NEMOTRON,
+    ),
+    "nemotron-3-nano-30b": config(
+        "nemotron_h", 52, 2688, 1856, 32, 2, 131072, head_dim=128, mamba_num_heads=64, mamba_head_dim=64,
+        hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
+        moe_shared_expert_intermediate_size=3712, **_NEMOTRON,
+    ),
+    "nemotron-with-latent-experts-and-mtp": config(
+        "nemotron_h", 6, 512, 256, 8, 2, 32000, head_dim=64, mamba_num_heads=16, mamba_head_dim=64,
+        hybrid_override_pattern="MEM*EM", n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=256,
+        moe_shared_expert_intermediate_size=512, moe_latent_size=256, num_nextn_predict_layers=1, **_NEMOTRON,
+    ),
+    "falcon-h1-0.5b": config(
+        "falcon_h1", 36, 1024, 2048, 8, 2, 32784, head_dim=64, mamba_d_ssm=1536, mamba_n_heads=24,
+        mamba_d_head=64, mamba_d_state=128, mamba_n_groups=1, mamba_d_conv=4,
+    ),
+    "deepseek-v2-lite": config(
+        "deepseek_v2", 27, 2048, 10944, 16, 16, 102400, q_lora_rank=None, first_k_dense_replace=1,
+        moe_intermediate_size=1408, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6, **_MLA,
+    ),
+    "deepseek-v3-of-four-layers": config(
+        "deepseek_v3", 4, 1536, 4608, 16, 16, 32000, q_lora_rank=512, first_k_dense_replace=1,
+        moe_intermediate_size=512, n_routed_experts=32, n_shared_experts=1, num_experts_per_tok=8,
+        topk_method="noaux_tc", **_MLA,
+    ),
+    "llama-4-scout": config(
+        "llama4_text", 48, 5120, 8192, 40, 8, 202048, head_dim=128, intermediate_size_mlp=16384,
+        num_local_experts=16, num_experts_per_tok=1, interleave_moe_layer_step=1, attention_chunk_size=8192,
+        **LLAMA3,
+    ),
+    "llama-4-of-eight-layers": config(
+        "llama4_text", 8, 1024, 1024, 8, 2, 32000, head_dim=128, intermediate_size_mlp=2048,
+        num_local_experts=8, num_experts_per_tok=1, interleave_moe_layer_step=2,
+    ),
+    "mixtral-8x7b": config(
+        "mixtral", 32, 4096, 14336, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "qwen3.5-35b-a3b": config(
+        "qwen3_5_moe_text", 40, 2048, 512, 16, 2, 248320, num_experts=256, num_experts_per_tok=8,
+        moe_intermediate_size=512, shared_expert_intermediate_size=512, tie_word_embeddings=False,
+        mtp_num_hidden_layers=1, **_DELTA_NET,
+    ),
+    "qwen3.5-4b-with-mtp": config(
+        "qwen3_5_text", 32, 2560, 9216, 16, 4, 248320, mtp_num_hidden_layers=1, **_DELTA_NET
+    ),
+    "qwen3-vl-2b": config("qwen3_vl_text", 28, 2048, 6144, 16, 8, 151936, head_dim=128, **TIED),
+    "gemma-4-31b": config(
+        "gemma4_text", 60, 5376, 21504, 32, 16, 262144, attention_k_eq_v=True, num_global_key_value_heads=4,
+        head_dim=256, global_head_dim=512, sliding_window=1024,
+        layer_types=[("full_attention" if il % 6 == 5 else "sliding_attention") for il in range(60)],
+    ),
+    "gemma-2b": config("gemma", 18, 2048, 16384, 8, 1, 256000, head_dim=256),
+    "exaone-4-1.2b": config("exaone4", 30, 2048, 4096, 32, 8, 102400, head_dim=64, **TIED, **LLAMA3),
+    "exaone-4-32b": config(
+        "exaone4", 64, 5120, 27392, 40, 8, 102400, head_dim=128, sliding_window=4096,
+        sliding_window_pattern="LLLG", **LLAMA3,
+    ),
+    "olmo-3-7b": config("olmo3", 32, 4096, 11008, 32, 32, 100278, sliding_window=4096),
+    "smallthinker-4b": config(
+        "smallthinker", 32, 1536, 768, 12, 2, 151936, head_dim=128, moe_num_primary_experts=32,
+        moe_num_active_primary_experts=4, moe_ffn_hidden_size=768, sliding_window_size=4096,
+        sliding_window_layout=[int(il % 4 != 0) for il in range(32)],
+    ),
+    "gpt-2-xl": {
+        "model_type": "gpt2", "n_layer": 48, "n_embd": 1600, "n_head": 25, "vocab_size": 50257, "n_positions": 1024
+    },
 }  # fmt: skip
 """Architectures that are planned for and not converted."""
 
@@ -135,8 +222,16 @@ def settings(
 _REALS = {
     "cohere2": {"logit_scale": 1.0, "attention.layer_norm_epsilon": 1e-5},
     "granite": {"logit_scale": 8.0},
+    "granitemoe": {"logit_scale": 8.0},
+    "gpt2": {"attention.layer_norm_epsilon": 1e-5},
+    "nemotron_h": {"attention.layer_norm_epsilon": 1e-5},
+    "nemotron_h_moe": {"attention.layer_norm_epsilon": 1e-5},
 }
 """Hyperparameters that llama.cpp wants and no size depends on."""
+_GATING = {"smallthinker": {"expert_gating_func": 2}}
+_FLAGS = ("attention.sliding_window_pattern", "attention.recurrent_layers")
+_ZEROES = ("embedding_length_per_layer_input", "feed_forward_length")
+"""Keys that llama.cpp wants even where they are 0."""
 
 
 def write_gguf(path: Path, model: ModelSpec, scheme: str, *, with_file_type: bool = True) -> Path:
@@ -163,15 +258,16 @@ def write_gguf(path: Path, model: ModelSpec, scheme: str, *, with_file_type: boo
         layout = architectures.read(str(values["model_type"]), Config(values, model.name))
         assert layout is not None
         numbers |= layout.keys
+    numbers |= _GATING.get(arch, {})
     file_type = next(n for n, name in FILE_TYPES.items() if name == scheme)
     entries = [
         Entry(key="general.architecture", kind="str", value=arch),
         *([Entry(key="general.file_type", kind="u32", value=file_type)] if with_file_type else []),
         Entry(key="general.quantization_version", kind="u32", value=2),
         *(
-            Entry(key=f"{arch}.{key}", kind="bool" if key.endswith("window_pattern") else "u32", value=value)
+            Entry(key=f"{arch}.{key}", kind="bool" if key in _FLAGS else "u32", value=value)
             for key, value in numbers.items()
-            if value
+            if value or key in _ZEROES
         ),
         *(Entry(key=f"{arch}.{key}", kind="f32", value=value) for key, value in _REALS.get(arch, {}).items()),
         Entry(key=f"{arch}.attention.layer_norm_rms_epsilon", kind="f32", value=1e-6),

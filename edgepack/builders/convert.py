@@ -199,8 +199,8 @@ class _Numbers:
 
 def _refuse(spec: ModelSpec, config: Mapping[str, object]) -> None:
     """Unsupported for settings that llama.cpp's graph of this architecture does not compute."""
-    if spec.architecture not in modelspec.CONVERTED:
-        raise planning_only(spec.name, spec.architecture)
+    if spec.family not in modelspec.CONVERTED:
+        raise planning_only(spec.name, spec.family)
     activations = {"gemma3": ("gelu_pytorch_tanh",)}.get(spec.architecture, ("silu", "swish"))
     activation = config.get("hidden_activation") or config.get("hidden_act") or activations[0]
     problems = {

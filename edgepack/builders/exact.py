@@ -79,8 +79,8 @@ def exact_many(
     Buffers are those of the CPU backend. Raises BuildFailed with llama.cpp's words when it refuses the
     scheme for this model or cannot make a context (as with quantized V and no flash attention).
     """
-    if spec.architecture not in CONVERTED:
-        raise planning_only(spec.name, spec.architecture)
+    if spec.family not in CONVERTED:
+        raise planning_only(spec.name, spec.family)
     keep = spec.gguf_types is not None and scheme in ("as-is", spec.gguf_scheme)
     with tempfile.TemporaryDirectory(prefix="edgepack-exact-") as folder:
         model = Path(folder) / "shape.gguf"

@@ -7,7 +7,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,22 +144,28 @@ def test_buffers_are_llama_cpps_to_the_printed_digit(oracle: Oracle, name: str, 
         llama.llama_model_free(model)
 
 
-def drawn(name: str) -> list[Settings]:
-    choices = list(
-        itertools.product(
-            (256, 300, 512, 1000, 4096, 5000, 16384, 32768),
-            (1, 2, 3, 4, 7),
-            (*llama_cpp.KV_TYPES, "q8_0/q4_0", "f16/q8_0", "q4_0/f16", "f32/f16"),
-            (1, 16, 100, 128, 512, 2048),
-            (True, True, False),
-            (True, False),
-        )
+CHOICES = tuple(
+    itertools.product(
+        (256, 300, 512, 1000, 4096, 5000, 16384, 32768),
+        (1, 2, 3, 4, 7),
+        (*llama_cpp.KV_TYPES, "q8_0/q4_0", "f16/q8_0", "q4_0/f16", "f32/f16"),
+        (1, 16, 100, 128, 512, 2048),
+        (True, True, False),
+        (True, False),
     )
+)
+
+
+def drawn(name: str) -> list[Settings]:
+    return drawn_from(CHOICES, random.Random(name), CONTEXTS_PER_SHAPE)
+
+
+def drawn_from(
+    choices: Sequence[tuple[int, int, str, int, bool, bool]], dice: random.Random, count: int
+) -> list[Settings]:
     return [
         settings(
             context, slots=slots, kv_type=kv_type, ubatch=ubatch, flash_attention=flash, unified_kv=unified
         )
-        for context, slots, kv_type, ubatch, flash, unified in random.Random(name).sample(
-            choices, CONTEXTS_PER_SHAPE
-        )
+        for context, slots, kv_type, ubatch, flash, unified in dice.sample(choices, count)
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -13,9 +16,13 @@ import pytest
 
 from edgepack import probe as probes
 from edgepack import profile
+from edgepack.bundle.render import render
 from edgepack.units import MIB
+from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
+
+CAPTURES = Path(__file__).parents[1] / "captures"
 
 
 def numpy_bandwidth(threads: int, size: int) -> float:
@@ -66,6 +73,91 @@ def test_read_bandwidth_agrees_with_numpy() -> None:
     theirs = max(numpy_bandwidth(1, 256 * MIB) for _ in range(2))
 
     assert 0.5 < ours / theirs < 4  # numpy adds up, so it may be the slower
+
+
+def capture(folder: Path, root: Path | None = None) -> Path:
+    """The folder with what a bundle's capture.sh says of ``root``, or of this machine."""
+    script, out, device = folder / "capture.sh", folder / "it's a capture.tar", folder / "device"
+    script.write_text(render(example_plan("raspberry-pi-5-8gb"))["capture.sh"], encoding="utf-8")
+    environment = {**os.environ, **({"EDGEPACK_ROOT": str(root)} if root else {})}
+    subprocess.run(["sh", str(script), str(out)], check=True, capture_output=True, env=environment)
+    device.mkdir()
+    subprocess.run(["tar", "-xf", str(out), "-C", str(device)], check=True)
+    assert out.stat().st_size < 1_000_000
+    return device
+
+
+def test_what_a_bundles_script_captures_here_is_what_a_live_probe_reads(tmp_path: Path) -> None:
+    captured = probes.probe(capture(tmp_path))
+
+    live = probes.probe()
+    assert captured.nearest == live.nearest
+    one, other = captured.profile, live.profile
+    for field in (
+        "title",
+        "arch",
+        "memory",
+        "cpu_cores",
+        "cpu_features",
+        "software",
+        "match",
+        "device_class",
+    ):
+        assert getattr(one, field) == getattr(other, field), field
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CAPTURES.iterdir() if path.is_dir()))
+def test_a_capture_of_a_capture_is_the_same_device(name: str, tmp_path: Path) -> None:
+    root = CAPTURES / name
+
+    again = capture(tmp_path, root)
+
+    kept = {str(path.relative_to(again)) for path in again.rglob("*") if path.is_file()}
+    assert kept == {
+        str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path.suffix != ".csv"
+    }
+    if (root / "nvidia-smi.csv").is_file():  # a live driver is asked for it
+        shutil.copy(root / "nvidia-smi.csv", again)
+    assert probes.probe(again) == probes.probe(root)
+
+
+def test_the_script_asks_the_driver_for_name_memory_and_compute_capability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (CAPTURES / "rtx-4060-laptop-8gb" / "nvidia-smi.csv").read_text()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >&2\ncat <<'END'\n{said}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+
+    device = capture(tmp_path)
+
+    assert (device / "nvidia-smi.csv").read_text() == said
+    found = probes.probe(device).profile.accelerator
+    assert found is not None and found.name == "NVIDIA GeForce RTX 4060 Laptop GPU"
+
+
+def test_the_script_takes_exactly_what_the_probe_reads_and_nothing_that_names_the_device(
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "root"
+    secret = "Serial\t\t: 10000000deadbeef\nGPU UUID:\t GPU-deadbeef\nModel:\t\t RTX deadbee5\n"
+    for name in (
+        *probes.FILES,
+        "etc/machine-id",
+        "proc/device-tree/serial-number",
+        "sys/class/net/eth0/address",
+    ):
+        path = root / name.replace("*", "0")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"Cpus_allowed_list:\t0\n{secret}", encoding="utf-8")
+
+    device = capture(tmp_path, root)
+
+    taken = {str(path.relative_to(device)) for path in device.rglob("*") if path.is_file()}
+    assert taken == {name.replace("*", "0") for name in probes.FILES if name != "nvidia-smi.csv"}
+    assert "deadbeef" not in "".join(path.read_text() for path in device.rglob("*") if path.is_file())
 
 
 def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -141,9 +141,10 @@ def test_a_device_must_be_named() -> None:
 
 
 def test_an_unknown_runtime_lists_the_known() -> None:
-    result = run("plan", "--profile", "jetson-orin", "--runtime", "vllm")
+    result = run("plan", "--profile", "jetson-orin", "--runtime", "vlm")
 
     assert result.exit_code == 11
+    assert "did you mean 'vllm'" in result.stderr
     assert "llama.cpp" in result.stderr
 
 

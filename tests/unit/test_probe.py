@@ -426,13 +426,86 @@ def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     vars(nvml).update({"NVMLError": RuntimeError, "nvmlInit": hangs})
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(probes, "read_bandwidth", lambda threads: 2e10)
-    monkeypatch.setattr(probes, "_PATIENCE", 0.05)
+    monkeypatch.setattr(probes, "_PATIENCE", 0.5)
 
     found = probes.probe()
     forever.set()
 
     assert (
-        Finding(field="accelerator", source="unknown: NVML did not answer within 0.05 seconds")
+        Finding(field="accelerator", source="unknown: NVML did not answer within 0.5 seconds")
         in found.findings
     )
     assert found.profile.device_class != "nvidia-discrete"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("meminfo", "memory"),
+        ("cpuinfo", "cpu_cores"),
+        ("os-release", "/etc/os-release"),
+        ("status", "default_mode"),
+    ],
+)
+def test_a_file_that_hangs_is_unknown_and_the_rest_is_read(
+    name: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forever = threading.Event()
+    read = Path.read_bytes
+
+    def hangs(path: Path) -> bytes:
+        if path.name == name:
+            forever.wait()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", hangs)
+    monkeypatch.setattr(probes, "_PATIENCE", 0.5)
+
+    found = probes.probe(CAPTURES / "jetson-orin-nano-8gb")
+    forever.set()
+
+    said = {finding.field: finding.source for finding in found.findings}
+    assert "unknown" in said[field] or "not known" in said[field]
+    assert [file for file in said if file.endswith(name)]
+    assert found.nearest.startswith("jetson-orin-nano")
+
+
+def test_memory_a_disk_and_a_driver_that_all_hang_are_waited_for_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forever = threading.Event()
+    monkeypatch.setattr(probes, "_memory_now", forever.wait)
+    monkeypatch.setattr(probes, "_free_disk", forever.wait)
+    monkeypatch.setattr(probes, "_driver", lambda until: forever.wait())
+    monkeypatch.setattr(probes, "read_bandwidth", lambda threads: 2e10)
+    monkeypatch.setattr(probes, "_PATIENCE", 0.5)
+    asked: list[float] = []
+    answer = probes._Question.answer
+
+    def counted(question: probes._Question[object], until: float) -> object:
+        asked.append(until)
+        return answer(question, until)
+
+    monkeypatch.setattr(probes._Question, "answer", counted)
+
+    found = probes.probe()
+    forever.set()
+
+    assert len(set(asked)) == 1, "one deadline for all"
+    said = {finding.field: finding.source for finding in found.findings}
+    assert "disk" not in said
+    assert said["accelerator"].startswith("unknown")
+    assert said["memory"] == "MemTotal in /proc/meminfo"
+
+
+def test_processors_that_a_process_may_not_use_are_no_cores(tmp_path: Path) -> None:
+    captured = root(
+        tmp_path,
+        {
+            "proc/cpuinfo": arm(8),
+            "proc/meminfo": MEMINFO.format(total=8_000_000, available=7_000_000),
+            "proc/self/status": "Name:\tgrep\nCpus_allowed_list:\t0-2,7\n",
+        },
+    )
+
+    assert probes.probe(captured).profile.cpu_cores == 4
