@@ -252,7 +252,9 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     document: dict[str, Any] = fit.to_document(result)
     if options.get("exact"):
         if runtime is not llama_cpp:
-            raise Unsupported(f"--exact asks {llama_cpp.NAME}, which does not run {scheme}", hint="leave it out")
+            raise Unsupported(
+                f"--exact asks {llama_cpp.NAME}, which does not run {scheme}", hint="leave it out"
+            )
         from edgepack.builders import exact
 
         told = exact.exact(

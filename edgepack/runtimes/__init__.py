@@ -84,8 +84,11 @@ def reading(scheme: str, machine: Machine) -> tuple[Runtime, ...]:
     reasons = {runtime.NAME: runtime.refusal(scheme, machine) for runtime in RUNTIMES}
     able = tuple(runtime for runtime in RUNTIMES if reasons[runtime.NAME] is None)
     if not able:
-        said = [str(reasons[r.NAME]) for r in RUNTIMES if r.reads(scheme)] or ["none that edgepack knows reads it"]
+        said = [str(reasons[r.NAME]) for r in RUNTIMES if r.reads(scheme)] or [
+            "none that edgepack knows reads it"
+        ]
         raise Unsupported(
-            f"no runtime runs {scheme} on this device: {'; '.join(said)}", hint="take a GGUF scheme, e.g. Q4_K_M"
+            f"no runtime runs {scheme} on this device: {'; '.join(said)}",
+            hint="take a GGUF scheme, e.g. Q4_K_M",
         )
     return able

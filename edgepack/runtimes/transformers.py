@@ -24,7 +24,14 @@ VERSION = "5.23.0"
 BUILT = False
 
 SCHEMES: tuple[str, ...] = ("bf16", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")
-STEPS_DOWN: tuple[str, ...] = ("bf16", "gptq-int8-g128", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")
+STEPS_DOWN: tuple[str, ...] = (
+    "bf16",
+    "gptq-int8-g128",
+    "bnb-int8",
+    "bnb-nf4",
+    "gptq-int4-g128",
+    "awq-int4-g128",
+)
 
 _BNB = "the aarch64 wheel of bitsandbytes has no sm_87, bitsandbytes#1930"
 KERNELS: tuple[support.Kernel, ...] = (

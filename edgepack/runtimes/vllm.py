@@ -60,7 +60,15 @@ KERNELS: tuple[support.Kernel, ...] = (
 (fatbin headers of 0.33.0). Of W4A8 no kernel is known for the devices here; bitsandbytes is not in 0.33's list of
 methods (quantization/__init__.py); GGUF moved to a plugin (vllm-gguf-plugin). There is no official CPU wheel."""
 
-KV_TYPES: tuple[str, ...] = ("bf16", "f16", "f32", "fp8", "int8_per_token_head", "int4_per_token_head", "nvfp4")
+KV_TYPES: tuple[str, ...] = (
+    "bf16",
+    "f16",
+    "f32",
+    "fp8",
+    "int8_per_token_head",
+    "int4_per_token_head",
+    "nvfp4",
+)
 """--kv-cache-dtype, in edgepack's words for the floats."""
 
 BLOCK = 16
@@ -211,7 +219,7 @@ def request_blocks(layout: Groups, length: int, batched: int) -> int:
 
 
 def longest(layout: Groups, available: int, limit: int, batched: int) -> int:
-    """"estimated maximum model length": the most tokens, in whole blocks, that one request may have beside the null
+    """ "estimated maximum model length": the most tokens, in whole blocks, that one request may have beside the null
     block, at most ``limit``."""
     free = available // layout.block_bytes - 1
     low, high = 0, -(-limit // layout.block)
