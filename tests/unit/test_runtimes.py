@@ -82,6 +82,17 @@ def test_layers_of_gemma_3_share_pages_in_groups_of_the_fewer_kind() -> None:
     assert layout.block_bytes == 10 * 16 * 16 * (128 + 128) * 2
 
 
+def test_nearly_as_many_layers_of_both_kinds_are_two_padded_groups() -> None:
+    """The case vLLM's source names: gpt-oss-20b and a draft layer, 12 sliding and 13 full layers."""
+    kind = KvLayers(count=12, heads=8, key_dim=64, value_dim=64, window=128)
+    kv = (kind, replace(kind, count=13, window=None))
+
+    layout = vllm.groups(replace(spec("llama-3.2-1b"), kv=kv), "bf16", backend="cuda")
+
+    assert layout.windows == (128, None)
+    assert layout.block_bytes == 13 * 16 * 2048
+
+
 def test_smaller_rows_get_longer_blocks_so_that_pages_are_of_one_size() -> None:
     kv = (
         KvLayers(count=10, heads=4, key_dim=512, value_dim=512),
@@ -144,9 +155,26 @@ def test_what_vllm_is_told_holds_the_plan() -> None:
 @pytest.mark.parametrize(
     ("config", "tokens", "gib"),
     [
-        (shapes.CONFIGS["qwen2.5-1.5b"], 32768, 2.02),
-        (shapes.config("llama", 32, 4096, 14336, 32, 8, 128256), 2048, 0.22),
-        (shapes.config("llama", 32, 4096, 14336, 32, 8, 128256), 8192, 1.26),
+        (
+            shapes.CONFIGS["qwen2.5-1.5b"],
+            32768,
+            2.02,
+        ),  # a public notebook, vLLM 0.7 on a T4 (seen in public logs)
+        (
+            shapes.config("llama", 32, 4096, 14336, 32, 8, 128256),
+            2048,
+            0.22,
+        ),  # a deployment guide, 0.7 on an A10
+        (
+            shapes.config("llama", 32, 4096, 14336, 32, 8, 128256),
+            8192,
+            1.26,
+        ),  # vllm PR 10511, Meta-Llama-3-8B
+        (
+            shapes.config("llama", 32, 4096, 14336, 32, 8, 128256),
+            8192,
+            1.19,
+        ),  # Llama-3.1-8B (seen in public logs)
     ],
 )
 def test_profile_runs_of_published_logs_lie_in_the_interval(
