@@ -99,7 +99,7 @@ def rounding_error(tensors: Sequence[Tensor], types: Sequence[str]) -> float:
     for tensor, kind in zip(tensors, types, strict=True):
         if len(tensor.shape) < 2 or tensor.name == "token_embd.weight":
             continue
-        error = ROUNDING_ERROR.get(kind, layouts.rounding_error(kind))
+        error = ROUNDING_ERROR[kind] if kind in ROUNDING_ERROR else layouts.rounding_error(kind)
         if error is None:
             raise Unsupported(f"what {kind} costs in quality is not known ({tensor.name})")
         count = tensor.elements

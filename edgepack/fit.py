@@ -259,7 +259,7 @@ def _changes(case: _Case) -> Iterator[tuple[str, _Case]]:
             yield f"--kv-type {lighter} --ubatch {_SMALL_UBATCH}", _ubatch(light)
     half = settings.context // 2
     context = _shorter(case)
-    if context >= half:
+    if context and context >= half:
         yield f"--context {context}", case.with_context(context)
     smaller = _smaller(case)
     for scheme in smaller:

@@ -137,7 +137,6 @@ def tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
     return elements // weights * size
 
 
-@lru_cache(maxsize=4096)
 def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> tuple[str, ...]:
     """The type of every tensor of ``spec``, in its order, after quantizing to ``scheme``: ggml's, or layouts.py's.
 
@@ -147,6 +146,11 @@ def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backen
     name = canonical(scheme)
     if name not in _BASE:
         return layouts.kinds(spec, name, backend=backend)
+    return _gguf_types(spec, name, imatrix)
+
+
+@lru_cache(maxsize=4096)
+def _gguf_types(spec: ModelSpec, name: str, imatrix: bool) -> tuple[str, ...]:
     if spec.gguf_types is not None:
         if name == spec.gguf_scheme:
             return spec.gguf_types
@@ -180,9 +184,13 @@ def _unquantized(tensor: Tensor) -> str:
     return "F16" if half else "F32"
 
 
-@lru_cache(maxsize=4096)
 def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> int:
     """Bytes of all tensors, without padding: what llama.cpp prints as the model size."""
+    return _weights_bytes(spec, scheme, imatrix, _graph(scheme, backend))
+
+
+@lru_cache(maxsize=4096)
+def _weights_bytes(spec: ModelSpec, scheme: str, imatrix: bool, backend: Backend) -> int:
     kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
     return sum(tensor_bytes(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
 
@@ -218,9 +226,13 @@ def _sum(
     return round(sum(tensor_bytes(kind, t.shape) * share(t) for t, kind in pairs))
 
 
-@lru_cache(maxsize=4096)
 def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> tuple[int, int]:
     """Bytes of the tables that rows are looked up in: the token embedding, and Gemma's embedding per layer."""
+    return _lookup_bytes(spec, scheme, imatrix, _graph(scheme, backend))
+
+
+@lru_cache(maxsize=4096)
+def _lookup_bytes(spec: ModelSpec, scheme: str, imatrix: bool, backend: Backend) -> tuple[int, int]:
     kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
     sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
     for tensor, kind in zip(spec.tensors, kinds, strict=True):
@@ -229,12 +241,16 @@ def lookup_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backen
     return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
 
 
+def _graph(scheme: str, backend: Backend) -> Backend:
+    """The backend as far as it decides sizes: only of ONNX graphs, so that caches are shared by all others."""
+    return backend if scheme.startswith("onnx") else "cpu"
+
+
 def bits_per_weight(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> float:
     """Bits of all tensors over the number of their elements, as llama-quantize prints it."""
     return weights_bytes(spec, scheme, imatrix=imatrix, backend=backend) * 8 / spec.parameters
 
 
-@lru_cache(maxsize=4096)
 def file_bytes(
     spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu"
 ) -> tuple[Bytes, Provenance]:
@@ -245,6 +261,11 @@ def file_bytes(
     if canonical(scheme) not in _BASE:
         tensors = weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
         return Bytes(tensors + layouts.container_bytes(spec, scheme)), "fitted"
+    return _gguf_bytes(spec, scheme, imatrix)
+
+
+@lru_cache(maxsize=4096)
+def _gguf_bytes(spec: ModelSpec, scheme: str, imatrix: bool) -> tuple[Bytes, Provenance]:
     if spec.file_bytes is not None and canonical(scheme) == spec.gguf_scheme:
         return spec.file_bytes, "exact"
     kinds = tensor_types(spec, scheme, imatrix=imatrix)

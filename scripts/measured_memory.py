@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -111,7 +112,7 @@ def _resting(spec: ModelSpec, scheme: str, row: dict[str, Any]) -> int:
     return transformers.resting_bytes(spec, scheme, tokens=row["prompt"] + row["generated"])
 
 
-REASONS = (
+REASONS: tuple[tuple[Callable[[Row], bool], str], ...] = (
     (
         lambda r: r.table.startswith("qwen3_") and r.scheme.startswith("awq") and r.prompt > 1,
         "the AWQ rows of the H20 table grow by 1.117 times the KV cache; why is not known",
@@ -171,7 +172,10 @@ def main() -> None:
         )
     slopes = [slope(r, everything) for r in everything if r.table.startswith("qwen25") and r.prompt == 30720
               and r.scheme == "bf16" and r.cards == 1]  # fmt: skip
-    print("activations per token of prompt over (3 ffn + 4 hidden) x 2 bytes:", ", ".join(f"{s:.3f}" for s in slopes))
+    print(
+        "activations per token of prompt over (3 ffn + 4 hidden) x 2 bytes:",
+        ", ".join(f"{s:.3f}" for s in slopes),
+    )
 
 
 def slope(last: Row, everything: list[Row]) -> float:

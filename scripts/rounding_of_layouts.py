@@ -1,6 +1,6 @@
 """Measures layouts.py's rounding errors: mean squared error over mean square, standard normal rows of 4096.
 
-    python scripts/rounding_of_layouts.py
+python scripts/rounding_of_layouts.py
 """
 
 from __future__ import annotations

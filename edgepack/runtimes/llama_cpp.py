@@ -248,15 +248,25 @@ def _ubatch(settings: Settings) -> int:
 # -- buffers --------------------------------------------------------------------------------------------
 
 
-def output_bytes(spec: ModelSpec, slots: int) -> int:
-    """Bytes of the host buffer of logits: one row per slot, f32 (llama-context.cpp, output_reserve)."""
-    return 4 * spec.vocab * slots
+FrontEnd = Literal["server", "library"]
+
+
+def output_rows(settings: Settings, front_end: FrontEnd) -> int:
+    """Rows of logits that llama.cpp reserves: llama-server limits them to one per slot (since PR 23861,
+    tools/server/server-context.cpp, server_output_limits); the library's default, which llama-cpp-python takes, is
+    one for every token of a batch (llama-context.cpp, n_outputs_max)."""
+    return settings.slots if front_end == "server" else settings.batch
+
+
+def output_bytes(spec: ModelSpec, rows: int) -> int:
+    """Bytes of the host buffer of logits, f32 (llama-context.cpp, output_reserve)."""
+    return 4 * spec.vocab * rows
 
 
 def compute(
     spec: ModelSpec, settings: Settings, backend: Backend, *, outputs: int | None = None
 ) -> llama_graph.Room:
-    """Bytes of the compute buffers; ``outputs``: rows of logits, one per slot as the server has it.
+    """Bytes of the compute buffers; ``outputs``: rows of logits, see `output_rows`; one per slot when not given.
 
     Exact on a CPU; on an accelerator the same walk over the part of the graph that runs there.
     """
@@ -502,7 +512,7 @@ def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[P
         parts.append(exact("compute", room.host, "host", "inputs handed to the accelerator"))
     else:
         parts.append(exact("compute", room.device, "host", note))
-    logits = output_bytes(spec, settings.slots)
+    logits = output_bytes(spec, output_rows(settings, "server"))
     return [*parts, exact("output", logits, "host", "logits, one row per slot")]
 
 

@@ -132,8 +132,9 @@ def parts(
     )  # fmt: skip
     row = spec.vocab * (2 + 4 if half else 4)
     widest = max(spec.ffn, spec.experts_used * spec.expert_ffn) * 3 + 4 * spec.hidden
-    hidden = settings.context * widest * (2 if half else 4)
-    logits = settings.context * row
+    tokens = length * settings.slots
+    hidden = tokens * widest * (2 if half else 4)
+    logits = tokens * row
     return (
         exact("weights", weights, place, "MatMulNBits; the embedding in the graph's floats"),
         exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),

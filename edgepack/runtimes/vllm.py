@@ -157,6 +157,10 @@ class Pool:
     """"Maximum concurrency for N tokens per request"."""
 
 
+_NEARLY_AS_MANY = 1.5
+"""Below this ratio of layers the rarer kind is padded to the other's number (1.25 in earlier versions)."""
+
+
 def block_size(backend: Backend) -> int:
     return _CPU_BLOCK if backend == "cpu" else BLOCK
 
@@ -175,7 +179,7 @@ def groups(spec: ModelSpec, kv_type: str, *, backend: Backend) -> Groups:
         total = sum(kind.count * pages[kind] for kind in spec.kv)
         return Groups(block=block, block_bytes=total, windows=(window,), blocks=(block,))
     counts = [kind.count for kind in spec.kv]
-    size = max(counts) if max(counts) < min(counts) * 1.25 else min(counts)
+    size = max(counts) if max(counts) < min(counts) * _NEARLY_AS_MANY else min(counts)
     page = max(pages.values())
     windows: list[int | None] = []
     blocks: list[int] = []
@@ -210,11 +214,10 @@ def request_blocks(layout: Groups, length: int, batched: int) -> int:
     one block for its unaligned start."""
     total = 0
     for window, block in zip(layout.windows, layout.blocks, strict=True):
-        whole = -(-length // block)
         if window is None:
-            total += whole
+            total += -(-length // block)
         else:
-            total += min(-(-min(window - 1 + batched, length) // block) + 1, whole + 1)
+            total += -(-min(window - 1 + batched, length) // block) + 1
     return total
 
 

@@ -145,7 +145,49 @@ def test_an_unknown_runtime_lists_the_known() -> None:
 
     assert result.exit_code == 11
     assert "did you mean 'vllm'" in result.stderr
-    assert "llama.cpp" in result.stderr
+    assert "llama.cpp, vllm, onnx-genai, transformers" in result.stderr
+
+
+def test_fit_of_another_runtime_has_the_same_names(tmp_path: Path) -> None:
+    words = (
+        "fit",
+        "--model",
+        "qwen2.5-1.5b-instruct",
+        "--profile",
+        "rtx-4060-8gb",
+        "--context",
+        "8192",
+        "--json",
+    )
+
+    ours = document(*words)
+    vllm = document(*words, "--runtime", "vllm", "--scheme", "gptq-int4-g128", "--slots", "4")
+
+    assert set(ours) == set(vllm)
+    assert (vllm["runtime"], vllm["scheme"], vllm["kv_type"]) == ("vllm", "gptq-int4-g128", "bf16")
+    assert vllm["fits"] is True
+    assert vllm["max_context"] >= 8192
+    assert vllm["kv_cache_bytes"] == (4 * 2048 // 16 + 1) * 16 * 28672
+    assert vllm["start_up"]["kv_cache_memory_bytes"] == vllm["kv_cache_bytes"]
+    assert vllm["total"]["bytes"] == sum(part["bytes"] for part in vllm["parts"])
+
+
+def test_a_scheme_names_its_runtime() -> None:
+    found = document("fit", "--model", "qwen2.5-1.5b-instruct", "--scheme", "onnx-int4", "--json",
+                     "--profile", "x86-laptop-ddr5")  # fmt: skip
+
+    assert (found["runtime"], found["kv_type"]) == ("onnx-genai", "f32")
+
+
+def test_a_plan_for_another_runtime_is_not_built(tmp_path: Path) -> None:
+    plan = tmp_path / "vllm.json"
+    done = run("plan", "--profile", "rtx-4060-8gb", "--runtime", "vllm", "-o", plan)
+
+    built = run("build", "--plan", plan, "-o", tmp_path)
+
+    assert done.exit_code == 0, done.stderr
+    assert built.exit_code == 11
+    assert "builds llama.cpp bundles only, and the plan is for vllm" in built.stderr
 
 
 def test_probe_reads_a_captured_device(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from edgepack import architectures, modelspec, schemes
 from edgepack.modelspec import KvLayers, ModelSpec
-from edgepack.runtimes import llama_cpp
+from edgepack.runtimes import llama_cpp, vllm
 from edgepack.settings import Settings
 from edgepack.units import GIB, KIB, MIB, Bytes
 
@@ -35,6 +35,8 @@ SIZES = [r for r in GATE if r["quantity"] in ("bits_per_weight", "model_size", "
 CACHES = [r for r in GATE if r["quantity"].startswith("kv_cache")]
 STATES = [r for r in GATE if r["quantity"] in ("recurrent_state", "context_total")]
 BUFFERS = [r for r in GATE if r["quantity"] == "compute_buffer_device"]
+POOLS = [r for r in GATE if r["quantity"].startswith("kv_pool_tokens_for_")]
+LOADS = [r for r in GATE if r["quantity"] in ("model_load_memory", "weights_bytes")]
 
 
 def ids(row: Row) -> str:
@@ -72,7 +74,8 @@ def test_compute_buffer_of_a_gpu_is_what_was_printed(row: Row) -> None:
     """Logs from before the server limited its outputs: one row of logits for every token of a batch."""
     settings = replace(settings_of(row), ubatch=row["n_ubatch"], gpu_layers=99)
 
-    room = llama_cpp.compute(spec_of(row), settings, "cuda", outputs=row["n_ubatch"])
+    rows = llama_cpp.output_rows(settings, "library")
+    room = llama_cpp.compute(spec_of(row), settings, "cuda", outputs=rows)
 
     assert room.device / MIB == pytest.approx(row["value"], abs=half_a_digit(row))
 
@@ -92,26 +95,93 @@ def test_recurrent_state_is_what_was_printed(row: Row) -> None:
         assert int(cache + state) == row["value"]
 
 
+@pytest.mark.parametrize("row", POOLS, ids=ids)
+def test_vllm_prints_this_pool_for_the_memory_it_prints(row: Row) -> None:
+    """The log rounds the memory to hundredths of a GiB; the tokens it prints are those of a size that rounds so."""
+    spec = paged(row)
+    gib = float(row["quantity"].removeprefix("kv_pool_tokens_for_").removesuffix("GiB"))
+
+    fewest, nominal, most = (tokens(spec, row, int((gib + d) * GIB)) for d in (-0.005, 0.0, 0.005))
+
+    assert fewest <= row["value"] <= most
+    assert row["value"] in {tokens(spec, row, int((gib + d / 10000) * GIB)) for d in range(-50, 51)}
+    assert nominal == pytest.approx(row["closed_form"], abs=vllm.BLOCK)
+
+
+def tokens(spec: ModelSpec, row: Row, available: int) -> int:
+    length = row["ctx"] or 4096
+    pool = vllm.pool(
+        spec, available=available, max_model_len=length, kv_type="bf16", batched=2048, backend="cuda"
+    )
+    return pool.group_tokens
+
+
+@pytest.mark.parametrize("row", LOADS, ids=ids)
+def test_weights_are_what_vllm_loaded_or_the_checkpoint_holds(row: Row) -> None:
+    """FP16 and FP8 of Llama-3.1-8B to the digits of the closed form; gpt-oss-120b to the byte."""
+    spec = paged(row) if row["model"] == "gpt-oss-120b" else spec_of(row)
+
+    if row["quant"].startswith("MXFP4"):
+        held = ("MXFP4" if t.name.endswith("_exps.weight") else "BF16" for t in spec.tensors)
+        assert (
+            sum(schemes.tensor_bytes(k, t.shape) for k, t in zip(held, spec.tensors, strict=True))
+            == row["value"]
+        )
+        return
+    scheme = "fp8" if row["quant"].startswith("FP8") else "bf16"
+    got = schemes.weights_bytes(spec, scheme, imatrix=False) / GIB
+
+    assert got == pytest.approx(row["closed_form"], abs=2e-6)
+    assert got == pytest.approx(row["value"], rel=within(row))
+
+
+def within(row: Row) -> float:
+    """The share that a row's check allows, "within_0.04%", and the rounding of the percentage itself."""
+    return (float(row["check"].removeprefix("within_").removesuffix("%")) + 0.01) / 100
+
+
+def test_nvfp4_is_what_its_layout_says_and_less_than_what_vllm_loaded() -> None:
+    """m244: blocks at 4.5 bits and 16-bit embeddings are 5.61 GiB; vLLM reported 6.07."""
+    row = next(r for r in rows("observational.jsonl") if r["id"] == "m244")
+    spec = spec_of(row)
+
+    held = ("NVFP4" if t.name.startswith("blk.") and len(t.shape) > 1 else "BF16" for t in spec.tensors)
+    got = sum(schemes.tensor_bytes(k, t.shape) for k, t in zip(held, spec.tensors, strict=True)) / GIB
+
+    assert got == pytest.approx(5.61, abs=0.005)
+    assert row["value"] - got == pytest.approx(0.46, abs=0.005)
+
+
 def test_every_row_of_the_gate_is_tested() -> None:
-    assert len(SIZES) + len(CACHES) + len(STATES) + len(BUFFERS) == len(GATE) == 129
-    assert all(row["check"] == "exact" and row["source"] for row in GATE)
+    lists = (SIZES, CACHES, STATES, BUFFERS, POOLS, LOADS)
+
+    assert sum(len(listed) for listed in lists) == len(GATE) == 135
+    assert all(row["source"] for row in GATE)
+    assert all(row["check"] == "exact" or row["id"] in {r["id"] for r in (*POOLS, *LOADS)} for row in GATE)
 
 
 def test_what_is_not_gated_is_listed_apart_with_its_reason() -> None:
     reasons = {row["id"]: reason(row) for row in rows("observational.jsonl")}
 
-    assert len(reasons) == 47
+    assert len(reasons) == 41
     assert "" not in reasons.values(), [key for key, value in reasons.items() if not value]
 
 
 def reason(row: Row) -> str:
     """Why a published figure is not a gate; empty when it should be one."""
-    if row["check"].startswith("within"):
-        return "another runtime (vLLM), approximate by nature"
+    if row["id"] in BEYOND:
+        return BEYOND[row["id"]]
     if row["check"] == "observational":
         whole = ("jetson_system_ram_after_load", "jetson_peak_memory", "vram_process_total", "peak_memory")
         return "whole-system reading" if row["quantity"] in whole else "no stock scheme, or no closed form"
     return ""
+
+
+BEYOND = {
+    "m162": "a vision tower of 16-bit weights, which edgepack does not plan",
+    "m244": "vLLM loads 0.46 GiB more than NVFP4's layout; what it is, the log does not say",
+    "m247": "a checkpoint with a vision tower; the row does not give its shapes",
+}
 
 
 # -- from a row to what it speaks of --------------------------------------------------------------------
@@ -138,6 +208,37 @@ def spec_of(row: Row) -> ModelSpec:
     spec = modelspec.from_config(config, name=model)
     header = row.get("header_bytes")
     return replace(spec, header_bytes=Bytes(header)) if header else spec
+
+
+def paged(row: Row) -> ModelSpec:
+    """The layers of a row about vLLM; Gemma 4 only by what its row says, 16384 bytes a token in each layer."""
+    arch, name = row["arch_config"], row["model"]
+    if name == "gpt-oss-120b":
+        config = {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": arch["layers"],
+            "hidden_size": arch["hidden"],
+            "intermediate_size": arch["hidden"],
+            "num_attention_heads": arch["heads"],
+            "num_key_value_heads": arch["kv_heads"],
+            "head_dim": arch["head_dim"],
+            "vocab_size": arch["vocab"],
+            "tie_word_embeddings": arch["tied"],
+            "max_position_embeddings": 131072,
+            "num_local_experts": arch["experts"],
+            "num_experts_per_tok": arch["experts_used"],
+            "sliding_window": arch["swa_window"],
+        }
+        return modelspec.from_config(config, name=name)
+    if name.startswith("Gemma-4"):
+        heads, dim = 16, 256
+        full = KvLayers(count=arch["n_global"], heads=heads, key_dim=dim, value_dim=dim)
+        sliding = replace(full, count=arch["n_swa"], window=arch["swa_window"])
+        return replace(spec_of(TEMPLATE), name=name, layers=arch["layers"], kv=(full, sliding))
+    return spec_of(row)
+
+
+TEMPLATE = next(r for r in GATE if r["model"].startswith("Llama-3.1-8B"))
 
 
 def model_type(model: str) -> str:
