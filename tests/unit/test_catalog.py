@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import catalog
+from edgepack import catalog, pipeline, profile, tables
 from edgepack.catalog import CatalogModel
+from edgepack.plan import Request
 
 # Parameters as keras-hub@71453d08 or the model card count them; KV bytes per token = 2 x layers x kv heads x
 # head_dim x 2, from the configs in litgpt@26857050 and torchtune@bd2a0fc7; layers that share a cache are not counted
@@ -106,6 +107,18 @@ def test_students_name_their_teacher() -> None:
     assert {model for model, teacher in teachers.items() if teacher == "Qwen3-32B"} == {
         model.id for model in HOSTED if model.id.startswith("qwen3-")
     }
+
+
+def test_a_plan_names_the_teacher_and_warns_of_a_licence_that_forbids_commercial_use() -> None:
+    device = profile.load("jetson-orin-nano-8gb")
+
+    student = pipeline.make_plan(Request(profile=device), [pipeline.named("deepseek-r1-distill-qwen-1.5b")])
+    forbidden = pipeline.make_plan(Request(profile=device), [pipeline.named("qwen2.5-3b-instruct")])
+
+    assert "licence MIT; distilled by its makers from DeepSeek-R1\n" in tables.plan(student, explain=False)
+    assert "Qwen-RESEARCH forbids commercial use of qwen2.5-3b-instruct" in forbidden.warnings
+    assert "distilled" not in tables.plan(forbidden, explain=False)
+    assert not [text for text in student.warnings if "commercial" in text]
 
 
 @pytest.mark.parametrize("model", HOSTED, ids=lambda model: model.id)
