@@ -180,7 +180,7 @@ def test_llama_4_has_chunks_of_8192_in_three_of_four_layers() -> None:
         ("exaone-4-1.2b", {"sliding_window": 4096, "sliding_window_pattern": 4}, "with 64 layers only"),
         ("smallthinker-4b", {"sliding_window_size": 1024}, "sliding_window_size = 1024"),
         ("gpt-2-xl", {"n_inner": 1600}, "an MLP of 1600"),
-        ("gemma-4-31b", {"enable_moe_block": True}, "enable_moe_block = True"),
+        ("gemma-4-31b", {"attention_bias": True}, "attention_bias = True"),
         ("qwen3.5-4b", {"linear_value_head_dim": 64}, "linear attention with keys and values"),
         ("qwen3.5-4b", {"model_type": "glm_moe_dsa"}, "sparse attention's indexer"),
         ("qwen3.5-4b", {"model_type": "mamba9"}, "'mamba9' is not known$"),
