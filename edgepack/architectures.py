@@ -577,9 +577,9 @@ def _gemma3n(config: Config) -> Layout:
 
 
 def _gemma4(config: Config) -> Layout:
-    """Dense Gemma 4: global layers have longer heads, the last layers share caches (gemma4.cpp)."""
-    config.refuse("enable_moe_block", False)
-    config.refuse("num_experts", 0)
+    """Gemma 4: global layers have longer heads, the last layers share caches, and the 26B has experts beside
+    its MLP, their gates and up projections in one tensor (gemma4.cpp)."""
+    config.refuse("attention_bias", False)
     sizes = _sizes(config, tied=True, dim=256)
     kinds = config.kinds(sizes.layers)
     if kinds is None:
@@ -596,10 +596,11 @@ def _gemma4(config: Config) -> Layout:
     widths = tuple(sizes.ffn * (2 if double and il >= own else 1) for il in range(sizes.layers))
     blocks = []
     full = replace(sizes, dim=wide, kv_heads=few)
+    moe, more = _gemma4_experts(config, sizes) if config.flag("enable_moe_block", False) else ({}, {})
     for il, kind in enumerate(kinds):
         mixer = sizes if kind == "sliding_attention" else full
         block = {
-            **mixer.attention(), **mixer.qk_norm(), **sizes.gated(widths[il]),
+            **mixer.attention(), **mixer.qk_norm(), **sizes.gated(widths[il]), **moe,
             **sizes.sandwich(), **per_layer, "layer_output_scale.weight": (1,),
         }  # fmt: skip
         if one and kind != "sliding_attention":
@@ -624,8 +625,30 @@ def _gemma4(config: Config) -> Layout:
         "embedding_length_per_layer_input": width,
         "rope.dimension_count": wide,
         "rope.dimension_count_swa": sizes.dim,
+        **more,
     }
     return sizes.layout("gemma4", keys, blocks, extra=outer)
+
+
+def _gemma4_experts(config: Config, sizes: _Sizes) -> tuple[_Block, dict[str, Key]]:
+    experts, wide = config.number("num_experts"), config.number("moe_intermediate_size")
+    hidden = sizes.hidden
+    block: _Block = {
+        "ffn_gate_inp.weight": (hidden, experts),
+        "ffn_gate_inp.scale": (hidden,),
+        "ffn_gate_up_exps.weight": (hidden, 2 * wide, experts),
+        "ffn_down_exps.weight": (wide, hidden, experts),
+        "ffn_down_exps.scale": (experts,),
+        "pre_ffw_norm_2.weight": (hidden,),
+        "post_ffw_norm_1.weight": (hidden,),
+        "post_ffw_norm_2.weight": (hidden,),
+    }
+    keys: dict[str, Key] = {
+        "expert_count": experts,
+        "expert_used_count": config.number("top_k_experts"),
+        "expert_feed_forward_length": wide,
+    }
+    return block, keys
 
 
 def _lfm2(config: Config) -> Layout:
@@ -1372,7 +1395,6 @@ MODEL_TYPES: tuple[str, ...] = tuple(sorted(_READERS))
 NOT_KNOWN: Mapping[str, str] = {
     "bert": "an encoder keeps no cache and generates no text",
     "deepseek_v32": "the cache of its sparse attention's indexer beside the latent one",
-    "gemma4_unified": "the shapes of its audio and vision inputs, and of the tensors that join them",
     "glm_moe_dsa": "the cache of its sparse attention's indexer beside the latent one",
     "kimi_linear": "the states of its delta attention",
     "mllama": "the cross-attention layers that keep image features",

@@ -77,7 +77,8 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         f"{pace.decode_full:.1f} with a full context",
         f"quality {score}",
         f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
-        f"licence {chosen.model.license}",
+        f"licence {chosen.model.license}"
+        + (f"; distilled by its makers from {chosen.model.teacher}" if chosen.model.teacher else ""),
     ]
     if settings.slots > 1:
         lines.append(

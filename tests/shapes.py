@@ -169,6 +169,12 @@ PLANNED: Mapping[str, Mapping[str, object]] = {
         head_dim=256, global_head_dim=512, sliding_window=1024,
         layer_types=[("full_attention" if il % 6 == 5 else "sliding_attention") for il in range(60)],
     ),
+    "gemma-4-26b-a4b": config(
+        "gemma4_text", 30, 2816, 2112, 16, 8, 262144, attention_k_eq_v=True, num_global_key_value_heads=2,
+        head_dim=256, global_head_dim=512, sliding_window=1024, enable_moe_block=True, num_experts=128,
+        top_k_experts=8, moe_intermediate_size=704,
+        layer_types=[("full_attention" if il % 6 == 5 else "sliding_attention") for il in range(30)],
+    ),
     "gemma-2b": config("gemma", 18, 2048, 16384, 8, 1, 256000, head_dim=256),
     "exaone-4-1.2b": config("exaone4", 30, 2048, 4096, 32, 8, 102400, head_dim=64, **TIED, **LLAMA3),
     "exaone-4-32b": config(

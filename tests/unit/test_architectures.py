@@ -13,7 +13,7 @@ from edgepack.errors import BadInput, Unsupported
 from edgepack.plan import Request
 from edgepack.progress import Silent
 from edgepack.runtimes import llama_cpp
-from edgepack.units import GIB
+from edgepack.units import GIB, MIB
 from tests.shapes import PLANNED, settings, spec, write_gguf
 
 
@@ -94,6 +94,17 @@ def test_deepseek_v3_keeps_576_numbers_a_layer_and_has_671_billion_weights() -> 
     assert schemes.active_bytes(model, "Q8_0", imatrix=False) < 0.06 * schemes.weights_bytes(
         model, "Q8_0", imatrix=False
     )
+
+
+def test_the_states_of_a_slot_are_the_published_ones() -> None:
+    """Row m194 of the truth (four slots); llama.cpp's own figures for Qwen3.6-27B and Qwen3-Next-80B."""
+    wide = {**PLANNED["qwen3.5-4b"], "num_hidden_layers": 64, "linear_num_value_heads": 48}
+
+    assert 4 * spec("qwen3.5-35b-a3b").recurrent_bytes == 251.25 * MIB
+    assert modelspec.from_config(wide, name="27b").recurrent_bytes == pytest.approx(
+        149.62 * MIB, abs=0.005 * MIB
+    )
+    assert spec("qwen3-next-80b").recurrent_bytes == pytest.approx(75.4 * MIB, abs=0.05 * MIB)
 
 
 @pytest.mark.parametrize("name", ["qwen3.5-4b-with-mtp", "qwen3.5-35b-a3b"])
@@ -180,7 +191,7 @@ def test_llama_4_has_chunks_of_8192_in_three_of_four_layers() -> None:
         ("exaone-4-1.2b", {"sliding_window": 4096, "sliding_window_pattern": 4}, "with 64 layers only"),
         ("smallthinker-4b", {"sliding_window_size": 1024}, "sliding_window_size = 1024"),
         ("gpt-2-xl", {"n_inner": 1600}, "an MLP of 1600"),
-        ("gemma-4-31b", {"enable_moe_block": True}, "enable_moe_block = True"),
+        ("gemma-4-31b", {"attention_bias": True}, "attention_bias = True"),
         ("qwen3.5-4b", {"linear_value_head_dim": 64}, "linear attention with keys and values"),
         ("qwen3.5-4b", {"model_type": "glm_moe_dsa"}, "sparse attention's indexer"),
         ("qwen3.5-4b", {"model_type": "mamba9"}, "'mamba9' is not known$"),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import catalog
+from edgepack import catalog, pipeline, profile, tables
 from edgepack.catalog import CatalogModel
+from edgepack.plan import Request
 
 # Parameters as keras-hub@71453d08 or the model card count them; KV bytes per token = 2 x layers x kv heads x
 # head_dim x 2, from the configs in litgpt@26857050 and torchtune@bd2a0fc7; layers that share a cache are not counted
@@ -85,7 +86,9 @@ def test_a_hosted_model_has_a_licence_and_a_commit_where_it_is_known(model: Cata
 
 
 def test_what_could_not_be_pinned_or_scored_is_counted() -> None:
-    assert sum(model.revision is None for model in HOSTED) == 31
+    assert [model.id for model in HOSTED if model.revision is None] == ["lfm2-700m", "minicpm-2b-sft"]
+    revisions = [model.revision for model in HOSTED if model.revision]
+    assert len(set(revisions)) == len(revisions)
     assert [model.id for model in HOSTED if not model.panels] == [
         "gemma-2-2b-it", "gemma-3-270m-it", "gemma-3-4b-it", "gemma-3n-e2b-it", "gemma-3n-e4b-it",
         "gemma-4-e2b-it", "gemma-4-e4b-it", "granite-4.0-micro", "tinyllama-1.1b-chat", "llama-2-7b-chat",
@@ -104,6 +107,18 @@ def test_students_name_their_teacher() -> None:
     assert {model for model, teacher in teachers.items() if teacher == "Qwen3-32B"} == {
         model.id for model in HOSTED if model.id.startswith("qwen3-")
     }
+
+
+def test_a_plan_names_the_teacher_and_warns_of_a_licence_that_forbids_commercial_use() -> None:
+    device = profile.load("jetson-orin-nano-8gb")
+
+    student = pipeline.make_plan(Request(profile=device), [pipeline.named("deepseek-r1-distill-qwen-1.5b")])
+    forbidden = pipeline.make_plan(Request(profile=device), [pipeline.named("qwen2.5-3b-instruct")])
+
+    assert "licence MIT; distilled by its makers from DeepSeek-R1\n" in tables.plan(student, explain=False)
+    assert "Qwen-RESEARCH forbids commercial use of qwen2.5-3b-instruct" in forbidden.warnings
+    assert "distilled" not in tables.plan(forbidden, explain=False)
+    assert not [text for text in student.warnings if "commercial" in text]
 
 
 @pytest.mark.parametrize("model", HOSTED, ids=lambda model: model.id)
