@@ -311,33 +311,3 @@ def container_bytes(spec: ModelSpec, name: str) -> int:
         for t in spec.tensors
     )
     return 8 + 110 * entries
-
-
-# -- rounding ---------------------------------------------------------------------------------------------
-
-_ROUNDING = {
-    (2, 32): (2.224e-1, 1.649e-1), (2, 64): (2.616e-1, 2.086e-1), (2, 128): (3.027e-1, 2.535e-1),
-    (2, None): (5.055e-1, 4.691e-1),
-    (3, 32): (4.125e-2, 2.992e-2), (3, 64): (4.864e-2, 3.808e-2), (3, 128): (5.650e-2, 4.659e-2),
-    (3, None): (9.927e-2, 9.041e-2),
-    (4, 16): (7.602e-3, 4.832e-3), (4, 32): (9.016e-3, 6.531e-3), (4, 64): (1.062e-2, 8.310e-3),
-    (4, 128): (1.233e-2, 1.014e-2), (4, 256): (1.416e-2, 1.201e-2), (4, None): (2.162e-2, 1.971e-2),
-    (8, 16): (2.628e-5, 1.672e-5), (8, 32): (3.112e-5, 2.256e-5), (8, 64): (3.668e-5, 2.869e-5),
-    (8, 128): (4.256e-5, 3.514e-5), (8, 256): (4.894e-5, 4.164e-5), (8, None): (7.479e-5, 6.822e-5),
-}  # fmt: skip
-"""Bits and group -> mean squared error of symmetric and asymmetric rounding to nearest, over the mean square
-(`python scripts/rounding_of_layouts.py`). Calibration (GPTQ, AWQ, AutoRound) does better."""
-_ROUNDING_FLOATS = {"NONE": 0.0, "FP8": 6.989e-4, "NF4": 8.471e-3, "LLM.INT8": 7.479e-5}
-
-
-def rounding_error(kind: str) -> float | None:
-    """What rounding to nearest loses in a matrix of this kind; None for a kind that is ggml's."""
-    if kind in _ROUNDING_FLOATS:
-        return _ROUNDING_FLOATS[kind]
-    blocks, integers = _BLOCKS.fullmatch(kind), _INTEGERS.fullmatch(kind)
-    if blocks:
-        return _ROUNDING[int(blocks[1]), int(blocks[2])][1 if blocks[4] else 0]
-    if integers is None:
-        return None
-    group = int(integers[4]) if integers[4] else None
-    return _ROUNDING[int(integers[2]), group][1 if integers[1] == "AWQ" else 0]

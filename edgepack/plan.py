@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from edgepack import degradation, memory, runtimes, schemes, serde, speed
@@ -367,7 +366,7 @@ def _try(
         settings=settings(context),
         memory=estimate,
         speed=pace,
-        quality=_quality(candidate, panel, scheme, imatrix=request.imatrix),
+        quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
         warnings=tuple(warnings),
     )
 
@@ -395,23 +394,19 @@ def _speed(
     )
 
 
-@lru_cache(maxsize=4096)
-def _loss(spec: ModelSpec, scheme: str, imatrix: bool) -> degradation.Loss:
-    types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    return degradation.loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix)
-
-
-def _quality(candidate: Candidate, panel: str, scheme: str, *, imatrix: bool) -> Quality:
-    spec = candidate.spec
-    kept = _loss(spec, scheme, imatrix)
+def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, imatrix: bool) -> Quality:
+    """What is left of the model's score after the scheme's loss and the KV cache's."""
+    family = degradation.family_of(candidate.model.id)
+    weights = degradation.of_scheme(candidate.spec, scheme, imatrix=imatrix, family=family)
+    cache = degradation.cache_loss(kv_type)
     score = candidate.panels.get(panel, 100.0)
+    kept, low, high = (
+        weights.retention * cache.retention,
+        weights.low * cache.low,
+        weights.high * cache.high,
+    )
     return Quality(
-        score=score * kept.retention,
-        low=score * kept.low,
-        high=score * kept.high,
-        retention=kept.retention,
-        kept_low=kept.low,
-        panel=panel,
+        score=score * kept, low=score * low, high=score * high, retention=kept, kept_low=low, panel=panel
     )
 
 

@@ -115,9 +115,9 @@ def test_a_plan_names_the_teacher_and_warns_of_a_licence_that_forbids_commercial
     student = pipeline.make_plan(Request(profile=device), [pipeline.named("deepseek-r1-distill-qwen-1.5b")])
     forbidden = pipeline.make_plan(Request(profile=device), [pipeline.named("qwen2.5-3b-instruct")])
 
-    assert "licence MIT; distilled by its makers from DeepSeek-R1\n" in tables.plan(student, explain=False)
+    assert "licence MIT; distilled by its makers from DeepSeek-R1\n" in tables.plan(student, None)
     assert "Qwen-RESEARCH forbids commercial use of qwen2.5-3b-instruct" in forbidden.warnings
-    assert "distilled" not in tables.plan(forbidden, explain=False)
+    assert "distilled" not in tables.plan(forbidden, None)
     assert not [text for text in student.warnings if "commercial" in text]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as config
 from hypothesis import strategies as st
 
-from edgepack import layouts, modelspec, schemes
+from edgepack import degradation, layouts, modelspec, schemes
 from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
@@ -212,12 +212,12 @@ def test_fewer_bits_and_larger_groups_never_weigh_more(name: str, group: int) ->
 
 @given(st.sampled_from(PLAIN), st.sampled_from(layouts.EXAMPLES), st.sampled_from(["cpu", "cuda"]))
 @config(max_examples=60, deadline=None)
-def test_a_file_holds_its_tensors_and_every_kind_has_a_rounding_error(
+def test_a_file_holds_its_tensors_and_the_scheme_has_a_price_in_quality(
     name: str, scheme: str, backend: Backend
 ) -> None:
     of_model: ModelSpec = spec(name)
     try:
-        kinds = set(layouts.kinds(of_model, scheme, backend=backend))
+        layouts.kinds(of_model, scheme, backend=backend)
     except Unsupported as refused:
         assert refused.hint
         return
@@ -225,4 +225,7 @@ def test_a_file_holds_its_tensors_and_every_kind_has_a_rounding_error(
     file, _ = schemes.file_bytes(of_model, scheme, imatrix=False, backend=backend)
 
     assert file > schemes.weights_bytes(of_model, scheme, imatrix=False, backend=backend)
-    assert all(layouts.rounding_error(kind) is not None or kind in ("BF16", "F16", "F32") for kind in kinds)
+    lost = degradation.loss_of(
+        degradation.format_of(layouts.parse(scheme)), of_model.tensors, parameters=of_model.parameters
+    )
+    assert 0.0 < lost.low <= lost.retention <= lost.high <= 1.0
