@@ -322,7 +322,9 @@ def _try(
         if not request.force:
             return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
         warnings.append(f"forced: {reason}")
-    pace = _speed(request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots)
+    pace = _speed(
+        request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots, context=context
+    )  # fmt: skip
     floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
     if pace.decode_full_low < floor:
         default = "" if request.min_decode is not None else " (the default)"
@@ -362,15 +364,14 @@ def _speed(
     *,
     imatrix: bool,
     slots: int,
+    context: int,
 ) -> Speed:
-    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix)
-    weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix) - per_layer
     return speed.estimate(
         profile,
         mode,
-        read_bytes=speed.read_per_token(weights, embedding, tied=spec.tied),
-        layers=spec.layers,
+        speed.work(spec, scheme, imatrix=imatrix),
         kv_bytes=estimate.part("kv_cache") // slots,
+        prompt=min(speed.PROMPT, context // slots),
     )
 
 
