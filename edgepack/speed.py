@@ -4,7 +4,7 @@ One token costs the sum of four terms, each a time that hardware imposes:
 
     bytes / (efficiency x bandwidth)                 every weight is read once
   + compute x 2 x weights / FP32                     unpacking and multiplying them
-  + overhead / FP32^exponent x layers                starting kernels, waiting for them
+  + overhead x layers                                starting kernels, waiting for them (a GPU's falls with its FP32)
   + KV bytes / (KV efficiency x bandwidth)           the context so far
 
 The constants come from published runs: scripts/fit_speed.py fits and scores them, leaving each device out in turn.
@@ -106,10 +106,10 @@ class Law:
     """Share of the peak bandwidth that reading weights reaches, by "gpu" and "cpu"."""
     compute: Mapping[str, float]
     """Times the FP32 peak's own duration that unpacking and multiplying take beside the reading, by generation."""
-    overhead: float
-    """Seconds a layer and token on a device of 1 FP32 TFLOPS."""
+    overhead: Mapping[str, float]
+    """Seconds a layer and token, by "gpu" (of 1 FP32 TFLOPS) and "cpu" (any)."""
     exponent: float
-    """How that falls with FP32: small kernels run at the clocks and widths that FP32 is made of."""
+    """How a GPU's falls with FP32: small kernels run at the clocks and widths that FP32 is made of."""
     experts: float
     """Times the overhead of a layer with a mixture of experts."""
     recurrent: float
@@ -132,27 +132,27 @@ class Law:
 
 
 LAW = Law(
-    efficiency={"gpu": 0.897, "cpu": 0.853},
+    efficiency={"gpu": 0.889, "cpu": 0.912},
     compute={
-        "gpu": 2.35, "gpu-jetson": 4.62, "gpu-old": 8.01, "apple": 2.43, "apple-old": 7.18, "cpu": 1.40, "cpu-old": 2.43,
+        "gpu": 2.35, "gpu-jetson": 4.23, "gpu-old": 7.74, "apple": 2.32, "apple-old": 7.10, "cpu": 1.99, "cpu-old": 4.22,
     },
-    overhead=191e-6,
-    exponent=0.46,
-    experts=1.92,
-    recurrent=1.84,
-    kv={"llama.cpp": 0.489, "fused": 0.489, "torch": 0.489, "transformers": 0.035},
+    overhead={"gpu": 230e-6, "cpu": 34.2e-6},
+    exponent=0.529,
+    experts=1.94,
+    recurrent=1.85,
+    kv={"llama.cpp": 0.478, "fused": 0.478, "torch": 0.478, "transformers": 0.035},
     prefill={
         "gpu": 1.8, "gpu-jetson": 2.4, "gpu-old": 0.36, "apple": 0.76, "apple-old": 0.55, "cpu": 0.65, "cpu-old": 0.46,
     },
     spread_prefill=0.6,
-    runtime_compute={"llama.cpp": 1.0, "fused": 0.549, "torch": 0.668},
-    runtime_overhead={"llama.cpp": 1.0, "llama.cpp-2024": 1.27, "fused": 1.54, "torch": 1.12},
-    spread=0.147,
-    spread_rest=0.294,
+    runtime_compute={"llama.cpp": 1.0, "fused": 0.546, "torch": 0.686},
+    runtime_overhead={"llama.cpp": 1.0, "llama.cpp-2024": 1.2, "fused": 1.5, "torch": 1.08},
+    spread=0.128,
+    spread_rest=0.384,
     spread_runtime=1.6,
 )  # fmt: skip
 
-UNLIKE = 2.0
+UNLIKE = 1.5
 """Times as wide for experts and recurrent layers, when a device's own constants come from other models."""
 OWN_SPREAD_PREFILL = 0.3
 """Logarithmic half width of reading a prompt, with a rate of the device's own."""
@@ -230,7 +230,9 @@ def generation(profile: DeviceProfile) -> Generation:
 def terms(on: Machine, work: Work, *, family: str = "llama.cpp", law: Law = LAW) -> Terms:
     """Seconds of one token at a short context, by the law of the device's class."""
     core: Literal["cpu", "gpu"] = "cpu" if on.generation.startswith("cpu") else "gpu"
-    overhead = law.overhead * (on.fp32 / 1e12) ** -law.exponent * weighted_layers(work, law)
+    overhead = law.overhead[core] * weighted_layers(work, law)
+    if core == "gpu":
+        overhead *= (on.fp32 / 1e12) ** -law.exponent
     if on.generation == "gpu-old":
         overhead *= law.runtime_overhead["llama.cpp-2024"]  # no CUDA graphs below compute capability 7.0 either
     return Terms(
