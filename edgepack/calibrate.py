@@ -24,7 +24,7 @@ from edgepack.shell import run
 from edgepack.speed import Terms, Work
 from edgepack.toolchain import Toolchain
 
-SPREAD_TWO = 0.145
+SPREAD_TWO = 0.153
 """Logarithmic half width around two or more readings: holds 90 % of the models in published sets of one host, each
 predicted from two others, where experts and recurrent layers count as speed.UNLIKE (scripts/fit_speed.py)."""
 SPREAD_ONE = 0.23
@@ -109,7 +109,10 @@ def calibrate(
         if not kept:
             raise BadInput(
                 "\n  ".join(
-                    [f"no reading can be used for {profile.name} in {mode.name}", *(f"{r.where}: {r.reason}" for r in out)]
+                    [
+                        f"no reading can be used for {profile.name} in {mode.name}",
+                        *(f"{r.where}: {r.reason}" for r in out),
+                    ]
                 ),
                 hint="give llama-bench's JSON of two models that fit this device, one small and one large",
             )
@@ -128,7 +131,8 @@ def calibrate(
         out.append(
             Refused(
                 where=worst.where,
-                reason=f"{worst.model} {worst.scheme}: {worst.decode:g} tok/s, where all readings together say {worst.predicted:.1f}",
+                reason=f"{worst.model} {worst.scheme}: {worst.decode:g} tok/s, where all readings together say "
+                f"{worst.predicted:.1f}",
             )
         )
         kept = [reading for reading in kept if reading.where != worst.where]
@@ -146,7 +150,8 @@ def to_yaml(found: Calibration, *, base: str) -> str:
     """A profile file that extends ``base`` and has the constants in the power mode they were measured in."""
     profile, constants = found.profile, found.constants
     modes = tuple(
-        replace(mode, speed=constants) if mode.name == found.power_mode else mode for mode in profile.power_modes
+        replace(mode, speed=constants) if mode.name == found.power_mode else mode
+        for mode in profile.power_modes
     )
     uncertain = tuple(name for name in profile.uncertain if name != "speed")
     document = {
@@ -158,8 +163,11 @@ def to_yaml(found: Calibration, *, base: str) -> str:
     }
     lines = [
         "# Written by edgepack calibrate. What is not here is as in the profile that this one extends.",
-        f"# {constants.runtime} in {found.power_mode}, {constants.readings} reading(s); decode tok/s measured, and by the constants:",
-        *(f"#   {r.model} {r.scheme}: {r.decode:.2f}, {r.predicted:.2f} ({r.relative:+.1%})" for r in found.residuals),
+        f"# {constants.runtime} in {found.power_mode}, {constants.readings} reading(s): tok/s, and by the constants",
+        *(
+            f"#   {r.model} {r.scheme}: {r.decode:.2f}, {r.predicted:.2f} ({r.relative:+.1%})"
+            for r in found.residuals
+        ),
         *(f"# not used: {r.where}: {r.reason}" for r in found.refused),
         *(f"# {warning}" for warning in found.warnings),
     ]
@@ -264,7 +272,9 @@ def _solve(profile: DeviceProfile, mode: PowerMode, readings: Sequence[Reading])
         runtime="llama.cpp",
         readings=len(readings),
     )
-    off = max(abs(math.log(r.predicted / r.decode)) for r in (_residual(mode, constants, x) for x in readings))
+    off = max(
+        abs(math.log(r.predicted / r.decode)) for r in (_residual(mode, constants, x) for x in readings)
+    )
     return replace(constants, relative_interval=_digits(min(0.99, math.expm1(max(spread, off)))))
 
 
@@ -345,8 +355,18 @@ def _digits(value: float) -> float:
 # ── readings made here ───────────────────────────────────────────────────────────────────────────────
 
 SHAPES: Mapping[str, Mapping[str, int]] = {
-    "random-0.25b": {"num_hidden_layers": 16, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16},
-    "random-1.1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32},
+    "random-0.25b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+    },
+    "random-1.1b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+    },
 }
 """Two Llamas without meaning, 0.15 and 0.65 GB in Q4_K_M: the larger fills no cache, the smaller shows the overhead."""
 _SCHEME = "Q4_K_M"
@@ -362,15 +382,24 @@ def measure(
     records: list[tuple[str, Mapping[str, Any]]] = []
     for name, shape in SHAPES.items():
         spec = modelspec.from_config(
-            {**shape, "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False},
+            {
+                **shape,
+                "model_type": "llama",
+                "num_key_value_heads": 8,
+                "vocab_size": 32000,
+                "tie_word_embeddings": False,
+            },
             name=name,
         )
         progress.step(f"measuring {name} {_SCHEME}")
         file = synthetic.write(folder / f"{name}.gguf", spec, _SCHEME)
         done = run(
-            [toolchain.bench, "-m", file, "-p", "128", "-n", "32", "-r", str(repeats), "-o", "jsonl"], timeout=_SECONDS
+            [toolchain.bench, "-m", file, "-p", "128", "-n", "32", "-r", str(repeats), "-o", "jsonl"],
+            timeout=_SECONDS,
         )
-        records += [("llama-bench", json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+        records += [
+            ("llama-bench", json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")
+        ]
     found = list(_bench_readings(records, profile, ()))
     return [r for r in found if isinstance(r, Reading)], [r for r in found if isinstance(r, Refused)]
 
@@ -391,7 +420,9 @@ def read(
     bench = [(where, record) for where, record in records if "avg_ts" in record]
     found = list(_bench_readings(bench, profile, extra))
     found += [
-        _check_reading(where, record, profile, extra) if "facts" in record else _row_reading(where, record, profile, mode, extra)
+        _check_reading(where, record, profile, extra)
+        if "facts" in record
+        else _row_reading(where, record, profile, mode, extra)
         for where, record in records
         if "avg_ts" not in record
     ]
@@ -415,12 +446,14 @@ def _records(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
         items = whole if isinstance(whole, list) else [whole]
         one = len(items) == 1
         records = [(str(path) if one else f"{path}[{at}]", item) for at, item in enumerate(items)]
-    problems = [where for where, record in records if not isinstance(record, dict) or not _KINDS & set(record)]
+    problems = [
+        where for where, record in records if not isinstance(record, dict) or not _KINDS & set(record)
+    ]
     if problems or not records:
         places = ", ".join(problems) or str(path)
         raise BadInput(
             f"not a reading of speed: {places}",
-            hint="llama-bench -o json or jsonl, edgepack check --json, or rows with device, model, quant and decode_tps",
+            hint="llama-bench -o json or jsonl, edgepack check --json, or rows of device, model, quant, decode_tps",
         )
     return records
 
@@ -437,7 +470,12 @@ def _line(path: Path, number: int, line: str) -> Any:
 
 def _rate(record: Mapping[str, Any], key: str) -> float | None:
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         return None
     return float(value)
 
@@ -447,13 +485,17 @@ def _bench_readings(
     profile: DeviceProfile,
     extra: Sequence[catalog.CatalogModel],
 ) -> Iterator[Reading | Refused]:
-    """llama-bench has a record for the prompt and one for the answer; those of one model and setting belong together."""
+    """llama-bench has a record for the prompt and one for the answer; those of one model belong together."""
     groups: dict[tuple[object, ...], list[tuple[str, Mapping[str, Any]]]] = {}
     for where, record in records:
-        key = tuple(str(record.get(name)) for name in ("model_filename", "model_size", "model_type", "n_depth"))
+        key = tuple(
+            str(record.get(name)) for name in ("model_filename", "model_size", "model_type", "n_depth")
+        )
         groups.setdefault(key, []).append((where, record))
     for group in groups.values():
-        answers = [(where, record) for where, record in group if record.get("n_gen") and not record.get("n_prompt")]
+        answers = [
+            (where, record) for where, record in group if record.get("n_gen") and not record.get("n_prompt")
+        ]
         prompts = [record for _, record in group if record.get("n_prompt") and not record.get("n_gen")]
         if not answers:
             yield Refused(where=group[0][0], reason="no run that decodes (llama-bench -n)")
@@ -537,7 +579,7 @@ def _bench_model(
                 return spec, scheme
     except EdgepackError as error:
         return error.message
-    return f"{kind} of {count} weights and {size} bytes is no model of the catalog, and {file or 'its file'} is not here"
+    return f"{kind} with {count} weights in {size} bytes is not in the catalog, and {file or 'its file'} is not here"
 
 
 def _check_reading(
@@ -548,18 +590,26 @@ def _check_reading(
     measured, machine = _part(facts, "speed"), _part(facts, "machine")
     rate = _rate(measured, "decode_per_second")
     if rate is None:
-        return Refused(where=where, reason=f"the check of {name or 'the bundle'} did not get to measuring its speed")
+        return Refused(
+            where=where, reason=f"the check of {name or 'the bundle'} did not get to measuring its speed"
+        )
     if record.get("same_device") is not True:
-        return Refused(where=where, reason=f"{name} was checked on a device that its profile does not describe")
+        return Refused(
+            where=where, reason=f"{name} was checked on a device that its profile does not describe"
+        )
     load, cores = machine.get("load"), machine.get("cores")
     if isinstance(load, int | float) and isinstance(cores, int) and load > BUSY_LOAD * cores:
-        return Refused(where=where, reason=f"the load was {load:.1f} on {cores} cores before the check of {name}")
+        return Refused(
+            where=where, reason=f"the load was {load:.1f} on {cores} cores before the check of {name}"
+        )
     found = _bundle_model(name, profile, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
     spec, scheme = found
     prompt, predicted = measured.get("prompt_tokens"), measured.get("predicted_tokens")
-    tokens = (prompt if isinstance(prompt, int) else 0) + (predicted if isinstance(predicted, int) else 0) // 2
+    tokens = (prompt if isinstance(prompt, int) else 0) + (
+        predicted if isinstance(predicted, int) else 0
+    ) // 2
     return Reading(
         where=where,
         model=spec.name,
@@ -605,7 +655,12 @@ def _row_reading(
     missing = [key for key in ("device", "model", "quant") if not record.get(key)]
     if missing:
         return Refused(where=where, reason=f"{', '.join(missing)} missing")
-    ours = (profile.name, profile.title, *profile.aliases, *((profile.accelerator.name,) if profile.accelerator else ()))
+    ours = (
+        profile.name,
+        profile.title,
+        *profile.aliases,
+        *((profile.accelerator.name,) if profile.accelerator else ()),
+    )
     if not _same_device(device, ours):
         return Refused(where=where, reason=f"it was read on {device}, not on {profile.title}")
     if record.get("power_mode") and str(record["power_mode"]) != mode.name:

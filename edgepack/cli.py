@@ -450,7 +450,9 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
 @click.option("--run", "measure", is_flag=True, help="Measure two models here, with llama-bench.")
 @click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="YAML file of more models, in the form of edgepack/catalog/*.yaml.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile here.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile here."
+)
 @json_option
 @click.pass_obj
 def calibrate(

@@ -290,7 +290,9 @@ def calibrate(
 
     if bool(files) == measure:
         raise BadInput(
-            "give readings with --from FILE, or --run to measure here" if not files else "--from and --run exclude each other"
+            "give readings with --from FILE, or --run to measure here"
+            if not files
+            else "--from and --run exclude each other"
         )
     device = profile.load(name)
     try:

@@ -52,7 +52,7 @@ class PowerMode:
     """Dense FP16, 10^12 FLOP per second."""
     fp32_tflops: float | None = None
     """Peak single precision of what decodes, 10^12 FLOP per second: a GPU's shaders without its matrix units, a CPU's
-    vector units (cores x clock x 2 x lanes x units). None when unknown; then the speed law takes the class's usual one."""
+    vector units (cores x clock x 2 x lanes x units). None when unknown; then the speed law takes what is usual."""
     speed: SpeedConstants | None = None
     """Constants measured in this mode, where they differ from the profile's."""
 

@@ -76,8 +76,10 @@ class Machine:
     bandwidth: float
     """Peak bytes per second of the memory that the weights lie in."""
     fp32: float
-    """Peak single-precision FLOP per second of the cores that decode: GPU shaders without tensor cores, or CPU vectors."""
+    """Peak single-precision FLOP per second of what decodes: GPU shaders without matrix units, or CPU vectors."""
     generation: Generation
+    guessed: bool = False
+    """FP32 is what such devices usually have; the interval is wider."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +136,8 @@ class Law:
 LAW = Law(
     efficiency={"gpu": 0.889, "cpu": 0.912},
     compute={
-        "gpu": 2.35, "gpu-jetson": 4.23, "gpu-old": 7.74, "apple": 2.32, "apple-old": 7.10, "cpu": 1.99, "cpu-old": 4.22,
+        "gpu": 2.35, "gpu-jetson": 4.23, "gpu-old": 7.74, "apple": 2.32, "apple-old": 7.10,
+        "cpu": 1.99, "cpu-old": 4.22,
     },
     overhead={"gpu": 230e-6, "cpu": 34.2e-6},
     exponent=0.529,
@@ -142,9 +145,10 @@ LAW = Law(
     recurrent=1.85,
     kv={"llama.cpp": 0.478, "fused": 0.478, "torch": 0.478, "transformers": 0.035},
     prefill={
-        "gpu": 1.8, "gpu-jetson": 2.4, "gpu-old": 0.36, "apple": 0.76, "apple-old": 0.55, "cpu": 0.65, "cpu-old": 0.46,
+        "gpu": 1.52, "gpu-jetson": 2.88, "gpu-old": 0.36, "apple": 0.75, "apple-old": 0.56,
+        "cpu": 0.60, "cpu-old": 0.43,
     },
-    spread_prefill=0.6,
+    spread_prefill=0.74,
     runtime_compute={"llama.cpp": 1.0, "fused": 0.546, "torch": 0.686},
     runtime_overhead={"llama.cpp": 1.0, "llama.cpp-2024": 1.2, "fused": 1.5, "torch": 1.08},
     spread=0.128,
@@ -152,18 +156,32 @@ LAW = Law(
     spread_runtime=1.6,
 )  # fmt: skip
 
+_VOLTA = 7
+"""Major compute capability of the first generation that CUDA graphs and matrix units are used on."""
 UNLIKE = 1.5
 """Times as wide for experts and recurrent layers, when a device's own constants come from other models."""
 OWN_SPREAD_PREFILL = 0.3
 """Logarithmic half width of reading a prompt, with a rate of the device's own."""
 CORE_TFLOPS: Mapping[str, float] = {"x86_64": 0.11, "aarch64": 0.035}
-"""FP32 peak of one core where a profile gives none, 10^12 per second: i5-1135G7 0.12 and N100 0.055, Cortex-A76 0.038 and
-A78AE 0.027 (tests/truth/speed_devices.jsonl)."""
-FLOP_PER_BYTE = 40
-"""FP32 peak over bandwidth of a GPU of which neither is given: 35 (RTX 3060) to 82 (4090), 36 (M4), 20 to 26 (Jetson)."""
+"""FP32 peak of one core where a profile gives none, 10^12 per second: i5-1135G7 0.12 and N100 0.055, Cortex-A76 0.038
+and A78AE 0.027 (tests/truth/speed_devices.jsonl)."""
+FLOP_PER_BYTE: Mapping[str, float] = {
+    "gpu": 40.0,
+    "gpu-jetson": 20.0,
+    "gpu-old": 20.0,
+    "apple": 36.0,
+    "apple-old": 34.0,
+}
+"""FP32 peak over bandwidth where a profile gives none, by generation: RTX 3060 35, 4090 82, Orin 18 to 26, GTX 1050 Ti
+19, M1 to M4 26 to 38 (tests/truth/speed_devices.jsonl)."""
 
-FAMILY: Mapping[str, str] = {"llama.cpp": "llama.cpp", "vllm": "torch", "transformers": "torch", "onnx-genai": "torch"}
-"""Family of each runtime; nobody published onnxruntime-genai's speed on these devices, and it is taken for PyTorch's."""
+FAMILY: Mapping[str, str] = {
+    "llama.cpp": "llama.cpp",
+    "vllm": "torch",
+    "transformers": "torch",
+    "onnx-genai": "torch",
+}
+"""Family of each runtime; nobody published onnxruntime-genai's speed on these devices: taken for PyTorch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,10 +224,12 @@ def is_table(name: str, *, tied: bool) -> bool:
 
 def machine(profile: DeviceProfile, mode: PowerMode) -> Machine:
     """The device in this power mode."""
+    known = _fp32(profile, mode)
     return Machine(
         bandwidth=mode.bandwidth_gbs * 1e9,
-        fp32=(mode.fp32_tflops or _fp32(profile, mode)) * 1e12,
+        fp32=(known or _usual_fp32(profile, mode)) * 1e12,
         generation=generation(profile),
+        guessed=known is None,
     )
 
 
@@ -221,9 +241,9 @@ def generation(profile: DeviceProfile) -> Generation:
         return "cpu" if needed in profile.cpu_features else "cpu-old"
     if card.backend == "metal":
         return "apple-old" if re.search(r"\bM[12]\b", card.name) else "apple"
-    if card.backend == "cuda" and card.compute_capability is not None:
-        if float(card.compute_capability) < 7.0:  # before Volta
-            return "gpu-old"
+    major = re.match(r"\d+", card.compute_capability or "")
+    if card.backend == "cuda" and major is not None and int(major.group()) < _VOLTA:
+        return "gpu-old"
     return "gpu-jetson" if profile.device_class == "jetson" else "gpu"
 
 
@@ -234,17 +254,26 @@ def terms(on: Machine, work: Work, *, family: str = "llama.cpp", law: Law = LAW)
     if core == "gpu":
         overhead *= (on.fp32 / 1e12) ** -law.exponent
     if on.generation == "gpu-old":
-        overhead *= law.runtime_overhead["llama.cpp-2024"]  # no CUDA graphs below compute capability 7.0 either
+        overhead *= law.runtime_overhead[
+            "llama.cpp-2024"
+        ]  # no CUDA graphs below compute capability 7.0 either
     return Terms(
         memory=work.read / (law.efficiency[core] * on.bandwidth),
-        compute=law.compute[on.generation] * law.runtime_compute.get(family, 1.0) * 2 * work.weights / on.fp32,
+        compute=law.compute[on.generation]
+        * law.runtime_compute.get(family, 1.0)
+        * 2
+        * work.weights
+        / on.fp32,
         overhead=overhead * law.runtime_overhead[family],
     )
 
 
-def spread(parts: Terms, *, family: str = "llama.cpp", law: Law = LAW) -> float:
-    """Logarithmic half width of the interval that 90 % of left-out devices' readings lie in."""
-    width = law.spread + law.spread_rest * (1.0 - parts.certain)
+def spread(parts: Terms, *, family: str = "llama.cpp", guessed: bool = False, law: Law = LAW) -> float:
+    """Logarithmic half width of the interval that 90 % of left-out devices' readings lie in.
+
+    With FP32 guessed, what bandwidth does not explain is twice as unsure.
+    """
+    width = law.spread + law.spread_rest * (1.0 - parts.certain) * (2.0 if guessed else 1.0)
     return width * (1.0 if family.startswith("llama.cpp") else law.spread_runtime)
 
 
@@ -267,7 +296,7 @@ def estimate(
     if own is not None and own.runtime != runtime:
         own = None
     parts = terms(on, work, family=family) if own is None else own_terms(mode, work, own)
-    width = spread(parts, family=family) if own is None else own_spread(work, own)
+    width = spread(parts, family=family, guessed=on.guessed) if own is None else own_spread(work, own)
     cache = kv_bytes / (LAW.kv.get(runtime, LAW.kv[family]) * on.bandwidth)
     flops = LAW.prefill[on.generation] * on.fp32
     unsure = LAW.spread_prefill
@@ -311,10 +340,18 @@ def weighted_layers(work: Work, law: Law = LAW) -> float:
     return work.layers * (law.experts if work.experts else 1.0) * (law.recurrent if work.recurrent else 1.0)
 
 
-def _fp32(profile: DeviceProfile, mode: PowerMode) -> float:
-    """10^12 FLOP per second where the profile does not say: from its matrix units, its cores, or its bandwidth."""
+def _fp32(profile: DeviceProfile, mode: PowerMode) -> float | None:
+    """10^12 FLOP per second, as the profile gives it or from its FP16: 4 times as much on cards, 8 on Jetsons."""
+    if mode.fp32_tflops is not None:
+        return mode.fp32_tflops
+    if mode.fp16_tflops is not None and profile.backend == "cuda":
+        return mode.fp16_tflops / (8 if profile.device_class == "jetson" else 4)
+    return None
+
+
+def _usual_fp32(profile: DeviceProfile, mode: PowerMode) -> float:
+    """By the cores, or by the bandwidth and at most what the slowest mode with a figure has."""
     if profile.accelerator is None:
         return CORE_TFLOPS[profile.arch] * profile.cpu_cores
-    if mode.fp16_tflops is not None and profile.accelerator.backend == "cuda":
-        return mode.fp16_tflops / (8 if profile.device_class == "jetson" else 4)
-    return mode.bandwidth_gbs * FLOP_PER_BYTE / 1e3
+    usual = mode.bandwidth_gbs * FLOP_PER_BYTE[generation(profile)] / 1e3
+    return min((usual, *(known for m in profile.power_modes if (known := _fp32(profile, m)) is not None)))

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepack import calibrate, catalog, modelspec, schemes, speed
+from edgepack import calibrate, catalog, modelspec, profile, schemes, speed
 from edgepack.modelspec import ModelSpec
+from edgepack.profile import SpeedConstants
 from edgepack.speed import LAW, Law, Machine, Terms, Work
 from edgepack.units import MIB
 
@@ -247,7 +248,9 @@ TAKEN = 1312 * MIB
 
 def dropped() -> Mapping[str, str]:
     """Id -> why the row is not fitted; decided by the reading and the arithmetic, never by the law's residual."""
-    reasons = {raw["id"]: "the model's shape is not public" for raw in raw_rows() if raw["model"] not in specs()}
+    reasons = {
+        raw["id"]: "the model's shape is not public" for raw in raw_rows() if raw["model"] not in specs()
+    }
     every = [row for row in rows() if row.decode]
     shares = {row.id: _share(row) for row in every}
     for row in every:
@@ -263,11 +266,14 @@ def dropped() -> Mapping[str, str]:
             reasons[row.id] = f"implies {mine:.3f} of the peak bandwidth: a stall or the CPU"
         elif row.memory and need > row.memory and mine < SPILLED * usual:
             reasons[row.id] = (
-                f"needs {need / 2**30:.1f} of {row.memory / 2**30:.0f} GiB with 4096 tokens, and implies {mine:.2f} of the "
-                f"peak bandwidth where {usual:.2f} is usual: it did not fit"
+                f"needs {need / 2**30:.1f} of {row.memory / 2**30:.0f} GiB with 4096 tokens, and implies {mine:.2f} of "
+                f"the peak bandwidth where {usual:.2f} is usual: it did not fit"
             )
         elif (better := _contradiction(row, same)) is not None:
-            reasons[row.id] = f"{better.id} reads more a token on the same device and is {better.decode / row.decode:.1f} times as fast"  # type: ignore[operator]  # both decode
+            times = (better.decode or 0.0) / (row.decode or 1.0)
+            reasons[row.id] = (
+                f"{better.id} reads more a token on the same device and is {times:.1f} times as fast"
+            )
     return dict(sorted(reasons.items()))
 
 
@@ -277,7 +283,11 @@ def _share(row: Row) -> float:
 
 def _contradiction(row: Row, same: Iterable[Row]) -> Row | None:
     decode = row.decode or 0.0
-    faster = [o for o in same if o.work.read >= row.work.read and (o.decode or 0.0) > 2 * decode and not row.work.experts]
+    faster = [
+        o
+        for o in same
+        if o.work.read >= row.work.read and (o.decode or 0.0) > 2 * decode and not row.work.experts
+    ]
     return max(faster, key=lambda o: o.decode or 0.0, default=None)
 
 
@@ -285,7 +295,8 @@ def _contradiction(row: Row, same: Iterable[Row]) -> Row | None:
 
 Prior = tuple[float, float]
 _GENERATIONS: tuple[tuple[speed.Generation, float], ...] = (
-    ("gpu", 3.0), ("gpu-jetson", 3.0), ("gpu-old", 3.0), ("apple", 3.0), ("apple-old", 3.0), ("cpu", 1.5), ("cpu-old", 1.5),
+    ("gpu", 3.0), ("gpu-jetson", 3.0), ("gpu-old", 3.0), ("apple", 3.0), ("apple-old", 3.0),
+    ("cpu", 1.5), ("cpu-old", 1.5),
 )  # fmt: skip
 PRIORS: Mapping[str, Prior] = {
     "efficiency gpu": (0.88, 0.1),
@@ -308,7 +319,7 @@ NAMES = tuple(PRIORS)
 OWN_CORE: Mapping[str, float] = {"small": 0.00142, "mid": 0.01873, "large": 0.09463}
 """CPU seconds a token of random Llamas in Q4_K_M (edgepack/builders/synthetic.py) with 8 layers of 512, 16 of 1024 and
 16 of 2048, on one core of a virtual Xeon (Sapphire Rapids, 2.1 GHz, AVX2 build): 29 million weights, most of them in
-its cache, leave at most 36 us a layer to anything but arithmetic, which took 0.02 to 0.026 FLOP/ns in the larger ones."""
+its cache, leave at most 36 us a layer to anything but arithmetic, which ran at 22 to 24 GFLOP/s in the larger ones."""
 TOLERANCE = 0.12
 """Logarithmic error up to which a reading counts in full; larger ones count by their size, not its square."""
 
@@ -388,7 +399,9 @@ def fit(chosen: Sequence[Row]) -> dict[str, float]:
         slopes = matrix.jacobian(logs, terms)
         each = weight * np.minimum(1.0, TOLERANCE / np.maximum(np.abs(off), 1e-9)) / TOLERANCE**2
         normal = slopes.T @ (slopes * each[:, None]) + np.diag(strength)
-        step = np.clip(-np.linalg.solve(normal, slopes.T @ (each * off) + strength * (logs - center)), -0.5, 0.5)
+        step = np.clip(
+            -np.linalg.solve(normal, slopes.T @ (each * off) + strength * (logs - center)), -0.5, 0.5
+        )
         logs = logs + step
         if float(np.abs(step).max()) < 1e-4:
             break
@@ -448,13 +461,16 @@ def predict(row: Row, law: Law) -> Scored:
 
 
 @cache
-def leave_one_device_out() -> tuple[Scored, ...]:
-    """Every decoding row of a known shape, predicted by a fit that saw no row of its device, nor a dropped one."""
-    out = dropped()
-    every = [row for row in rows() if row.decode]
+def leave_one_device_out(*, filtered: bool) -> tuple[Scored, ...]:
+    """Every decoding row of a known shape, predicted by a fit that saw no row of its device.
+
+    With ``filtered`` the dropped rows are neither fitted nor scored.
+    """
+    out = dropped() if filtered else {}
+    every = [row for row in rows() if row.decode and row.id not in out]
     scored = []
     for device in sorted({row.device for row in every}):
-        constants = law(fit([row for row in every if row.device != device and row.id not in out]))
+        constants = law(fit([row for row in every if row.device != device]))
         scored += [predict(row, constants) for row in every if row.device == device]
     return tuple(scored)
 
@@ -474,7 +490,8 @@ def spreads(scored: Sequence[Scored]) -> tuple[float, float]:
     best = (math.inf, 0.0, 0.0)
     for ratio in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0):
         scale = [
-            (1.0 + ratio * (1.0 - s.terms.certain)) * (1.0 if s.row.family.startswith("llama.cpp") else LAW.spread_runtime)
+            (1.0 + ratio * (1.0 - s.terms.certain))
+            * (1.0 if s.row.family.startswith("llama.cpp") else LAW.spread_runtime)
             for s in scored
         ]
         width = quantile((s.off / of for s, of in zip(scored, scale, strict=True)), HELD)
@@ -571,7 +588,9 @@ def leave_one_model_out(readings: int) -> tuple[Calibrated, ...]:
     found = []
     out = dropped()
     for device in HOMOGENEOUS:
-        mine = [r for r in rows() if r.device == device and r.decode and r.source.startswith("AlexsJones/llmfit")]
+        mine = [
+            r for r in rows() if r.device == device and r.decode and r.source.startswith("AlexsJones/llmfit")
+        ]
         mine = [row for row in mine if row.id not in out]
         for left in mine:
             others = [row for row in mine if row.work != left.work]
@@ -582,9 +601,7 @@ def leave_one_model_out(readings: int) -> tuple[Calibrated, ...]:
             chosen = [max(large, key=lambda row: row.work.read)]
             if readings == 2:
                 chosen.append(min(large, key=lambda row: row.work.read))
-            found.append(
-                Calibrated(row=left, predicted=_calibrated(left, chosen), plain=plain(left))
-            )
+            found.append(Calibrated(row=left, predicted=_calibrated(left, chosen), plain=plain(left)))
     return tuple(found)
 
 
@@ -607,6 +624,46 @@ def _without(device: str) -> Law:
     return law(fit([row for row in rows() if row.decode and row.device != device and row.id not in out]))
 
 
+# ── constants of devices that others measured ────────────────────────────────────────────────────────
+
+OWN: Mapping[tuple[str, str], tuple[str, ...]] = {
+    ("raspberry-pi-5-8gb", "default"): ("s102", "s103", "s104", "s105", "s107"),
+    ("rtx-3060-12gb", "default"): (
+        "s111", "s136", "s474", "s477", "s480", "s481", "s482", "s484", "s486", "s489", "s491", "s492", "s493",
+        "s498", "s499", "s501",
+    ),
+    ("rtx-3070-8gb", "default"): ("s139", "s141", "s142"),
+    ("rtx-4070-laptop-8gb", "default"): ("s192",),
+    ("mac-mini-m4", "default"): ("s130",),
+    ("jetson-agx-orin-64gb", "MAXN"): ("s079", "s080"),
+    ("jetson-agx-orin-64gb", "50W"): ("s078",),
+    ("jetson-agx-orin-64gb", "30W"): ("s078",),
+    ("jetson-orin-nano-8gb", "25W"): ("s081", "s083", "s084", "s087"),
+}  # fmt: skip
+"""Profile and mode -> the rows of that device with llama.cpp on its own, in that mode as far as they say one. Left out
+are mixtures of experts, rates of prompt and answer mixed, and schemes without public rules. The Orin Nano's say 25W,
+MAXN_SUPER (the same memory clock) or nothing."""
+
+
+def own_constants(name: str, mode: str) -> SpeedConstants:
+    """What the profile says in its ``speed``: fitted like a calibration, on other people's runs.
+
+    They are of several hosts and builds, and of other units than the user's: no interval is below one reading's.
+    """
+    device = profile.load(name)
+    chosen = [row for row in rows() if row.id in OWN[name, mode]]
+    readings = [
+        calibrate.Reading(
+            where=row.id, model=row.model, scheme=row.quant, work=row.work, decode=row.decode or math.nan,
+            prefill=row.prefill, kv_bytes=row.kv,
+        )
+        for row in chosen
+    ]  # fmt: skip
+    found = calibrate.calibrate(device, device.mode(mode), readings).constants
+    least = float(f"{math.expm1(calibrate.SPREAD_ONE):.4g}")
+    return replace(found, readings=0, relative_interval=max(least, found.relative_interval))
+
+
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", action="store_true", help="also print every row")
@@ -617,24 +674,28 @@ def main(words: Sequence[str]) -> int:
     say("constants (speed.LAW)\n")
     for name, value in found.items():
         say(f"  {name:<26}{value:.3g}\n")
-    scored = leave_one_device_out()
-    kept = [s for s in scored if s.row.id not in out]
+    kept, every = leave_one_device_out(filtered=True), leave_one_device_out(filtered=False)
     spread, rest = spreads(kept)
     say(f"  {'spread':<26}{spread:.3f}\n  {'spread_rest':<26}{rest:.3f}\n\n")
-    say("prefill, over the FP32 peak: " + ", ".join(f"{n} {v:.2f}" for n, v in sorted(prefill().items())) + "\n")
+    say(
+        "prefill, over the FP32 peak: "
+        + ", ".join(f"{n} {v:.2f}" for n, v in sorted(prefill().items()))
+        + "\n"
+    )
     errors = prefill_errors()
     say(
-        f"  left-out devices: {len(errors)} rows, median {math.expm1(quantile(errors, 0.5)):.1%}, 90th percentile a factor "
-        f"of {math.exp(quantile(errors, 0.9)):.2f} (log {quantile(errors, 0.9):.3f})\n\n"
+        f"  left-out devices: {len(errors)} rows, median {math.expm1(quantile(errors, 0.5)):.1%}, 90th percentile a "
+        f"factor of {math.exp(quantile(errors, 0.9)):.2f} (log {quantile(errors, 0.9):.3f})\n\n"
     )
     say(f"dropped: {len(out)} of {len(raw_rows())} rows\n")
     for name, reason in out.items():
         say(f"  {name} {reason}\n")
     say("\nleave one device out, decoding\n")
-    for title, some in (("with the filter", kept), ("without", list(scored))):
+    for title, some in (("with the filter", kept), ("without", every)):
         errors = [abs(s.error) for s in some]
         say(
-            f"  {title:<16}{len(some):4} rows  median {quantile(errors, 0.5):.1%}  90th percentile {quantile(errors, 0.9):.1%}\n"
+            f"  {title:<16}{len(some):4} rows  median {quantile(errors, 0.5):.1%}  "
+            f"90th percentile {quantile(errors, 0.9):.1%}\n"
         )
     covered, width = coverage(kept)
     say(f"  intervals hold {covered:.1%}; median half width a factor of {math.exp(width):.2f}\n")
@@ -647,15 +708,23 @@ def main(words: Sequence[str]) -> int:
         found_here = leave_one_model_out(readings)
         for device in (*HOMOGENEOUS, "all"):
             here = [c for c in found_here if device in (c.row.device, "all")]
-            for title, some in (("plain", [c for c in here if c.plain]), ("every model", here)):
-                errors = [abs(c.error) for c in some]
-                if errors:
+            for title, those in (("plain", [c for c in here if c.plain]), ("every model", here)):
+                off = [abs(c.error) for c in those]
+                if off:
                     say(
-                        f"  {device:<34}{title:<12}{len(errors):4} rows  median {quantile(errors, 0.5):.1%}  "
-                        f"90th percentile {quantile(errors, 0.9):.1%}\n"
+                        f"  {device:<34}{title:<12}{len(off):4} rows  median {quantile(off, 0.5):.1%}  "
+                        f"90th percentile {quantile(off, 0.9):.1%}\n"
                     )
+    say("\nconstants of devices with readings of their own (profiles/*.yaml)\n")
+    for name, mode in OWN:
+        own = own_constants(name, mode)
+        say(
+            f"  {name} {mode}: {{decode_efficiency: {own.decode_efficiency}, "
+            f"layer_overhead_us: {own.layer_overhead_us}, "
+            f"prefill_tflops: {own.prefill_tflops}, relative_interval: {own.relative_interval}}}\n"
+        )
     if options.rows:
-        for s in scored:
+        for s in every:
             mark = f" dropped: {out[s.row.id]}" if s.row.id in out else ""
             say(
                 f"  {s.row.id} {s.row.device}: {s.row.model} {s.row.quant} {s.row.decode:.2f} published, "

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgepack import schemes
 from edgepack.builders import ggufwriter
 from edgepack.errors import Unsupported
-from edgepack.ggufheader import ALIGNMENT, BLOCKS, FILE_TYPES, Entry
+from edgepack.ggufheader import ALIGNMENT, FILE_TYPES, Entry
 from edgepack.modelspec import ModelSpec
 from edgepack.units import pad
 from edgepack.workspace import require_space, whole_file
@@ -32,7 +32,7 @@ def write(path: Path, spec: ModelSpec, scheme: str) -> Path:
     if missing:
         raise Unsupported(f"{scheme} of {spec.name} has tensors of type {', '.join(missing)}")
     infos = ggufwriter.layout([(t.name, k, t.shape) for t, k in zip(spec.tensors, kinds, strict=True)])
-    random_bytes = random.Random(_SEED).randbytes  # noqa: S311  # the same file every time; no secret
+    random_bytes = random.Random(_SEED).randbytes  # the same file every time; no secret
     tiles = {kind: b"".join(_BLOCKS[kind](random_bytes) for _ in range(_TILE)) for kind in _BLOCKS}
     tiles["F32"] = struct.pack("<f", 1.0) * _TILE
     head = ggufwriter.header(_entries(spec, scheme), infos)
