@@ -20,7 +20,7 @@ from edgepack.errors import BadInput, EdgepackError
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants
 from edgepack.progress import Progress
-from edgepack.shell import run
+from edgepack.shell import TimedOut, run
 from edgepack.speed import Terms, Work
 from edgepack.toolchain import Toolchain
 
@@ -100,9 +100,17 @@ class Calibration:
 
 
 def calibrate(
-    profile: DeviceProfile, mode: PowerMode, readings: Sequence[Reading], refused: Sequence[Refused] = ()
+    profile: DeviceProfile,
+    mode: PowerMode,
+    readings: Sequence[Reading],
+    refused: Sequence[Refused] = (),
+    *,
+    warnings: Sequence[str] = (),
 ) -> Calibration:
-    """The device's constants in this power mode. Raises BadInput with every reason when no reading is left."""
+    """The device's constants in this power mode. Raises BadInput with every reason when no reading is left.
+
+    ``warnings``: what the caller knows of the readings, to be shown and written with the rest.
+    """
     kept, more = _plausible(mode, readings)
     out = [*refused, *more]
     while True:
@@ -142,7 +150,7 @@ def calibrate(
         constants=constants,
         residuals=residuals,
         refused=tuple(out),
-        warnings=tuple(_warnings(kept)),
+        warnings=(*warnings, *_warnings(kept)),
     )
 
 
@@ -275,7 +283,8 @@ def _solve(profile: DeviceProfile, mode: PowerMode, readings: Sequence[Reading])
     off = max(
         abs(math.log(r.predicted / r.decode)) for r in (_residual(mode, constants, x) for x in readings)
     )
-    return replace(constants, relative_interval=_digits(min(0.99, math.expm1(max(spread, off)))))
+    least, seen = _digits(math.expm1(spread)), math.ceil(math.expm1(off) * 1e4) / 1e4
+    return replace(constants, relative_interval=min(0.99, max(least, seen)))
 
 
 def apart(works: Sequence[Work]) -> bool:
@@ -374,13 +383,21 @@ _SECONDS = 600.0
 
 
 def measure(
-    profile: DeviceProfile, toolchain: Toolchain, folder: Path, progress: Progress, *, repeats: int = 3
+    profile: DeviceProfile,
+    toolchain: Toolchain,
+    folder: Path,
+    progress: Progress,
+    *,
+    shapes: Mapping[str, Mapping[str, int]] = SHAPES,
 ) -> tuple[list[Reading], list[Refused]]:
-    """llama-bench of two models on this machine; the files are made in ``folder``. Raises NoSpace, BuildFailed."""
+    """llama-bench of two models on this machine, about a minute; the files are made in ``folder``.
+
+    Raises NoSpace, BuildFailed when llama-bench fails, EdgepackError when it takes longer than ten minutes.
+    """
     from edgepack.builders import synthetic
 
     records: list[tuple[str, Mapping[str, Any]]] = []
-    for name, shape in SHAPES.items():
+    for name, shape in shapes.items():
         spec = modelspec.from_config(
             {
                 **shape,
@@ -393,13 +410,28 @@ def measure(
         )
         progress.step(f"measuring {name} {_SCHEME}")
         file = synthetic.write(folder / f"{name}.gguf", spec, _SCHEME)
-        done = run(
-            [toolchain.bench, "-m", file, "-p", "128", "-n", "32", "-r", str(repeats), "-o", "jsonl"],
-            timeout=_SECONDS,
-        )
-        records += [
-            ("llama-bench", json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")
+        words: list[str | Path] = [
+            toolchain.bench,
+            "-m",
+            file,
+            "-p",
+            "128",
+            "-n",
+            "24",
+            "-r",
+            "2",
+            "-o",
+            "jsonl",
         ]
+        try:
+            done = run(words, timeout=_SECONDS)
+        except TimedOut as error:
+            raise EdgepackError(
+                f"llama-bench of {name} took longer than {_SECONDS:.0f} s",
+                hint="run it by hand on an idle machine, and give its JSON with --from",
+            ) from error
+        said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        records += [(f"llama-bench of {name}", json.loads(line)) for line in said]
     found = list(_bench_readings(records, profile, ()))
     return [r for r in found if isinstance(r, Reading)], [r for r in found if isinstance(r, Refused)]
 

@@ -309,12 +309,18 @@ def calibrate(
     for path in files:
         some, others = calibrations.read(path, device, mode, extra=extra)
         readings, refused = readings + some, refused + others
+    warnings: list[str] = []
     if measure:
         tools = toolchain.find()
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > calibrations.BUSY_LOAD * cores:
+            warnings.append(
+                f"the load was {load:.1f} on {cores} cores before measuring: do it again on an idle machine"
+            )
         workspace.cache_root().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="calibrate-") as folder:
             readings, refused = calibrations.measure(device, tools, Path(folder), progress)
-    found = calibrations.calibrate(device, mode, readings, refused)
+    found = calibrations.calibrate(device, mode, readings, refused, warnings=warnings)
     base = os.path.relpath(name, beside) if Path(name).is_file() else name
     return found, calibrations.to_yaml(found, base=base)
 

@@ -22,7 +22,12 @@ LLAMA = Work(read=2 * GIB, weights=3_212_749_824, layers=28)
 
 
 def estimate(
-    device: DeviceProfile, work: Work = LLAMA, *, mode: str | None = None, kv: int = 0, runtime: str = "llama.cpp"
+    device: DeviceProfile,
+    work: Work = LLAMA,
+    *,
+    mode: str | None = None,
+    kv: int = 0,
+    runtime: str = "llama.cpp",
 ) -> Speed:
     return speed.estimate(device, device.mode(mode), work, kv_bytes=kv, runtime=runtime)
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from edgepack import profile, speed
+from edgepack import calibrate, profile, speed
 from edgepack.speed import LAW
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import fit_speed  # noqa: E402  # a script, found through the line above
+import fit_speed
 
 
 def errors(scored: Sequence[fit_speed.Scored] | Sequence[fit_speed.Calibrated]) -> list[float]:
@@ -32,7 +33,7 @@ def test_the_constants_are_what_the_script_fits() -> None:
 
     for field in fields(LAW):
         ours, refit = getattr(LAW, field.name), getattr(found, field.name)
-        assert refit == (pytest.approx(ours) if not isinstance(ours, float) else pytest.approx(ours)), field.name
+        assert refit == pytest.approx(ours), field.name
 
 
 def test_the_widths_are_what_the_script_chooses() -> None:
@@ -44,11 +45,13 @@ def test_the_widths_are_what_the_script_chooses() -> None:
 def test_the_fit_moves_the_very_law_that_plans_are_made_with() -> None:
     rows = [row for row in fit_speed.rows() if row.decode]
     found = fit_speed.fit(rows[:120])
-    logs = fit_speed.np.log([found[name] for name in fit_speed.NAMES])
+    logs = np.log([found[name] for name in fit_speed.NAMES])
     whole = fit_speed.Matrix(rows).terms(logs).sum(axis=0)
 
     for row, seconds in zip(rows, whole, strict=True):
-        assert 1 / fit_speed.predict(row, fit_speed.law(found)).predicted == pytest.approx(seconds, rel=0.02), row.id
+        assert 1 / fit_speed.predict(row, fit_speed.law(found)).predicted == pytest.approx(
+            seconds, rel=0.02
+        ), row.id
 
 
 def test_dropped_rows_are_few_and_each_has_its_reason() -> None:
@@ -114,11 +117,12 @@ def test_two_readings_of_the_device_predict_its_other_models() -> None:
 
 @pytest.mark.parametrize(("readings", "width"), [(2, "SPREAD_TWO"), (1, "SPREAD_ONE")])
 def test_calibrated_intervals_hold_nine_in_ten_models_never_seen(readings: int, width: str) -> None:
-    half = getattr(fit_speed.calibrate, width)
+    half = getattr(calibrate, width)
     found = fit_speed.leave_one_model_out(readings)
 
     inside = [
-        abs(math.log1p(c.error)) <= half * (speed.UNLIKE if c.row.work.experts or c.row.work.recurrent else 1.0)
+        abs(math.log1p(c.error))
+        <= half * (speed.UNLIKE if c.row.work.experts or c.row.work.recurrent else 1.0)
         for c in found
     ]
 
