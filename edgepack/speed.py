@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -199,22 +199,41 @@ anything else to matter, on two x86-64 cores: stories260K 665 us and the built-i
 @lru_cache(maxsize=4096)
 def work(spec: ModelSpec, scheme: str, *, imatrix: bool) -> Work:
     """What one token of this model in this scheme asks for. Raises Unsupported like `schemes.tensor_types`."""
-    read = weights = 0
-    kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-    for tensor, kind in zip(spec.tensors, kinds, strict=True):
-        size, count = schemes.tensor_bytes(kind, tensor.shape), tensor.elements
+    shape = _shape(spec)
+    read = schemes.weights_bytes(spec, scheme, imatrix=imatrix)
+    if shape.apart:
+        kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix)
+        for at, used, of in shape.apart:
+            size = schemes.tensor_bytes(kinds[at], spec.tensors[at].shape)
+            read -= size - size * used // of
+    return replace(shape.like, read=read)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    like: Work
+    """All but the bytes, which the scheme decides."""
+    apart: tuple[tuple[int, int, int], ...]
+    """Tensors that are not read whole: place among the model's, and how many parts are used of how many."""
+
+
+@lru_cache(maxsize=1024)
+def _shape(spec: ModelSpec) -> _Shape:
+    apart = []
+    for at, tensor in enumerate(spec.tensors):
         if is_table(tensor.name, tied=spec.tied):
-            continue
-        if spec.experts and "_exps." in tensor.name:
-            size, count = size * spec.experts_used // spec.experts, count * spec.experts_used // spec.experts
-        read, weights = read + size, weights + count
-    return Work(
-        read=read,
-        weights=weights,
+            apart.append((at, 0, 1))
+        elif spec.experts and "_exps." in tensor.name:
+            apart.append((at, spec.experts_used, spec.experts))
+    unused = sum(spec.tensors[at].elements * (of - used) // of for at, used, of in apart)
+    like = Work(
+        read=0,
+        weights=spec.parameters - unused,
         layers=spec.layers,
         experts=spec.experts > 0,
         recurrent=any(".ssm_" in tensor.name for tensor in spec.tensors),
     )
+    return _Shape(like=like, apart=tuple(apart))
 
 
 def is_table(name: str, *, tied: bool) -> bool:
