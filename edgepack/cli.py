@@ -463,6 +463,63 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
         click.echo(text, nl=False)
 
 
+@cli.command()
+@click.option("--profile", required=True, metavar="P", help="A profile's name, alias, or YAML file.")
+@click.option("--power-mode", metavar="NAME", help="Power mode that was measured; default the profile's.")
+@click.option("--from", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="llama-bench JSON, a check report, or rows; give it more than once.")  # fmt: skip
+@click.argument("more", nargs=-1, type=click.Path(dir_okay=False, path_type=Path), metavar="[FILE]...")
+@click.option("--run", "measure", is_flag=True, help="Measure two models here, with llama-bench.")
+@click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="YAML file of more models, in the form of edgepack/catalog/*.yaml.")  # fmt: skip
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the profile here."
+)
+@json_option
+@click.pass_obj
+def calibrate(
+    progress: Progress,
+    /,
+    profile: str,
+    power_mode: str | None,
+    files: tuple[Path, ...],
+    more: tuple[Path, ...],
+    measure: bool,
+    catalog: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Fit a device's speed constants on its own runs and write a profile that has them.
+
+    \b
+    Examples:
+      edgepack calibrate --profile jetson-orin --power-mode 25W --from small.json --from large.json -o mine.yaml
+      edgepack calibrate --profile this-machine.yaml --run -o mine.yaml
+      edgepack plan --profile mine.yaml
+    """
+    from edgepack import calibrate as calibrations
+    from edgepack import pipeline, workspace
+
+    found, text = pipeline.calibrate(
+        profile,
+        power_mode=power_mode,
+        files=(*files, *more),
+        measure=measure,
+        catalog_file=catalog,
+        beside=output.parent if output is not None else Path(),
+        progress=progress,
+    )
+    if output is not None:
+        workspace.write_text(output, text)
+        progress.step(f"wrote {output}")
+    if as_json:
+        _print_json(calibrations.to_document(found))
+    elif output is not None:
+        click.echo(calibrations.table(found), nl=False)
+    else:
+        click.echo(text, nl=False)
+
+
 @cli.group()
 def profiles() -> None:
     """Device profiles: list, show, validate, schema."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgepack import (
     bundle,
@@ -30,6 +32,9 @@ from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgepack.calibrate import Calibration
 
 DEFAULT_SCHEME = "Q4_K_M"
 """For `fit` without --scheme: what most published GGUF files are."""
@@ -276,6 +281,60 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
             "note": "llama.cpp's CPU buffers, printed in hundredths of a MiB",
         }
     return document
+
+
+def calibrate(
+    name: str,
+    *,
+    power_mode: str | None,
+    files: Sequence[Path],
+    measure: bool,
+    catalog_file: Path | None,
+    beside: Path,
+    progress: Progress,
+) -> tuple[Calibration, str]:
+    """The constants fitted on the files' readings, or on two models run here, and the profile that has them.
+
+    ``beside``: folder that the profile is to be written to, which a base given as a file is named from. Raises BadInput
+    when there is nothing to read or nothing that can be used, NotFound, MissingTool.
+    """
+    from edgepack import calibrate as calibrations
+
+    if bool(files) == measure:
+        raise BadInput(
+            "give readings with --from FILE, or --run to measure here"
+            if not files
+            else "--from and --run exclude each other"
+        )
+    device = profile.load(name)
+    try:
+        mode = device.mode(power_mode)
+    except KeyError as error:
+        known = ", ".join(m.name for m in device.power_modes)
+        raise BadInput(f"{device.name} has no power mode {power_mode!r}", hint=f"it has: {known}") from error
+    readings: list[calibrations.Reading] = []
+    refused: list[calibrations.Refused] = []
+    extra = () if catalog_file is None else catalog.read(catalog_file)
+    missing = [str(path) for path in files if not path.is_file()]
+    if missing:
+        raise NotFound(f"{', '.join(missing)} does not exist", hint="check the path")
+    for path in files:
+        some, others = calibrations.read(path, device, mode, extra=extra)
+        readings, refused = readings + some, refused + others
+    warnings: list[str] = []
+    if measure:
+        tools = toolchain.find()
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > calibrations.BUSY_LOAD * cores:
+            warnings.append(
+                f"the load was {load:.1f} on {cores} cores before measuring: do it again on an idle machine"
+            )
+        workspace.cache_root().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="calibrate-") as folder:
+            readings, refused = calibrations.measure(device, tools, Path(folder), progress)
+    found = calibrations.calibrate(device, mode, readings, refused, warnings=warnings)
+    base = os.path.relpath(name, beside) if Path(name).is_file() else name
+    return found, calibrations.to_yaml(found, base=base)
 
 
 def read_plan(path: Path) -> Plan:

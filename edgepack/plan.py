@@ -340,7 +340,15 @@ def _try(
                 candidate, scheme, kv_type, context, reason, hint="--disk SIZE, or a smaller scheme"
             )
         warnings.append(f"forced: {reason}")
-    pace = _speed(request.profile, mode, spec, scheme, estimate, imatrix=request.imatrix, slots=request.slots)
+    pace = speed.estimate(
+        request.profile,
+        mode,
+        speed.work(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend),
+        kv_bytes=estimate.part("kv_cache") // request.slots,
+        slots=request.slots,
+        prompt=min(speed.PROMPT, context // request.slots),
+        runtime=runtime.NAME,
+    )
     floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
     if pace.decode_full_low < floor:
         default = "" if request.min_decode is not None else " (the default)"
@@ -371,29 +379,6 @@ def _try(
     )
 
 
-def _speed(
-    profile: DeviceProfile,
-    mode: PowerMode,
-    spec: ModelSpec,
-    scheme: str,
-    estimate: MemoryEstimate,
-    *,
-    imatrix: bool,
-    slots: int,
-) -> Speed:
-    backend = profile.backend
-    embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-    weights = schemes.active_bytes(spec, scheme, imatrix=imatrix, backend=backend) - per_layer
-    return speed.estimate(
-        profile,
-        mode,
-        read_bytes=speed.read_per_token(weights, embedding, tied=spec.tied),
-        layers=spec.layers,
-        kv_bytes=estimate.part("kv_cache") // slots,
-        slots=slots,
-    )
-
-
 def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, imatrix: bool) -> Quality:
     """What is left of the model's score after the scheme's loss and the KV cache's."""
     family = degradation.family_of(candidate.model.id)
@@ -421,10 +406,7 @@ def _warnings(
         if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
     if not runtime.BUILT:
-        yield (
-            f"no bundle is built for {runtime.NAME} yet, and the speed of this plan is that of llama.cpp for as many "
-            f"bytes: nothing was measured for {runtime.NAME} here"
-        )
+        yield f"no bundle is built for {runtime.NAME} yet: this plan is arithmetic"
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
     weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
     if limit is not None and weights > limit and runtime is llama_cpp:

@@ -32,7 +32,6 @@ from edgepack.profile import (
     PowerMode,
     Reserves,
     Software,
-    SpeedConstants,
 )
 from edgepack.units import KIB, MIB, Bytes, show
 
@@ -51,9 +50,6 @@ _WINDOWS_DISPLAY = Bytes(1100 * MIB)
 """What Windows keeps of an 8 GB card under WSL2 (ollama#7996)."""
 _CUDA_CONTEXT = Bytes(300 * MIB)
 """120-550 MB by SM count (llama.cpp PR#20595)."""
-_CPU_EFFICIENCY = 0.75
-"""Decode speed over *measured* read bandwidth: 0.88 on a Raspberry Pi 5 (10.0 of 11.4 GB/s sustained), 0.65 on a
-DDR5 laptop (54 of 80-86 GB/s STREAM)."""
 _LEAST_MEMORY = 64 * MIB
 """A MemTotal below this is a broken capture, not a machine that runs models."""
 _PATIENCE = 1.2
@@ -80,8 +76,6 @@ FILES: tuple[str, ...] = (
 """Every file of a root that is read; capture.sh, which each bundle carries, takes the same ones."""
 _SMI = "name,memory.total,memory.used,compute_cap"
 """What nvidia-smi is asked for; a capture has its answer, with the header, in nvidia-smi.csv at its root."""
-_PREFILL_PER_CORE: Mapping[Arch, float] = {"x86_64": 0.09, "aarch64": 0.025}
-"""TFLOPS a core while reading a prompt: i5-1135G7 0.41 and i7-7820HQ 0.36 with four, Raspberry Pi 5 0.1 with four."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -645,18 +639,14 @@ def _as_cpu(
             found,
             power_modes=(PowerMode(name="default", bandwidth_gbs=round(rate / 1e9, 1)),),
             default_mode="default",
-            speed=SpeedConstants(
-                decode_efficiency=_CPU_EFFICIENCY,
-                layer_overhead_us=50,
-                prefill_tflops=round(_PREFILL_PER_CORE[system.arch] * found.cpu_cores, 3),
-                relative_interval=0.4,
-            ),
+            speed=None,
             uncertain=("speed", "power_modes") if cached else ("speed",),
         ),
         (
             Finding(field="power_modes", source=source),
             Finding(
-                field="speed", source="published CPUs against their measured bandwidth; not measured here"
+                field="speed",
+                source="the class's law (edgepack/speed.py) over the bandwidth read here; not measured",
             ),
         ),
     )
@@ -729,8 +719,8 @@ def _as_card(
         findings.append(Finding(field="power_modes", source=f"as {nearest.name}; the driver did not say"))
         uncertain += [] if known else ["power_modes"]
     else:
-        flops = nearest.mode().fp16_tflops if known else None
-        modes = (PowerMode(name="default", bandwidth_gbs=round(card.bandwidth_gbs, 1), fp16_tflops=flops),)
+        like = nearest.mode() if known else PowerMode(name="default", bandwidth_gbs=1.0)
+        modes = (replace(like, name="default", bandwidth_gbs=round(card.bandwidth_gbs, 1)),)
         findings.append(Finding(field="power_modes", source="NVML: highest memory clock x 2 x bus width"))
     reserves = replace(
         found.reserves,

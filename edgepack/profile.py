@@ -26,16 +26,20 @@ _NOTHING = Bytes(0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedConstants:
-    """The speed law: seconds per token = bytes read / (efficiency x bandwidth) + overhead x layers."""
+    """Of a device that was measured: seconds per token = bytes read / (efficiency x bandwidth) + overhead x layers."""
 
     decode_efficiency: float
-    """Share of the peak bandwidth that decoding reaches, above 0 and at most 1."""
+    """Share of the peak bandwidth that decoding reaches, above 0 and at most 1; what computing takes is in it."""
     layer_overhead_us: float
     """Microseconds per layer and token that no bandwidth explains (launches, synchronization)."""
     prefill_tflops: float | None = None
-    """2 x parameters x tokens per second while reading a prompt, 10^12 per second."""
+    """2 x weights in use x tokens per second while reading a prompt, 10^12 per second."""
     relative_interval: float = 0.3
     """Half width of the decode interval, as a share of the prediction."""
+    runtime: str = "llama.cpp"
+    """The runtime that was measured; for others the class's constants hold."""
+    readings: int = 0
+    """How many runs of this very device they were fitted on (`edgepack calibrate`); 0 when others published them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,9 @@ class PowerMode:
     """Peak memory bandwidth in this mode, 10^9 bytes per second."""
     fp16_tflops: float | None = None
     """Dense FP16, 10^12 FLOP per second."""
+    fp32_tflops: float | None = None
+    """Peak single precision of what decodes, 10^12 FLOP per second: a GPU's shaders without its matrix units, a CPU's
+    vector units (cores x clock x 2 x lanes x units). None when unknown; then the speed law takes what is usual."""
     speed: SpeedConstants | None = None
     """Constants measured in this mode, where they differ from the profile's."""
 
@@ -366,6 +373,8 @@ def _mode_problems(modes: tuple[PowerMode, ...], default: object) -> Iterator[tu
             yield ("power_modes", at, "bandwidth_gbs"), f"{mode.bandwidth_gbs} is not a bandwidth"
         if mode.fp16_tflops is not None and mode.fp16_tflops <= 0:
             yield ("power_modes", at, "fp16_tflops"), f"{mode.fp16_tflops} is not a rate"
+        if mode.fp32_tflops is not None and mode.fp32_tflops <= 0:
+            yield ("power_modes", at, "fp32_tflops"), f"{mode.fp32_tflops} is not a rate"
         if mode.name in named[:at]:
             yield ("power_modes", at, "name"), f"{mode.name!r} is given twice"
         if mode.speed is not None:
@@ -406,6 +415,10 @@ def _speed_problems(place: serde.Place, speed: SpeedConstants) -> Iterator[tuple
         yield (*place, "decode_efficiency"), f"{speed.decode_efficiency} is not above 0 and at most 1"
     if speed.layer_overhead_us < 0:
         yield (*place, "layer_overhead_us"), f"{speed.layer_overhead_us} is below 0"
+    if speed.prefill_tflops is not None and speed.prefill_tflops <= 0:
+        yield (*place, "prefill_tflops"), f"{speed.prefill_tflops} is not a rate"
+    if speed.readings < 0:
+        yield (*place, "readings"), f"{speed.readings} is below 0"
     if not 0 <= speed.relative_interval < 1:
         yield (*place, "relative_interval"), f"{speed.relative_interval} is not between 0 and 1"
 

@@ -75,6 +75,8 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         ),
         f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
         f"{pace.decode_full:.1f} with a full context",
+        f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}], "
+        f"first token after {pace.first_token:.2f} s, up to {pace.first_token_high:.2f}, for {pace.prompt} tokens",
         f"quality {score}",
         f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
         f"licence {chosen.model.license}"

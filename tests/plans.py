@@ -54,6 +54,12 @@ def example_plan(profile_name: str, *, model: str = "Qwen/Qwen2.5-1.5B-Instruct"
             decode_full_low=18.0,
             decode_all=20.0,
             decode_all_low=18.0,
+            prefill=400.0,
+            prefill_low=220.0,
+            prefill_high=730.0,
+            prompt=512,
+            first_token=1.3,
+            first_token_high=2.4,
             provenance="fitted",
         ),
         quality=Quality(

@@ -32,7 +32,7 @@ LEVELS = (
     {"artifact"},
     {"toolchain", "hub", "probe"},
     {"bundle", "check", "builders", "quality"},
-    {"pipeline", "tables", "run"},
+    {"pipeline", "tables", "run", "calibrate"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""
