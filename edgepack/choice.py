@@ -12,8 +12,9 @@ from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, la
 from edgepack.profile import budget
 from edgepack.units import MIB, show
 
-KEPT = 0.97
-"""For the goals latency and throughput: what a scheme must surely keep of its unquantized model."""
+WORTH = 0.9
+"""For the goals latency and throughput: share of the best sure score that a candidate must have to count; without a
+floor the smallest model of all would always win."""
 NOISE = 0.01
 """Relative difference in score below which two candidates count as equal in quality: a panel's standard
 error and the loss law's own error are both about a percent."""
@@ -65,8 +66,8 @@ def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
     """Best first; candidates whose scores come from different panels are never mixed.
 
     Quality: the lower end of the score, and within its noise the faster. Latency and throughput: the faster for
-    one user, or for all slots together, among schemes that surely keep ``KEPT`` of their model. Context: the
-    longest, then quality.
+    one user, or for all slots together, of those whose sure score is ``WORTH`` of the best one's; the others after
+    them. Context: the longest, then quality.
     """
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
@@ -120,11 +121,12 @@ def explain(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> 
 
 
 def _ordered(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
+    floor = WORTH * max(p.quality.low for p in plans)
     match goal:
         case "latency":
-            return _by(plans, lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_full_low))
+            return _by(plans, lambda p: (p.quality.low >= floor, p.speed.decode_full_low))
         case "throughput":
-            return _by(plans, lambda p: (p.quality.kept_low >= KEPT, p.speed.decode_all_low))
+            return _by(plans, lambda p: (p.quality.low >= floor, p.speed.decode_all_low))
         case "context":
             return _by(plans, lambda p: (p.settings.context, p.quality.low))
         case "quality":
@@ -153,8 +155,12 @@ def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
     quality = f"scores at least {other.quality.low:.1f} against {best.quality.low:.1f}"
     pace = f"decodes {other.speed.decode_full:.1f} tok/s against {best.speed.decode_full:.1f} with a full context"
     match goal:
+        case "latency" if other.speed.decode_full_low > best.speed.decode_full_low:
+            return f"{quality}, too little of the best sure score to count"
         case "latency":
             return pace
+        case "throughput" if other.speed.decode_all_low > best.speed.decode_all_low:
+            return f"{quality}, too little of the best sure score to count"
         case "throughput":
             return f"{other.speed.decode_all:.1f} tok/s in all slots together against {best.speed.decode_all:.1f}"
         case "context" if other.settings.context != best.settings.context:
@@ -175,9 +181,11 @@ def _why(chosen: Plan, goal: Goal) -> str:
     size = f"of {len(fitting) + 1} that fit and are scored in {chosen.quality.panel}"
     match goal:
         case "latency":
-            return f"the fastest for one user {size} and surely keep {KEPT:.0%} of their model"
+            return f"the fastest for one user {size}, at {WORTH:.0%} or more of the best sure score"
         case "throughput":
-            return f"the most tokens in all slots together {size} and surely keep {KEPT:.0%} of their model"
+            return (
+                f"the most tokens in all slots together {size}, at {WORTH:.0%} or more of the best sure score"
+            )
         case "context":
             return f"the longest context {size}, then the best sure score"
         case "quality":

@@ -110,14 +110,28 @@ def test_forcing_past_the_disk_keeps_the_reason() -> None:
     assert any(text.startswith("forced: its file has") for text in chosen.warnings)
 
 
+@pytest.mark.parametrize("name", profile.names())
+def test_speed_is_not_bought_with_most_of_the_quality(name: str) -> None:
+    device = profile.load(name)
+
+    best = pipeline.make_plan(Request(profile=device), models())
+    fast = pipeline.make_plan(Request(profile=device, goal="latency"), models())
+
+    assert fast.speed.decode_full_low >= best.speed.decode_full_low
+    assert fast.quality.low >= choice.WORTH * best.quality.low
+
+
 def test_throughput_makes_most_of_all_slots_together() -> None:
     request = Request(profile=profile.load("consumer-8gb"), goal="throughput", slots=8, min_decode=0.0)
 
     chosen = pipeline.make_plan(request, models())
 
-    kept = [p for p in fitting(request) if p.quality.kept_low >= choice.KEPT]
-    rivals = [p for p in kept if p.quality.panel == chosen.quality.panel]
-    assert chosen.speed.decode_all_low == max(p.speed.decode_all_low for p in rivals)
+    rivals = [p for p in fitting(request) if p.quality.panel == chosen.quality.panel]
+    floor = choice.WORTH * max(p.quality.low for p in rivals)
+    assert chosen.quality.low >= floor
+    assert chosen.speed.decode_all_low == max(
+        p.speed.decode_all_low for p in rivals if p.quality.low >= floor
+    )
     assert chosen.speed.decode_all > chosen.speed.decode_full
 
 
