@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgepack import runtimes
 from edgepack.errors import NothingFits
-from edgepack.fit import binding, fit
+from edgepack.fit import Change, binding, fit
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import budget
 from edgepack.units import MIB, show
@@ -315,7 +315,37 @@ def _nothing_fits(
         f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"
         for name, value in budget(request.profile, request.session).arithmetic
     )
+    free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
+    helps = f"{tried.hint}{_price(tried.change, nearest, request, candidates)}"
     return NothingFits(
         f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
-        hint=f"{tried.hint}; or free {-(-nearest.excess // MIB)} MiB on the device, or --force",
+        hint=f"{helps}; or {free}",
     )
+
+
+def _price(
+    change: Change | None, nearest: Rejection, request: Request, candidates: Sequence[Candidate]
+) -> str:
+    """What the nearest candidate gives once changed: its speed and what is kept; or that it is then too slow."""
+    if change is None:
+        return ""
+    changed = replace(
+        request,
+        session="headless" if change.headless else request.session,
+        runtime=nearest.runtime,
+        scheme=change.scheme or nearest.scheme,
+        kv_type=change.kv_type or nearest.kv_type,
+        ubatch=change.ubatch or request.ubatch,
+        context=change.context or nearest.context,
+    )
+    found = next(iter(survey(changed, [c for c in candidates if c.model.id == nearest.model])), None)
+    match found:
+        case Plan():
+            return (
+                f" (decodes {found.speed.decode_full:.1f} tok/s with a full context, surely keeps "
+                f"{found.quality.kept_low:.1%} of the model)"
+            )
+        case Rejection(slowness=slowness) if slowness:
+            return f" {found.hint}"
+        case _:
+            return ""

@@ -18,6 +18,34 @@ _SMALL_UBATCH = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What a user may give up so that it fits; None leaves a thing as it is."""
+
+    headless: bool = False
+    kv_type: str | None = None
+    ubatch: int | None = None
+    scheme: str | None = None
+    context: int | None = None
+
+    @property
+    def words(self) -> str:
+        """As options of the command line."""
+        options = [
+            f"--{name} {value}"
+            for name, value in (
+                ("scheme", self.scheme),
+                ("kv-type", self.kv_type),
+                ("ubatch", self.ubatch),
+                ("context", self.context),
+            )
+            if value is not None
+        ]
+        return " and ".join(
+            [*(["leave out --desktop"] if self.headless else []), *([" ".join(options)] if options else [])]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
     """A model, a scheme and settings against one device."""
 
@@ -33,7 +61,9 @@ class Fit:
     binding: str
     """The pool with least room, and the part that takes most of it: "memory: weights"."""
     hint: str
-    """The cheapest change that makes it fit; empty when it does, or nothing is judged."""
+    """The cheapest change that makes it fit, in words; empty when it does, or nothing is judged."""
+    change: Change | None = None
+    """The same as a value; None when none was found or is needed."""
     runtime: str = llama_cpp.NAME
     start_up: Mapping[str, int | float] = field(default_factory=dict)
     """What the runtime is told, or prints, about its memory when it starts."""
@@ -78,6 +108,7 @@ def fit(
             start_up=start_up,
         )
     fits = case.fits()
+    change = None if fits else _cheapest(case)
     return Fit(
         model=spec.name,
         scheme=case.scheme,
@@ -87,7 +118,8 @@ def fit(
         fits=fits,
         max_context=case.max_context(),
         binding=binding(estimate, case.room),
-        hint="" if fits else _hint(case),
+        hint="" if fits else change.words if change else NO_HELP,
+        change=change,
         runtime=runtime,
         start_up=start_up,
     )
@@ -233,45 +265,65 @@ class _Case:
         return longest(limit, lambda context: self.with_context(context).fits())
 
 
-def _hint(case: _Case) -> str:
+NO_HELP = "no scheme of this model fits at any context; use a smaller model"
+
+
+def _cheapest(case: _Case) -> Change | None:
     """The first change that fits, from free to dear; they are tried, not guessed."""
-    for words, changed in _changes(case):
+    for change in _changes(case):
         try:
-            if changed.fits():
-                return words
+            if _changed(case, change).fits():
+                return change
         except Unsupported:
             continue
-    return "no scheme of this model fits at any context; use a smaller model"
+    return None
 
 
-def _changes(case: _Case) -> Iterator[tuple[str, _Case]]:
+def _changed(case: _Case, change: Change) -> _Case:
     settings = case.settings
+    if change.kv_type is not None:
+        settings = replace(settings, kv_type=change.kv_type)
+    result = replace(
+        case,
+        session="headless" if change.headless else case.session,
+        scheme=change.scheme or case.scheme,
+        settings=settings,
+    )
+    if change.ubatch is not None:
+        result = _ubatch(result)
+    return result if change.context is None else result.with_context(change.context)
+
+
+def _changes(case: _Case) -> Iterator[Change]:
     if case.session == "desktop":
-        yield "leave out --desktop (run the device without one)", replace(case, session="headless")
-    lighter = runtimes.named(case.runtime).lighter_kv(settings.kv_type, case.machine)
-    light = case
-    if lighter is not None:
-        light = replace(light, settings=replace(light.settings, kv_type=lighter))
-        yield f"--kv-type {lighter}", light
-    if settings.ubatch > _SMALL_UBATCH and _bounded(case):
-        yield f"--ubatch {_SMALL_UBATCH}", _ubatch(case)
-        if light is not case:
-            yield f"--kv-type {lighter} --ubatch {_SMALL_UBATCH}", _ubatch(light)
-    half = settings.context // 2
+        yield Change(headless=True)
+    yield from _within(case)
+    if case.session == "desktop":
+        for change in _within(replace(case, session="headless")):
+            yield replace(change, headless=True)
+
+
+def _within(case: _Case) -> Iterator[Change]:
+    """Changes of settings, then of the scheme, then of all at once."""
+    lighter = runtimes.named(case.runtime).lighter_kv(case.settings.kv_type, case.machine)
+    light = [lighter] if lighter is not None else []
+    small = [_SMALL_UBATCH] if case.settings.ubatch > _SMALL_UBATCH and _bounded(case) else []
+    yield from (Change(kv_type=kv) for kv in light)
+    yield from (Change(ubatch=ubatch) for ubatch in small)
+    yield from (Change(kv_type=kv, ubatch=ubatch) for kv in light for ubatch in small)
     context = _shorter(case)
-    if context and context >= half:
-        yield f"--context {context}", case.with_context(context)
+    if context and context >= case.settings.context // 2:
+        yield Change(context=context)
     smaller = _smaller(case)
-    for scheme in smaller:
-        yield f"--scheme {scheme}", replace(case, scheme=scheme)
+    yield from (Change(scheme=scheme) for scheme in smaller)
     if context:
-        yield f"--context {context}", case.with_context(context)
-    for scheme in smaller:
-        least = replace(light, scheme=scheme)
-        context = _shorter(least)
-        if context:
-            kv = f" --kv-type {lighter}" if lighter is not None else ""
-            yield f"--scheme {scheme}{kv} --context {context}", least.with_context(context)
+        yield Change(context=context)
+    for ubatch in (None, *small):
+        for scheme in (None, *smaller):
+            least = Change(scheme=scheme, kv_type=lighter, ubatch=ubatch)
+            context = _shorter(_changed(case, least))
+            if context:
+                yield replace(least, context=context)
 
 
 def _bounded(case: _Case) -> bool:

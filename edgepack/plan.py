@@ -302,12 +302,6 @@ def _try(
     if schemes.requires_imatrix(spec, scheme) and not request.imatrix:
         reason = f"{scheme} is unusable without an importance matrix"
         return _reject(candidate, scheme, kv_type, context, reason, hint="give one with --imatrix")
-    if context > limit:
-        slots = f" times {request.slots} slots" if request.slots > 1 else ""
-        reason = (
-            f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
-        )
-        return _reject(candidate, scheme, kv_type, context, reason, hint=f"--context {limit}")
 
     def settings(tokens: int) -> Settings:
         return runtime.settings_for(
@@ -317,6 +311,21 @@ def _try(
     def needs(tokens: int) -> MemoryEstimate:
         return _memory(
             request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix, runtime=runtime.NAME
+        )
+
+    if context > limit:
+        fitting = longest(limit, lambda n: excess(needs(n), room) <= 0)
+        slots = f" times {request.slots} slots" if request.slots > 1 else ""
+        reason = (
+            f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
+        )
+        return _reject(
+            candidate,
+            scheme,
+            kv_type,
+            context,
+            reason,
+            hint=f"--context {fitting}" if fitting else "a smaller model or scheme",
         )
 
     if request.goal == "context" and request.context is None:
