@@ -179,8 +179,10 @@ def read_sentencepiece(path: Path) -> Pieces:
         if field == 1 and isinstance(value, bytes):
             piece = dict(_fields(value, path))
             texts.append(_as_bytes(piece.get(1, b""), path).decode("utf-8", errors="replace"))
-            (score,) = struct.unpack("<f", _as_bytes(piece.get(2, bytes(4)), path))
-            scores.append(score)
+            score = _as_bytes(piece.get(2, bytes(4)), path)
+            if len(score) != 4:
+                raise BadInput(f"{path} is damaged: a score of {len(score)} bytes")
+            scores.append(struct.unpack("<f", score)[0])
             types.append(_as_number(piece.get(3, NORMAL), path))
         elif field == 2 and isinstance(value, bytes):
             trainer = dict(_fields(value, path))

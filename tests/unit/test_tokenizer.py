@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -232,6 +232,7 @@ def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
         tokenizer.read_sentencepiece(path)
 
 
+@example(cut=0, byte=146, at=123)  # a score that says it is a string
 @given(cut=st.integers(0, 7900), byte=st.integers(0, 255), at=st.integers(0, 7900))
 def test_damage_is_refused_or_read_but_never_crashes(
     cut: int, byte: int, at: int, tmp_path_factory: pytest.TempPathFactory
