@@ -104,8 +104,8 @@ def test_intervals_hold_nine_in_ten_readings_of_devices_never_seen() -> None:
 
 def test_two_readings_of_the_device_predict_its_other_models() -> None:
     """Goal: median 3 %, on sets of one host. Reached for dense models (58 of 106 rows); with Gemma, hybrids, experts
-    and rows that no 256-wide block fits, it is 4.5 %. calibrate.NOISE and UNSURE, which models count as plain, and which
-    two calibrate were settled with these figures in view: neighboring choices give 2.7 to 3.1 %."""
+    and rows that no 256-wide block fits, it is 4.5 %. calibrate.NOISE and UNSURE, which models count as plain and
+    which two calibrate were settled with these figures in view: neighboring choices give 2.7 to 3.1 %."""
     found = fit_speed.leave_one_model_out(2)
     plain = errors([c for c in found if c.plain])
 
