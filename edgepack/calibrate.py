@@ -718,18 +718,64 @@ def _row_reading(
 
 
 def _named(model: str, quant: str, extra: Sequence[catalog.CatalogModel]) -> tuple[ModelSpec, str] | str:
-    entry = next((e for name in (model, f"{model}-instruct", f"{model}-it", f"{model}-chat")
-                  if (e := catalog.find(name, extra)) is not None), None)  # fmt: skip
+    """The catalog's model of that name, or one of the same shape, and the scheme's own name."""
+    entry = catalog.find(model, extra)
     if entry is None:
-        near = serde.did_you_mean(model, (e.id for e in (*extra, *catalog.models())))
-        return f"the catalog has no model {model!r}{near}"
+        every = (*extra, *catalog.models())
+        keys = {key: e for e in reversed(every) if (key := _key(e.id))}
+        entry = keys.get(_key(model)) or keys.get(_sibling(_key(model)))
+        if entry is None:
+            near = serde.did_you_mean(model, (e.id for e in every))
+            return f"the catalog has no model {model!r}{near}"
+    ending = _ENDING.search(model)
+    if quant in _UNSAID and ending is None:
+        return f"{quant!r} does not say the scheme"
     try:
-        scheme = schemes.canonical(quant)
+        scheme = schemes.canonical(ending.group(1) if ending is not None and quant in _UNSAID else quant)
         spec = entry.spec()
         schemes.tensor_types(spec, scheme, imatrix=False)
     except EdgepackError as error:
         return error.message
     return spec, scheme
+
+
+_ENDING = re.compile(r"[.-]((?:i?q\d|bf|f)\w*)$", re.IGNORECASE)
+"""A scheme at the end of a model's name, as files have it."""
+_UNSAID = ("as published", "unknown", "")
+_NO_SHAPE = {
+    "instruct", "it", "chat", "base", "thinking", "reasoning", "tool", "hf", "gguf", "qat", "sft", "meta",
+    "2410", "2507", "2512", "v0.1", "v0.2", "v0.3", "v1.0",
+}  # fmt: skip
+"""Words of a name that say how a model was trained or packed, not what shape it has."""
+
+
+def _key(name: str) -> tuple[str, ...]:
+    """The words of a model's name that its shape depends on: google_gemma-3-1b-it.Q4_K_M gives gemma, 3, 1b."""
+    plain = _ENDING.sub("", name.lower()).removesuffix(".i1")
+    maker, _, rest = re.sub("/", "_", plain).partition("_")
+    if rest and not re.search(r"\d", maker):
+        plain = rest
+    return tuple(word for word in re.split(r"[-_:/ ]+", plain) if word and word not in _NO_SHAPE)
+
+
+def _sibling(key: tuple[str, ...]) -> tuple[str, ...]:
+    """The key of the model that this one was trained from, shapes and all; its own where none is known."""
+    match key:
+        case ("deepseek", "r1", "distill", "qwen", size):
+            return ("qwen2.5", size)
+        case ("deepseek", "r1", "distill", "llama", size):
+            return ("llama", "3.1", size)
+        case ("qwen2.5", "coder", size):
+            return ("qwen2.5", size)
+        case (("llama" | "meta"), "3", "8b") | ("llama3" | "llama3.1", "8b"):
+            return ("llama", "3.1", "8b")
+        case ("llama3.2", size):
+            return ("llama", "3.2", size)
+        case ("smollm", size):
+            return ("smollm2", size)
+        case ("lfm2.5", size, *_):
+            return ("lfm2", size)
+    return key
 
 
 def _kv(spec: ModelSpec, tokens: int) -> int:

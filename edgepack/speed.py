@@ -146,12 +146,12 @@ LAW = Law(
     exponent=0.529,
     experts=1.94,
     recurrent=1.85,
-    kv={"llama.cpp": 0.478, "fused": 0.478, "torch": 0.478, "transformers": 0.035},
+    kv={"llama.cpp": 0.478, "fused": 0.478, "torch": 0.478, "transformers": 0.032},
     prefill={
-        "gpu": 1.52, "gpu-jetson": 2.88, "gpu-old": 0.36, "apple": 0.75, "apple-old": 0.56,
+        "gpu": 1.66, "gpu-jetson": 2.58, "gpu-old": 0.36, "apple": 0.76, "apple-old": 0.56,
         "cpu": 0.60, "cpu-old": 0.43,
     },
-    spread_prefill=0.74,
+    spread_prefill=0.51,
     runtime_compute={"llama.cpp": 1.0, "fused": 0.546, "torch": 0.686},
     runtime_overhead={"llama.cpp": 1.0, "llama.cpp-2024": 1.2, "fused": 1.5, "torch": 1.08},
     spread=0.128,
@@ -163,8 +163,9 @@ _VOLTA = 7
 """Major compute capability of the first generation that CUDA graphs and matrix units are used on."""
 UNLIKE = 1.5
 """Times as wide for experts and recurrent layers, when a device's own constants come from other models."""
-OWN_SPREAD_PREFILL = 0.3
-"""Logarithmic half width of reading a prompt, with a rate of the device's own."""
+OWN_SPREAD_PREFILL = 0.6
+"""Logarithmic half width of reading a prompt, with a rate of the device's own: small models and large ones of one
+device differ by as much as devices of one class do."""
 CORE_TFLOPS: Mapping[str, float] = {"x86_64": 0.11, "aarch64": 0.035}
 """FP32 peak of one core where a profile gives none, 10^12 per second: i5-1135G7 0.12 and N100 0.055, Cortex-A76 0.038
 and A78AE 0.027 (tests/truth/speed_devices.jsonl)."""

@@ -519,14 +519,26 @@ SMALL = 500_000_000
 """Weights below which launching kernels, not arithmetic, sets the pace of a prompt."""
 
 
+LONG = 1024
+"""Tokens above which a published prompt is left out: attention's share grows, without flash attention to a half."""
+
+
+def prompts() -> tuple[Row, ...]:
+    """The rows that say how fast a prompt of usual length is read."""
+    out = dropped()
+    return tuple(
+        row
+        for row in rows()
+        if row.prefill and row.work.weights > SMALL and row.id not in out and (row.context or 0) <= LONG
+    )
+
+
 def prefill_ratios() -> Mapping[str, Mapping[str, float]]:
     """Generation -> device -> FLOP per second of reading a prompt over the FP32 peak, the median of its rows."""
     found: dict[str, dict[str, list[float]]] = {}
-    out = dropped()
-    for row in rows():
-        if row.prefill and row.work.weights > SMALL and row.id not in out:
-            ratio = 2 * row.work.weights * row.prefill / row.machine.fp32
-            found.setdefault(row.machine.generation, {}).setdefault(row.device, []).append(ratio)
+    for row in prompts():
+        ratio = 2 * row.work.weights * (row.prefill or 0.0) / row.machine.fp32
+        found.setdefault(row.machine.generation, {}).setdefault(row.device, []).append(ratio)
     return {name: {device: float(np.median(v)) for device, v in some.items()} for name, some in found.items()}
 
 
@@ -537,16 +549,51 @@ def prefill() -> Mapping[str, float]:
 
 def prefill_errors() -> list[float]:
     """Logarithmic error of each row, by the median of the other devices of its generation, where there is one."""
-    out = dropped()
     errors = []
-    for row in rows():
-        if not row.prefill or row.work.weights <= SMALL or row.id in out:
-            continue
+    for row in prompts():
         others = [r for d, r in prefill_ratios()[row.machine.generation].items() if d != row.device]
         if others:
             predicted = float(np.median(others)) * row.machine.fp32 / (2 * row.work.weights)
-            errors.append(abs(math.log(predicted / row.prefill)))
+            errors.append(abs(math.log(predicted / (row.prefill or math.nan))))
     return errors
+
+
+def prefill_repeats() -> list[float]:
+    """Logarithmic error of each row by the median of the other rows of the same device, mode and family."""
+    errors = []
+    for row in prompts():
+        others = [
+            2 * other.work.weights * (other.prefill or 0.0)
+            for other in prompts()
+            if (other.device, other.family, other.machine) == (row.device, row.family, row.machine)
+            and other.id != row.id
+        ]
+        if others:
+            mine = 2 * row.work.weights * (row.prefill or math.nan)
+            errors.append(abs(math.log(float(np.median(others)) / mine)))
+    return errors
+
+
+# ── the context of PyTorch's attention ───────────────────────────────────────────────────────────────
+
+
+def _shape(model: str) -> ModelSpec:
+    """Qwen2.5-32B has the shape of its distilled and its coding sibling."""
+    return specs().get(model) or specs()[model.replace("Qwen2.5-", "Qwen2.5-Coder-") + "-Instruct"]
+
+
+def kv_transformers() -> float:
+    """Share of the peak bandwidth at which transformers reads its KV cache: from the shortest to the longest input of
+    each model in speed_context.jsonl, the median."""
+    shares = []
+    found = _jsonl("speed_context.jsonl")
+    for model in sorted({entry["model"] for entry in found}):
+        mine = sorted((e for e in found if e["model"] == model), key=lambda e: int(e["input_tokens"]))
+        short, long = mine[0], mine[-1]
+        tokens = long["input_tokens"] - short["input_tokens"]
+        seconds = 1 / long["decode_tps"] - 1 / short["decode_tps"]
+        shares.append(kv_bytes(_shape(model), tokens) / seconds / (long["bandwidth_gbs"] * 1e9))
+    return float(np.median(shares))
 
 
 # ── two readings of the device itself ────────────────────────────────────────────────────────────────
@@ -685,8 +732,14 @@ def main(words: Sequence[str]) -> int:
     errors = prefill_errors()
     say(
         f"  left-out devices: {len(errors)} rows, median {math.expm1(quantile(errors, 0.5)):.1%}, 90th percentile a "
-        f"factor of {math.exp(quantile(errors, 0.9)):.2f} (log {quantile(errors, 0.9):.3f})\n\n"
+        f"factor of {math.exp(quantile(errors, 0.9)):.2f} (log {quantile(errors, 0.9):.3f})\n"
     )
+    own = prefill_repeats()
+    say(
+        f"  other runs of the same device: {len(own)} rows, median {math.expm1(quantile(own, 0.5)):.1%}, "
+        f"90th percentile a factor of {math.exp(quantile(own, 0.9)):.2f} (log {quantile(own, 0.9):.3f})\n"
+    )
+    say(f"KV cache of transformers: {kv_transformers():.3f} of the bandwidth\n\n")
     say(f"dropped: {len(out)} of {len(raw_rows())} rows\n")
     for name, reason in out.items():
         say(f"  {name} {reason}\n")
@@ -717,11 +770,10 @@ def main(words: Sequence[str]) -> int:
                     )
     say("\nconstants of devices with readings of their own (profiles/*.yaml)\n")
     for name, mode in OWN:
-        own = own_constants(name, mode)
+        of = own_constants(name, mode)
         say(
-            f"  {name} {mode}: {{decode_efficiency: {own.decode_efficiency}, "
-            f"layer_overhead_us: {own.layer_overhead_us}, "
-            f"prefill_tflops: {own.prefill_tflops}, relative_interval: {own.relative_interval}}}\n"
+            f"  {name} {mode}: {{decode_efficiency: {of.decode_efficiency}, layer_overhead_us: {of.layer_overhead_us}, "
+            f"prefill_tflops: {of.prefill_tflops}, relative_interval: {of.relative_interval}}}\n"
         )
     if options.rows:
         for s in every:

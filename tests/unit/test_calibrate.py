@@ -394,6 +394,45 @@ def test_every_fitting_row_of_a_pi_in_the_truth_file_calibrates_it(tmp_path: Pat
     assert "Llama-2-13B" in found.refused[0].reason
 
 
+@pytest.mark.parametrize(
+    ("published", "ours"),
+    [
+        ("Llama-3.2-3B", "llama-3.2-3b-instruct"),
+        ("llama3.2:3b", "llama-3.2-3b-instruct"),
+        ("Llama-3-8B", "llama-3.1-8b-instruct"),
+        ("Qwen2.5-Coder-14B-Instruct", "qwen2.5-14b-instruct"),
+        ("DeepSeek-R1-Distill-Qwen-14B", "qwen2.5-14b-instruct"),
+        ("DeepSeek-R1-Distill-Qwen-7B", "deepseek-r1-distill-qwen-7b"),
+        ("DeepSeek-R1-Distill-Llama-8B", "llama-3.1-8b-instruct"),
+        ("Qwen3-4B-Instruct-2507", "qwen3-4b"),
+        ("qwen3:8b", "qwen3-8b"),
+        ("Qwen_Qwen3.5-0.8B", "qwen3.5-0.8b"),
+        ("google_gemma-3-1b-it", "gemma-3-1b-it"),
+        ("microsoft_Phi-4-mini-reasoning", "phi-4-mini-instruct"),
+        ("TinyLlama-1.1B-Chat-v1.0.i1", "tinyllama-1.1b-chat"),
+        ("LFM2.5-1.2B-Thinking", "lfm2-1.2b"),
+        ("Mistral-7B", "mistral-7b-instruct-v0.3"),
+    ],
+)
+def test_published_names_find_the_model_of_their_shape(published: str, ours: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.json", row(published, 1.0))
+
+    readings, refused = calibrate.read(path, PI, PI.mode())
+
+    assert refused == []
+    assert readings[0].model == ours
+
+
+def test_the_scheme_may_stand_in_the_name(tmp_path: Path) -> None:
+    named = row("qwen2.5-coder-7b-instruct-q4_k_m", 2.0, quant="as published")
+    silent = row("qwen2.5-coder-7b-instruct", 2.0, quant="as published")
+
+    readings, refused = calibrate.read(write(tmp_path / "x.json", named, silent), PI, PI.mode())
+
+    assert [r.scheme for r in readings] == ["Q4_K_M"]
+    assert refused[0].reason == "'as published' does not say the scheme"
+
+
 # ── the command ──
 
 

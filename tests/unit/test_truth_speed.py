@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepack import calibrate, profile, speed
+from edgepack import calibrate, modelspec, profile, speed
 from edgepack.speed import LAW
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -84,7 +84,7 @@ def test_published_weight_bytes_are_ours() -> None:
 
 def test_a_device_that_was_never_seen() -> None:
     """Goals: median 15 %, 90th percentile 35 %. Without the filter (neither fit nor score) the second is missed, by
-    4 points."""
+    4 points. The law's form and its classes were settled with these figures in view: expect a little more elsewhere."""
     kept = errors(fit_speed.leave_one_device_out(filtered=True))
     every = errors(fit_speed.leave_one_device_out(filtered=False))
 
@@ -104,7 +104,8 @@ def test_intervals_hold_nine_in_ten_readings_of_devices_never_seen() -> None:
 
 def test_two_readings_of_the_device_predict_its_other_models() -> None:
     """Goal: median 3 %, on sets of one host. Reached for dense models (58 of 106 rows); with Gemma, hybrids, experts
-    and rows that no 256-wide block fits, it is 4.5 %."""
+    and rows that no 256-wide block fits, it is 4.5 %. calibrate.NOISE and UNSURE, which models count as plain and
+    which two calibrate were settled with these figures in view: neighboring choices give 2.7 to 3.1 %."""
     found = fit_speed.leave_one_model_out(2)
     plain = errors([c for c in found if c.plain])
 
@@ -147,7 +148,39 @@ def test_only_profiles_with_readings_have_constants() -> None:
 
 
 def test_reading_prompts() -> None:
-    """Published rates differ more: median 28 %, and nine in ten within a factor of 2.1."""
+    """Published rates differ more: median 22 %, and nine in ten within a factor of 1.7."""
     assert {name: round(value, 2) for name, value in fit_speed.prefill().items()} == dict(LAW.prefill)
-    assert fit_speed.quantile(fit_speed.prefill_errors(), 0.5) <= math.log(1.29)
+    assert fit_speed.quantile(fit_speed.prefill_errors(), 0.5) <= math.log(1.23)
     assert fit_speed.quantile(fit_speed.prefill_errors(), 0.9) <= LAW.spread_prefill
+    assert fit_speed.quantile(fit_speed.prefill_repeats(), 0.9) <= speed.OWN_SPREAD_PREFILL
+
+
+def test_pytorch_reads_its_kv_cache_at_a_thirtieth_of_the_bandwidth() -> None:
+    assert round(fit_speed.kv_transformers(), 3) == LAW.kv["transformers"]
+
+
+@pytest.mark.parametrize("name", ["mid", "large"])
+def test_one_core_of_a_virtual_machine_that_no_row_is_of(name: str) -> None:
+    """Bound by arithmetic: 7 GB/s of the 20 that probe read per core. The small one stays in its cache: faster."""
+    shapes = {
+        "mid": {
+            "num_hidden_layers": 16,
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+        },
+        "large": {
+            "num_hidden_layers": 16,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+        },
+    }
+    config = {**shapes[name], "model_type": "llama", "num_key_value_heads": 8, "vocab_size": 32000}
+    work = speed.work(modelspec.from_config(config, name=name), "Q4_K_M", imatrix=False)
+    core = speed.Machine(bandwidth=20e9, fp32=2.1e9 * 2 * 8 * 2, generation="cpu")
+
+    found = speed.terms(core, work)
+
+    assert found.total == pytest.approx(fit_speed.OWN_CORE[name], rel=0.15)
+    assert found.compute > 1.5 * found.memory
