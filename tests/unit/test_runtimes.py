@@ -226,6 +226,39 @@ def test_onnx_genai_keeps_fp32_on_a_cpu_and_fp16_on_cuda() -> None:
         onnx_genai.settings_for(LAPTOP, context=512, slots=1, kv_type="f16", ubatch=512)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "ffn", "layers", "vocab", "scheme", "prompt", "file", "peak"),
+    [
+        (512, 1536, 4, 8192, "onnx-int4", 1000, 29_097_913, 160.1),
+        (512, 1536, 4, 8192, "onnx-int4", 6000, 29_097_913, 521.1),
+        (1024, 4096, 8, 50048, "onnx-int4", 3000, 315_330_989, 1112.6),
+        (1024, 4096, 8, 50048, "onnx-int8", 500, 401_772_989, 445.9),
+    ],
+)
+def test_onnx_genai_on_a_cpu_takes_what_was_measured(
+    hidden: int, ffn: int, layers: int, vocab: int, scheme: str, prompt: int, file: int, peak: float
+) -> None:
+    """scripts/measure_onnx_genai.py on two x86-64 cores: VmHWM of the process in MiB, and the files' bytes."""
+    model = modelspec.from_config(
+        shapes.config(
+            "qwen2", layers, hidden, ffn, hidden // 64, hidden // 256, vocab,
+            tie_word_embeddings=False, max_position_embeddings=8192,
+        ),
+        name="random",
+    )  # fmt: skip
+    started = onnx_genai.settings_for(LAPTOP, context=prompt + 16, slots=1, kv_type="f32", ubatch=512)
+
+    estimate = memory.estimate(model, scheme, started, backend="cpu", runtime="onnx-genai")
+
+    assert estimate.file_bytes + onnx_genai.rope_cache_bytes(model, half=False) == pytest.approx(
+        file, abs=200
+    )
+    assert estimate.low / MIB <= peak <= estimate.high / MIB
+    embedding = 4 * hidden * vocab / MIB
+    assert estimate.total / MIB - embedding <= peak * 1.1
+    assert estimate.total / MIB >= peak * 0.98
+
+
 # -- what runs where ------------------------------------------------------------------------------------------
 
 
