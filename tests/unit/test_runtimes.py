@@ -141,12 +141,14 @@ def test_what_vllm_is_told_holds_the_plan() -> None:
     """Four slots of 2048: 128 blocks each and the null one; the utilization covers the upper end and the context."""
     result = try_it("qwen2.5-7b", "gptq-int4-g128", CARD, vllm, context=8192, slots=4)
     told = result.start_up
+    assert CARD.accelerator is not None
+    assert CARD.accelerator.memory is not None
 
     assert told["num_blocks"] == 4 * 128 + 1
     assert told["max_concurrency"] == round(513 / 128, 2)
+    assert told["estimated_max_model_len"] == 8192, "one request may have what four share"
+    assert told["claimed_by_default"] == vllm.requested(CARD.accelerator.memory)
     assert told["kv_cache_memory_bytes"] == result.estimate.part("kv_cache") == 513 * 16 * 57_344
-    assert CARD.accelerator is not None
-    assert CARD.accelerator.memory is not None
     need = result.estimate.at("device") + CARD.reserves.accelerator_context
     assert told["gpu_memory_utilization"] * CARD.accelerator.memory >= need
     assert told["gpu_memory_utilization"] - need / CARD.accelerator.memory < 0.01
