@@ -218,6 +218,12 @@ def _refuse_shape(scheme: Scheme, tensor: Tensor) -> None:
         )
 
 
+def shares_table(spec: ModelSpec, scheme: Scheme) -> bool:
+    """Whether one table serves for look-ups and as output head: tied, and in ONNX only where it has 4 bits, since
+    rows of 8-bit blocks cannot be looked up; then the embedding is there in floats too (files of the builder)."""
+    return spec.tied and not (scheme.family == "onnx" and scheme.bits == 8)
+
+
 def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]:
     """Embedding and norms in the graph's floats; every matrix in blocks, the head too."""
     floats = "F16" if half else "F32"
@@ -231,6 +237,9 @@ def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]
             yield "NONE"
         elif tensor.name == HEAD:
             yield blocks(8 if scheme.mixed else scheme.bits)
+        elif tensor.name == EMBEDDING and spec.tied:
+            head = blocks(8 if scheme.mixed else scheme.bits)
+            yield head if shares_table(spec, scheme) else f"{floats}+{head}"
         elif is_linear(tensor):
             layer, _, part = tensor.name.removeprefix("blk.").partition(".")
             wide = scheme.mixed and part in _MIXED and mixed_layer(int(layer), spec.layers)
@@ -260,11 +269,15 @@ _NF4_BLOCK = 64
 def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of one tensor; ``shape`` in ggml's order (columns, rows, experts), each expert a matrix of its own.
 
+    "F16+ONNX4-G32-F16" is one that is stored twice, as a table and as a matrix.
+
     GPTQ: qweight, qzeros (stored even when symmetric), fp16 scales, g_idx (GPTQModel, nn_modules/qlinear,
     _register_gptq_buffers); AWQ the same without g_idx (AWQuantLinear), AutoRound too. Compressed-tensors: packed
     int32 and bf16 scales. bitsandbytes: NF4 with an f32 scale per 64 and no second quantization
     (functional.py, quantize_4bit), int8 with an f32 scale per row. ONNX: MatMulNBits, scales in the graph's floats.
     """
+    if "+" in kind:
+        return sum(kind_bytes(one, shape) for one in kind.split("+"))
     elements = 1
     for n in shape:
         elements *= n
@@ -334,6 +347,7 @@ _ROUNDING_FLOATS = {"NONE": 0.0, "FP8": 6.989e-4, "NF4": 8.471e-3, "LLM.INT8": 7
 
 def rounding_error(kind: str) -> float | None:
     """What rounding to nearest loses in a matrix of this kind; None for a kind that is ggml's."""
+    kind = kind.rpartition("+")[2]
     if kind in _ROUNDING_FLOATS:
         return _ROUNDING_FLOATS[kind]
     blocks, integers = _BLOCKS.fullmatch(kind), _INTEGERS.fullmatch(kind)

@@ -401,7 +401,7 @@ def _speed(
     return speed.estimate(
         profile,
         mode,
-        read_bytes=speed.read_per_token(weights, embedding, tied=spec.tied),
+        read_bytes=speed.read_per_token(weights, embedding, tied=schemes.reads_table(spec, scheme)),
         layers=spec.layers,
         kv_bytes=estimate.part("kv_cache") // slots,
     )

@@ -1,6 +1,6 @@
 """Measures what onnxruntime-genai takes on a CPU for a random model, beside what edgepack predicts.
 
-    python scripts/measure_onnx_genai.py HIDDEN FFN LAYERS VOCAB SCHEME PROMPT
+    python scripts/measure_onnx_genai.py HIDDEN FFN LAYERS VOCAB SCHEME PROMPT [tied]
 
 Needs torch, transformers, onnx, onnx_ir and onnxruntime-genai 0.18.0, and a folder to work in (TMPDIR). The child
 process that runs the model reports its own memory (VmRSS, VmHWM) after each step.
@@ -62,7 +62,7 @@ def main() -> None:
         "num_key_value_heads": hidden // 256,
         "vocab_size": vocab,
         "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": "tied" in sys.argv,
     }
     spec = modelspec.from_config({"model_type": "qwen2", **config}, name="random")
     length = prompt + 16

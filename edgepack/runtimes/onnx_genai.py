@@ -141,13 +141,19 @@ def parts(
         int(tokens * widest * element * factor) for factor in (ACTIVATIONS_UNSEEN if half else ACTIVATIONS)
     )
     row = spec.vocab * (2 + 4 if half else 4)
-    mapped = 0 if half else table
+    shared = schemes.reads_table(spec, scheme)
+    mapped = 0 if half or shared else table
     logits = "logits of every token of a prompt as long as the context (src/models/logits.cpp)"
     return (
         exact("weights", weights - mapped, place, "MatMulNBits, packed in place"),
         *(
             (fitted("weights", mapped, (0, mapped), place, "the embedding is mapped: rows looked up are resident"),)
             if mapped
+            else ()
+        ),
+        *(
+            (fitted("host_copy", table, (0, table), place, "the shared table, packed again as output head"),)
+            if shared and not half
             else ()
         ),
         exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),

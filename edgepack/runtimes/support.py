@@ -53,7 +53,9 @@ def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machi
     here = [row for row in of_scheme if row.backend == machine.backend]
     if not here:
         others = ", ".join(sorted({row.backend for row in of_scheme}))
-        return f"{runtime} runs {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
+        return (
+            f"{runtime} is known to run {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
+        )
     reasons = [_unable(row, machine) for row in here]
     if None in reasons:
         return None
