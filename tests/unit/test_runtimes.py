@@ -262,7 +262,7 @@ def test_onnx_genai_on_a_cpu_takes_what_was_measured(
     estimate = memory.estimate(model, scheme, started, backend="cpu", runtime="onnx-genai")
 
     assert estimate.file_bytes + onnx_genai.rope_cache_bytes(model, half=False) == pytest.approx(
-        file, abs=200
+        file, abs=500
     )
     assert estimate.low / MIB <= peak <= estimate.high / MIB
     embedding = 0 if tied else 4 * hidden * vocab / MIB
