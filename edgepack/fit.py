@@ -250,9 +250,7 @@ class _Case:
         )
 
     def fits(self) -> bool:
-        if self.room is None or self.refusal() is not None:
-            return False
-        return excess(self.estimate(), self.room) <= 0
+        return self.room is not None and excess(self.estimate(), self.room) <= 0
 
     def with_context(self, context: int) -> _Case:
         started = _with(self, context=context, ubatch=self.settings.ubatch)

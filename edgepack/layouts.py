@@ -218,6 +218,12 @@ def _refuse_shape(scheme: Scheme, tensor: Tensor) -> None:
         )
 
 
+def shares_table(spec: ModelSpec, scheme: Scheme) -> bool:
+    """Whether one table serves for look-ups and as output head: tied, and in ONNX only where it has 4 bits, since
+    rows of 8-bit blocks cannot be looked up; then the embedding is there in floats too (files of the builder)."""
+    return spec.tied and not (scheme.family == "onnx" and scheme.bits == 8)
+
+
 def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]:
     """Embedding and norms in the graph's floats; every matrix in blocks, the head too."""
     floats = "F16" if half else "F32"
@@ -231,6 +237,9 @@ def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]
             yield "NONE"
         elif tensor.name == HEAD:
             yield blocks(8 if scheme.mixed else scheme.bits)
+        elif tensor.name == EMBEDDING and spec.tied:
+            head = blocks(8 if scheme.mixed else scheme.bits)
+            yield head if shares_table(spec, scheme) else f"{floats}+{head}"
         elif is_linear(tensor):
             layer, _, part = tensor.name.removeprefix("blk.").partition(".")
             wide = scheme.mixed and part in _MIXED and mixed_layer(int(layer), spec.layers)
@@ -260,11 +269,15 @@ _NF4_BLOCK = 64
 def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
     """Bytes of one tensor; ``shape`` in ggml's order (columns, rows, experts), each expert a matrix of its own.
 
+    "F16+ONNX4-G32-F16" is one that is stored twice, as a table and as a matrix.
+
     GPTQ: qweight, qzeros (stored even when symmetric), fp16 scales, g_idx (GPTQModel, nn_modules/qlinear,
     _register_gptq_buffers); AWQ the same without g_idx (AWQuantLinear), AutoRound too. Compressed-tensors: packed
     int32 and bf16 scales. bitsandbytes: NF4 with an f32 scale per 64 and no second quantization
     (functional.py, quantize_4bit), int8 with an f32 scale per row. ONNX: MatMulNBits, scales in the graph's floats.
     """
+    if "+" in kind:
+        return sum(kind_bytes(one, shape) for one in kind.split("+"))
     elements = 1
     for n in shape:
         elements *= n
@@ -299,12 +312,14 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 @lru_cache(maxsize=1024)
 def container_bytes(spec: ModelSpec, name: str) -> int:
-    """Bytes of a file that are no tensor, estimated: a safetensors header of about 110 bytes for each tensor of a
-    checkpoint (its name, type, shape and offsets), or the nodes of an ONNX graph, about 10 KB a layer (an export of
-    four layers is 40 KB larger than its tensors)."""
+    """Bytes of a file that are no tensor, estimated.
+
+    A safetensors header of about 110 bytes for each tensor of a checkpoint (its name, type, shape and offsets), or the
+    nodes of an ONNX graph: 34.7 KB for 4 layers and 66.0 KB for 8 (scripts/measure_onnx_genai.py).
+    """
     scheme = parse(name)
     if scheme.family == "onnx":
-        return 10_000 * spec.layers
+        return 3_500 + 7_800 * spec.layers
     per_matrix = {"gptq": 4, "awq": 3, "autoround": 3, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
     entries = sum(
         (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix[scheme.family] if is_linear(t) else 1)

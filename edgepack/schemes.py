@@ -237,8 +237,13 @@ def _lookup_bytes(spec: ModelSpec, scheme: str, imatrix: bool, backend: Backend)
     sizes = dict.fromkeys(("token_embd.weight", "per_layer_token_embd.weight"), 0)
     for tensor, kind in zip(spec.tensors, kinds, strict=True):
         if tensor.name in sizes:
-            sizes[tensor.name] = tensor_bytes(kind, tensor.shape)
+            sizes[tensor.name] = tensor_bytes(kind.partition("+")[0], tensor.shape)
     return sizes["token_embd.weight"], sizes["per_layer_token_embd.weight"]
+
+
+def reads_table(spec: ModelSpec, scheme: str) -> bool:
+    """Whether every token reads the whole embedding: a tied one that is not stored again as the output head."""
+    return spec.tied and (is_gguf(scheme) or layouts.shares_table(spec, layouts.parse(scheme)))
 
 
 def _graph(scheme: str, backend: Backend) -> Backend:

@@ -204,7 +204,7 @@ anything else to matter, on two x86-64 cores: stories260K 665 us and the built-i
 def work(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> Work:
     """What one token of this model in this scheme asks for. Raises Unsupported like `schemes.tensor_types`."""
     embedding, per_layer = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-    tables = per_layer + (0 if spec.tied else embedding)
+    tables = per_layer + (0 if schemes.reads_table(spec, scheme) else embedding)
     read = schemes.active_bytes(spec, scheme, imatrix=imatrix, backend=backend) - tables
     return replace(_shape(spec), read=read)
 

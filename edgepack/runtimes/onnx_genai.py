@@ -1,7 +1,7 @@
 """onnxruntime-genai as a runtime: the whole KV cache at once, fp32 on a CPU and fp16 on CUDA.
 
-Held against onnxruntime-genai 0.18.0 with onnxruntime 1.32.0 as they ran on a CPU (KV cache and files of a model of
-5.25 M parameters); nothing was run on a GPU.
+Held against onnxruntime-genai 0.18.0 with onnxruntime 1.32.0 as they ran on a CPU (`python
+scripts/measure_onnx_genai.py`, and a model of 5.25 M parameters); nothing was run on a GPU.
 """
 
 from __future__ import annotations
@@ -114,9 +114,14 @@ def rope_cache_bytes(spec: ModelSpec, *, half: bool) -> int:
     return 2 * spec.context_train * (spec.head_dim // 2) * (2 if half else 4)
 
 
-PROCESS = (60 * MIB, 40 * MIB, 250 * MIB)
-"""A process with the CPU wheels: 92.6 MB in all with 15.3 MB of model and 15.6 MiB of cache. A server around it, and
-CUDA's libraries, were not measured."""
+ACTIVATIONS = (1.45, 1.0, 1.7)
+"""Factors on the prompt's activations, 3 ffn and 4 hidden in the graph's floats. On a CPU the slope of peak memory
+over prompts of 1000 to 6000 tokens is 1.44 and 1.46 of it for two shapes (`python scripts/measure_onnx_genai.py`)."""
+ACTIVATIONS_UNSEEN = (1.45, 0.0, 2.5)
+"""The same on CUDA, where nothing was measured."""
+PROCESS = (90 * MIB, 50 * MIB, 250 * MIB)
+"""Libraries, tokenizer and what packing the weights for the CPU adds: 59 MiB for 26 MiB of weights, 99 to 108 for 300
+to 380 (the same script). A server around it, and CUDA's libraries, were not measured."""
 
 
 def parts(
@@ -125,35 +130,39 @@ def parts(
     """What a generator takes; a prompt as long as the context is its largest moment."""
     half = backend != "cpu"
     place: Place = "device" if half else "host"
+    element = 2 if half else 4
     weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
+    table, _ = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
     length = -(-settings.context // settings.slots)
-    cache = kv_bytes(
-        spec, max_length=length, batch=settings.slots, element=_KV_BYTES[settings.kv_type]
-    )  # fmt: skip
-    row = spec.vocab * (2 + 4 if half else 4)
-    widest = max(spec.ffn, spec.experts_used * spec.expert_ffn) * 3 + 4 * spec.hidden
     tokens = length * settings.slots
-    hidden = tokens * widest * (2 if half else 4)
-    logits = tokens * row
+    cache = kv_bytes(spec, max_length=length, batch=settings.slots, element=_KV_BYTES[settings.kv_type])
+    widest = 3 * max(spec.ffn, spec.experts_used * spec.expert_ffn) + 4 * spec.hidden
+    moment, low, high = (
+        int(tokens * widest * element * factor) for factor in (ACTIVATIONS_UNSEEN if half else ACTIVATIONS)
+    )
+    row = spec.vocab * (2 + 4 if half else 4)
+    shared = schemes.reads_table(spec, scheme)
+    mapped = 0 if half or shared else table
+    logits = "logits of every token of a prompt as long as the context (src/models/logits.cpp)"
     return (
-        exact("weights", weights, place, "MatMulNBits; the embedding in the graph's floats"),
-        exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),
-        exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
-        fitted(
-            "compute", hidden, (0, 2 * hidden), place, "activations of the prompt; not measured",
-        ),
-        fitted(
-            "output", logits, (settings.slots * row, logits), place,
-            "logits of every token of the prompt (src/models/logits.cpp); not measured",
+        exact("weights", weights - mapped, place, "MatMulNBits, packed in place"),
+        *(
+            (fitted("weights", mapped, (0, mapped), place, "the embedding is mapped: rows looked up are resident"),)
+            if mapped
+            else ()
         ),
         *(
-            ()
-            if half
-            else (
-                fitted("host_copy", 0, (0, weights), place, "weights packed again for the CPU; not measured"),
-            )
+            (fitted("host_copy", table, (0, table), place, "the shared table, packed again as output head"),)
+            if shared and not half
+            else ()
         ),
-        fitted("process", PROCESS[0], PROCESS[1:], "host", "libraries and tokenizer; one measurement"),
+        exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),
+        exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
+        fitted("compute", moment, (low, high), place, "activations of the prompt, not in chunks"),
+        fitted("output", tokens * row, (settings.slots * row, tokens * row), place, f"{logits}; not measured on CUDA")
+        if half
+        else exact("output", tokens * row, place, logits),
+        fitted("process", PROCESS[0], PROCESS[1:], "host", "libraries and tokenizer; measured on a CPU"),
     )  # fmt: skip
 
 

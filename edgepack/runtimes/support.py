@@ -17,7 +17,6 @@ class Machine:
     arch: Arch = "x86_64"
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None when there is none, or it is not known."""
-    jetson: bool = False
 
     @classmethod
     def of(cls, profile: DeviceProfile) -> Machine:
@@ -28,7 +27,6 @@ class Machine:
             backend=profile.backend,
             arch=profile.arch,
             capability=(int(major), int(minor or 0)) if text else None,
-            jetson=profile.device_class == "jetson",
         )
 
 
@@ -43,8 +41,6 @@ class Kernel:
     """Lowest compute capability."""
     lacks: tuple[tuple[int, int], ...] = ()
     """Compute capabilities above it for which the published binaries hold no code."""
-    bits: tuple[int, ...] = ()
-    """Bits that it handles; empty: all."""
     why: str
     """Where the row comes from; a refusal quotes it."""
 
@@ -57,7 +53,9 @@ def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machi
     here = [row for row in of_scheme if row.backend == machine.backend]
     if not here:
         others = ", ".join(sorted({row.backend for row in of_scheme}))
-        return f"{runtime} runs {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
+        return (
+            f"{runtime} is known to run {scheme} on {others}, not on {machine.backend} ({of_scheme[0].why})"
+        )
     reasons = [_unable(row, machine) for row in here]
     if None in reasons:
         return None
@@ -72,9 +70,8 @@ def reads(kernels: Iterable[Kernel], scheme: str) -> bool:
 def _holds(row: Kernel, scheme: str) -> bool:
     if schemes.is_gguf(scheme):
         return "gguf" in row.schemes
-    found = layouts.parse(scheme)
-    named = found.family in row.schemes or any(scheme.startswith(name) for name in row.schemes if "-" in name)
-    return named and (not row.bits or found.bits in row.bits)
+    family = layouts.parse(scheme).family
+    return family in row.schemes or any(scheme.startswith(name) for name in row.schemes if "-" in name)
 
 
 def _unable(row: Kernel, machine: Machine) -> str | None:

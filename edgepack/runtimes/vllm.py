@@ -340,7 +340,11 @@ def start_up(
         "num_blocks": held.num_blocks,
         "kv_cache_tokens": held.tokens,
         "max_concurrency": round(held.concurrency, 2),
+        "estimated_max_model_len": longest(
+            groups(spec, settings.kv_type, backend=backend), given, spec.context_train, settings.batch
+        ),
     }
     if total:
+        told["claimed_by_default"] = requested(total)
         told["gpu_memory_utilization"] = min(1.0, math.ceil(needed / total * 100) / 100)
     return told

@@ -93,6 +93,30 @@ def test_onnx_files_are_as_large_as_the_builder_wrote_them(
     assert size / 1e6 == pytest.approx(megabytes, abs=0.01 if megabytes * 100 % 10 else 0.06)
 
 
+TIED = modelspec.from_config(
+    shapes.config("qwen2", 4, 256, 768, 4, 2, 32000, tie_word_embeddings=True, max_position_embeddings=8192),
+    name="tied",
+)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "backend", "size"),
+    [
+        ("onnx-int4", "cpu", 9_235_779), ("onnx-int4-b128", "cpu", 8_172_872), ("onnx-int4", "cuda", 7_469_390),
+        ("onnx-int8", "cpu", 47_672_250), ("onnx-int4-k-quant-mixed", "cpu", 13_979_837), ("bf16", "cuda", 23_760_141),
+    ],
+)  # fmt: skip
+def test_a_tied_onnx_model_shares_a_table_of_four_bits_and_keeps_two_of_eight(
+    scheme: str, backend: Backend, size: int
+) -> None:
+    """What onnxruntime-genai 0.18's builder wrote for one random model; all but the graph's nodes to the byte."""
+    file, _ = schemes.file_bytes(TIED, scheme, imatrix=False, backend=backend)
+
+    got = file + onnx_genai.rope_cache_bytes(TIED, half=backend != "cpu")
+
+    assert got == pytest.approx(size, abs=6_000 if scheme != "bf16" else 25_000)
+
+
 def test_only_the_matrices_of_blocks_are_quantized() -> None:
     of_model = spec("qwen2.5-1.5b")
 

@@ -141,12 +141,14 @@ def test_what_vllm_is_told_holds_the_plan() -> None:
     """Four slots of 2048: 128 blocks each and the null one; the utilization covers the upper end and the context."""
     result = try_it("qwen2.5-7b", "gptq-int4-g128", CARD, vllm, context=8192, slots=4)
     told = result.start_up
+    assert CARD.accelerator is not None
+    assert CARD.accelerator.memory is not None
 
     assert told["num_blocks"] == 4 * 128 + 1
     assert told["max_concurrency"] == round(513 / 128, 2)
+    assert told["estimated_max_model_len"] == 8192, "one request may have what four share"
+    assert told["claimed_by_default"] == vllm.requested(CARD.accelerator.memory)
     assert told["kv_cache_memory_bytes"] == result.estimate.part("kv_cache") == 513 * 16 * 57_344
-    assert CARD.accelerator is not None
-    assert CARD.accelerator.memory is not None
     need = result.estimate.at("device") + CARD.reserves.accelerator_context
     assert told["gpu_memory_utilization"] * CARD.accelerator.memory >= need
     assert told["gpu_memory_utilization"] - need / CARD.accelerator.memory < 0.01
@@ -226,13 +228,55 @@ def test_onnx_genai_keeps_fp32_on_a_cpu_and_fp16_on_cuda() -> None:
         onnx_genai.settings_for(LAPTOP, context=512, slots=1, kv_type="f16", ubatch=512)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "ffn", "layers", "vocab", "tied", "scheme", "prompt", "file", "peak"),
+    [
+        (512, 1536, 4, 8192, False, "onnx-int4", 1000, 29_097_913, 160.1),
+        (512, 1536, 4, 8192, False, "onnx-int4", 6000, 29_097_913, 521.1),
+        (1024, 4096, 8, 50048, False, "onnx-int4", 3000, 315_330_989, 1112.6),
+        (1024, 4096, 8, 50048, False, "onnx-int8", 500, 401_772_989, 445.9),
+        (512, 1536, 4, 32000, True, "onnx-int4", 1000, 19_939_676, 265.3),
+    ],
+)
+def test_onnx_genai_on_a_cpu_takes_what_was_measured(
+    hidden: int,
+    ffn: int,
+    layers: int,
+    vocab: int,
+    tied: bool,
+    scheme: str,
+    prompt: int,
+    file: int,
+    peak: float,
+) -> None:
+    """scripts/measure_onnx_genai.py on two x86-64 cores: VmHWM of the process in MiB, and the files' bytes."""
+    model = modelspec.from_config(
+        shapes.config(
+            "qwen2", layers, hidden, ffn, hidden // 64, hidden // 256, vocab,
+            tie_word_embeddings=tied, max_position_embeddings=8192,
+        ),
+        name="random",
+    )  # fmt: skip
+    started = onnx_genai.settings_for(LAPTOP, context=prompt + 16, slots=1, kv_type="f32", ubatch=512)
+
+    estimate = memory.estimate(model, scheme, started, backend="cpu", runtime="onnx-genai")
+
+    assert estimate.file_bytes + onnx_genai.rope_cache_bytes(model, half=False) == pytest.approx(
+        file, abs=500
+    )
+    assert estimate.low / MIB <= peak <= estimate.high / MIB
+    embedding = 0 if tied else 4 * hidden * vocab / MIB
+    assert estimate.total / MIB - embedding <= peak * 1.1
+    assert estimate.total / MIB >= peak * 0.98
+
+
 # -- what runs where ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("runtime", "scheme", "device", "reason"),
     [
-        ("onnx-genai", "bf16", "x86-laptop-ddr5", "runs bf16 on cuda, not on cpu"),
+        ("onnx-genai", "bf16", "x86-laptop-ddr5", "is known to run bf16 on cuda, not on cpu"),
         (
             "onnx-genai",
             "onnx-int4",
@@ -250,7 +294,7 @@ def test_onnx_genai_keeps_fp32_on_a_cpu_and_fp16_on_cuda() -> None:
         ("vllm", "bf16", "steam-deck", "no official wheel for vulkan"),
         ("transformers", "bnb-int8", "jetson-orin", "sm_87"),
         ("transformers", "ct-w4a16-g128", "rtx-4060-8gb", "dense"),
-        ("transformers", "fp8", "x86-laptop-ddr5", "runs fp8 on cuda, not on cpu"),
+        ("transformers", "fp8", "x86-laptop-ddr5", "is known to run fp8 on cuda, not on cpu"),
         ("llama.cpp", "gptq-int4-g128", "jetson-orin", "does not read gptq-int4-g128"),
     ],
 )
