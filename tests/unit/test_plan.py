@@ -110,7 +110,7 @@ def test_the_hint_of_a_refusal_applied_is_a_plan() -> None:
     with pytest.raises(NothingFits) as caught:
         pipeline.make_plan(request, [candidate])
 
-    words = str(caught.value.hint).split(";")[0].split()
+    words = str(caught.value.hint).split(" (")[0].split()
     given = dict(zip(words[::2], words[1::2], strict=True))
     changed = replace(
         request,
