@@ -184,6 +184,7 @@ def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
     reserves = profile.reserves
     os_reserve = reserves.os_headless if session == "headless" else reserves.os_desktop
     own = profile.accelerator.memory if profile.accelerator else None
+    terms: tuple[tuple[str, int], ...]
     if own is None:
         terms = (
             ("memory the system reports", int(profile.memory)),
@@ -196,7 +197,7 @@ def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
     display = reserves.display_headless if session == "headless" else reserves.display_desktop
     terms = (
         ("memory the card reports", int(own)),
-        (f"display ({session})", -display),
+        *([(f"display ({session})", -display)] if display else []),
         ("accelerator context", -reserves.accelerator_context),
         ("safety", -reserves.safety),
     )

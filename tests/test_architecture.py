@@ -93,8 +93,10 @@ def test_every_error_has_its_own_exit_code_and_the_readme_lists_them() -> None:
     assert listed == codes
 
 
-def test_commands_in_the_readme_exist() -> None:
-    text = "\n".join(re.findall(r"```(?:console|sh)\n(.*?)```", README, re.S)).replace("\\\n", " ")
+def test_commands_in_the_readme_and_docs_exist() -> None:
+    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
+    blocks = [block for page in pages for block in re.findall(r"```(?:console|sh)\n(.*?)```", page, re.S)]
+    text = "\n".join(blocks).replace("\\\n", " ")
     commands = [
         line.lstrip("$ ").split() for line in text.splitlines() if line.lstrip("$ ").startswith("edgepack ")
     ]

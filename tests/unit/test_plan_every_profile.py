@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,6 +15,7 @@ from edgepack.cli import cli
 from edgepack.plan import Plan
 
 NAMES = profile.names()
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def sorted_object(pairs: list[tuple[str, object]]) -> Mapping[str, object]:
@@ -46,3 +49,21 @@ def test_a_plan_for_it_is_sorted_json_and_fits_by_its_upper_end(name: str) -> No
     assert {(o.model, o.scheme, o.kv_type) for o in chosen.rejected}.isdisjoint(
         {(chosen.model.id, chosen.scheme, chosen.settings.kv_type)}
     )
+
+
+def test_the_table_of_choices_in_the_docs_is_todays(update_golden: bool) -> None:
+    """A change of what is chosen is read as a diff before it lands."""
+    page = DOCS / "choosing.md"
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split("<!-- choices: python scripts/choices.py -->\n")
+    shown, after = rest.split("<!-- end of choices -->\n")
+
+    today = runpy.run_path(str(DOCS.parent / "scripts" / "choices.py"))["table"]()
+
+    if update_golden:
+        page.write_text(
+            f"{before}<!-- choices: python scripts/choices.py -->\n{today}<!-- end of choices -->\n{after}",
+            encoding="utf-8",
+        )
+    else:
+        assert shown == today
