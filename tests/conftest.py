@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 # No timing assertions: a busy machine is not a bug.
 settings.register_profile("edgepack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("edgepack")
+
+
+# A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
