@@ -234,8 +234,10 @@ def family_of(name: str) -> str | None:
 def of_scheme(spec: ModelSpec, scheme: str, *, imatrix: bool, family: str | None) -> Loss:
     """What a model keeps in this scheme, GGUF or not. Raises Unsupported for one whose cost is not known."""
     if schemes.is_gguf(scheme):
-        types = schemes.tensor_types(spec, scheme, imatrix=imatrix)
-        return loss(spec.tensors, types, parameters=spec.parameters, imatrix=imatrix, family=family)
+        alike = schemes.groups(spec, scheme, imatrix=imatrix)
+        error = _sum((tensor, _type_error(kind, tensor), count) for kind, tensor, count in alike)
+        law = FITTED.weighted if imatrix else FITTED.plain
+        return _judged(nats(error, law, parameters=spec.parameters, family=family), family, "answers")
     how = format_of(layouts.parse(scheme))
     return loss_of(how, spec.tensors, parameters=spec.parameters, family=family)
 
@@ -300,7 +302,7 @@ def rounding(tensors: Sequence[Tensor], types: Sequence[str]) -> Rounding:
 
     Raises Unsupported for a type of which nothing was measured.
     """
-    return _sum((tensor, _type_error(kind, tensor)) for tensor, kind in zip(tensors, types, strict=True))
+    return _sum((tensor, _type_error(kind, tensor), 1) for tensor, kind in zip(tensors, types, strict=True))
 
 
 def rounding_of(how: Format, tensors: Sequence[Tensor]) -> Rounding:
@@ -321,7 +323,7 @@ def rounding_of(how: Format, tensors: Sequence[Tensor]) -> Rounding:
         is_wide = how.mixed and _matters(tensor.name) and _more(layer, layers)
         return (wide if is_wide else inner) + extra
 
-    return _sum((tensor, error(tensor)) for tensor in tensors)
+    return _sum((tensor, error(tensor), 1) for tensor in tensors)
 
 
 def nats(
@@ -443,15 +445,17 @@ def _judged(lost: float, family: str | None, measure: Measure) -> Loss:
     )  # fmt: skip
 
 
-def _sum(errors: Iterable[tuple[Tensor, float]]) -> Rounding:
-    """Weighted by elements; the token embedding is not counted (a row is read at a time, and its errors do not
-    add up over a sum)."""
+def _sum(errors: Iterable[tuple[Tensor, float, int]]) -> Rounding:
+    """Of tensors, their errors and how many there are of each; weighted by elements.
+
+    The token embedding is not counted: a row is read at a time, and its errors do not add up over a sum.
+    """
     total = values = downs = others = 0.0
-    for tensor, error in errors:
+    for tensor, error, alike in errors:
         name = tensor.name
         if len(tensor.shape) < 2 or name == "token_embd.weight":
             continue
-        count = tensor.elements
+        count = tensor.elements * alike
         total += count
         if "attn_v." in name:
             values += count * error

@@ -10,22 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgepack import (
-    bundle,
     catalog,
     choice,
     fit,
-    hub,
     modelspec,
     plan,
     profile,
     runtimes,
     schemes,
     serde,
-    toolchain,
     workspace,
 )
 from edgepack.artifact import Artifact, Checkpoint
-from edgepack.bundle import Bundle
 from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
@@ -34,6 +30,7 @@ from edgepack.runtimes import Machine, llama_cpp
 from edgepack.units import parse_bytes
 
 if TYPE_CHECKING:
+    from edgepack.bundle import Bundle
     from edgepack.calibrate import Calibration
 
 DEFAULT_SCHEME = "Q4_K_M"
@@ -143,7 +140,7 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
     """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
-    from edgepack import quality
+    from edgepack import bundle, hub, quality, toolchain  # here, for plan must start at once
     from edgepack.builders import convert, gguf
 
     if not runtimes.named(chosen.runtime).BUILT:
@@ -261,6 +258,7 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
             raise Unsupported(
                 f"--exact asks {llama_cpp.NAME}, which does not run {scheme}", hint="leave it out"
             )
+        from edgepack import toolchain
         from edgepack.builders import exact
 
         told = exact.exact(
@@ -323,6 +321,8 @@ def calibrate(
         readings, refused = readings + some, refused + others
     warnings: list[str] = []
     if measure:
+        from edgepack import toolchain
+
         tools = toolchain.find()
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > calibrations.BUSY_LOAD * cores:
@@ -358,6 +358,8 @@ def _scheme(options: Mapping[str, Any]) -> str | None:
 
 
 def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candidate:
+    from edgepack import hub
+
     checkpoint = hub.resolve(repository, revision=revision, offline=offline, weights=False, progress=Silent())
     spec = read_model(checkpoint.path)
     reference = ModelRef(

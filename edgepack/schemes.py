@@ -8,6 +8,7 @@ layouts.py.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,7 +118,7 @@ def requires_imatrix(spec: ModelSpec, scheme: str) -> bool:
         return False
     return any(
         kind in needy and tensor.name not in _EMBEDDING_NAMES
-        for tensor, kind in zip(spec.tensors, tensor_types(spec, name, imatrix=False), strict=True)
+        for kind, tensor, _ in groups(spec, name, imatrix=False)
     )
 
 
@@ -184,6 +185,33 @@ def _unquantized(tensor: Tensor) -> str:
     return "F16" if half else "F32"
 
 
+@lru_cache(maxsize=4096)
+def groups(
+    spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu"
+) -> tuple[tuple[str, Tensor, int], ...]:
+    """Tensors that are alike (shape, role, type), as type, one of them, and how many: for sums over a model."""
+    numbers, examples = _alike(spec)
+    kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
+    return tuple(
+        (kind, examples[at], count) for (kind, at), count in Counter(zip(kinds, numbers, strict=True)).items()
+    )
+
+
+@lru_cache(maxsize=256)
+def _alike(spec: ModelSpec) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """The class of each tensor, and one tensor of each class: same shape and same place within a block."""
+    classes: dict[tuple[tuple[int, ...], str], int] = {}
+    examples: list[Tensor] = []
+    numbers = []
+    for tensor in spec.tensors:
+        role = tensor.name.split(".", 2)[2] if tensor.name.startswith("blk.") else tensor.name
+        number = classes.setdefault((tensor.shape, role), len(classes))
+        if number == len(examples):
+            examples.append(tensor)
+        numbers.append(number)
+    return tuple(numbers), tuple(examples)
+
+
 def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu") -> int:
     """Bytes of all tensors, without padding: what llama.cpp prints as the model size."""
     return _weights_bytes(spec, scheme, imatrix, _graph(scheme, backend))
@@ -191,8 +219,8 @@ def weights_bytes(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backe
 
 @lru_cache(maxsize=4096)
 def _weights_bytes(spec: ModelSpec, scheme: str, imatrix: bool, backend: Backend) -> int:
-    kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
-    return sum(tensor_bytes(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
+    alike = groups(spec, scheme, imatrix=imatrix, backend=backend)
+    return sum(tensor_bytes(kind, t.shape) * count for kind, t, count in alike)
 
 
 @lru_cache(maxsize=4096)
@@ -273,10 +301,8 @@ def file_bytes(
 def _gguf_bytes(spec: ModelSpec, scheme: str, imatrix: bool) -> tuple[Bytes, Provenance]:
     if spec.file_bytes is not None and canonical(scheme) == spec.gguf_scheme:
         return spec.file_bytes, "exact"
-    kinds = tensor_types(spec, scheme, imatrix=imatrix)
-    data = sum(
-        pad(tensor_bytes(kind, t.shape), ALIGNMENT) for kind, t in zip(kinds, spec.tensors, strict=True)
-    )
+    alike = groups(spec, scheme, imatrix=imatrix)
+    data = sum(pad(tensor_bytes(kind, t.shape), ALIGNMENT) * count for kind, t, count in alike)
     if spec.header_bytes is not None:
         return Bytes(spec.header_bytes + data), "exact"
     return Bytes(header_estimate(spec) + data), "fitted"

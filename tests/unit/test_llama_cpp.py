@@ -13,7 +13,7 @@ from edgepack import profile
 from edgepack.errors import BadInput, Unsupported
 from edgepack.modelspec import KvLayers
 from edgepack.profile import Backend
-from edgepack.runtimes import llama_cpp
+from edgepack.runtimes import llama_cpp, llama_graph
 from edgepack.settings import Settings
 from edgepack.units import MIB
 from tests.shapes import CONFIGS, settings, spec
@@ -196,3 +196,24 @@ def test_more_slots_never_take_less(name: str, context: int, slots: int, kv_type
 
     assert cache(slots) <= cache(slots + 1)
     assert llama_cpp.output_bytes(spec(name), slots) < llama_cpp.output_bytes(spec(name), slots + 1)
+
+
+@given(
+    name=st.sampled_from(sorted(CONFIGS)), slots=st.sampled_from([1, 2, 3, 8]), offloaded=st.booleans(),
+    kv_type=st.sampled_from(["f16", "f32", "q8_0", "q8_0/q4_0"]), unpack=st.booleans(), flash=st.booleans(),
+    per_slot=st.sampled_from([256, 600, 4096, 9000]), ubatch=st.sampled_from([1, 8, 64, 512, 2048]),
+    alignment=st.sampled_from([32, 128, 256]),
+)  # fmt: skip
+@config(max_examples=150, deadline=None)
+def test_a_few_layers_reserve_what_all_of_them_do(
+    name: str, slots: int, offloaded: bool, kv_type: str, unpack: bool, flash: bool, per_slot: int, ubatch: int,
+    alignment: int,
+) -> None:  # fmt: skip
+    asked = llama_cpp.cpu_settings(context=per_slot * slots, slots=slots, kv_type=kv_type, ubatch=ubatch)
+    if not flash and "q" not in kv_type:
+        asked = replace(asked, flash_attention=False)
+    batch = llama_cpp.batch(spec(name), asked)
+
+    few = llama_graph.room(batch, offloaded=offloaded, alignment=alignment, unpack=unpack)
+
+    assert few == llama_graph.whole_room(batch, offloaded=offloaded, alignment=alignment, unpack=unpack)
