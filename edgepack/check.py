@@ -685,10 +685,11 @@ def _speed(judged: _Judged) -> Iterator[Item]:
         return
     if speed.decode_per_second is not None:
         yield _decode(judged, speed.decode_per_second)
+    promise = plan.speed
     yield Item(
         name="prefill",
         status="note",
-        expected="",
+        expected=f"{promise.prefill:.0f} tok/s [{promise.prefill_low:.0f}, {promise.prefill_high:.0f}]",
         measured=f"{speed.prefill_per_second or 0:.1f} tok/s over {speed.prompt_tokens} tokens",
     )
     yield Item(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
 
 FFN_COPIES = 3
@@ -26,6 +27,26 @@ def activation_bytes(spec: ModelSpec, tokens: int) -> int:
     else:
         width = FFN_COPIES * spec.ffn
     return tokens * HALF * (width + HIDDEN_COPIES * spec.hidden)
+
+
+def cache_bytes(spec: ModelSpec, *, tokens: int, sequences: int, element: int, runtime: str) -> int:
+    """Bytes of a plain cache: K and V of every head and layer for each token of each sequence; a sliding layer keeps
+    its window. ``element``: bytes of one number.
+
+    Raises Unsupported for latent attention, which is cached unfolded there, and for recurrent layers.
+    """
+    if spec.recurrent_bytes or any(kind.value_dim == 0 for kind in spec.kv):
+        raise Unsupported(
+            f"what {runtime} caches for {spec.architecture} is not known here", hint="plan it for llama.cpp"
+        )
+    return sequences * sum(
+        kind.count
+        * kind.heads
+        * (kind.key_dim + kind.value_dim)
+        * element
+        * min(tokens, kind.window or tokens)
+        for kind in spec.kv
+    )
 
 
 def largest_matrix(spec: ModelSpec) -> int:

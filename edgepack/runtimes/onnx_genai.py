@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgepack import schemes
-from edgepack.errors import BadInput, Unsupported
+from edgepack.errors import BadInput
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import support
+from edgepack.runtimes import decoder, support
 from edgepack.settings import Settings
 from edgepack.units import MIB
 
@@ -95,18 +95,7 @@ def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> i
 
     Raises Unsupported for latent attention and recurrent layers.
     """
-    if spec.recurrent_bytes or any(kind.value_dim == 0 for kind in spec.kv):
-        raise Unsupported(
-            f"what {NAME} caches for {spec.architecture} is not known here", hint="plan it for llama.cpp"
-        )
-    return batch * sum(
-        kind.count
-        * kind.heads
-        * (kind.key_dim + kind.value_dim)
-        * element
-        * min(max_length, kind.window or max_length)
-        for kind in spec.kv
-    )
+    return decoder.cache_bytes(spec, tokens=max_length, sequences=batch, element=element, runtime=NAME)
 
 
 def rope_cache_bytes(spec: ModelSpec, *, half: bool) -> int:

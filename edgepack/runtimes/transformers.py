@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgepack import schemes
-from edgepack.errors import BadInput, Unsupported
+from edgepack.errors import BadInput
 from edgepack.layouts import EMBEDDING
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
@@ -105,18 +105,7 @@ def kv_bytes(spec: ModelSpec, tokens: int, *, slots: int = 1) -> int:
 
     Latent attention is cached unfolded here. Raises Unsupported for it and for recurrent layers.
     """
-    if spec.recurrent_bytes or any(kind.value_dim == 0 for kind in spec.kv):
-        raise Unsupported(
-            f"what {NAME} caches for {spec.architecture} is not known here", hint="plan it for llama.cpp"
-        )
-    return slots * sum(
-        kind.count
-        * kind.heads
-        * (kind.key_dim + kind.value_dim)
-        * decoder.HALF
-        * min(tokens, kind.window or tokens)
-        for kind in spec.kv
-    )
+    return decoder.cache_bytes(spec, tokens=tokens, sequences=slots, element=decoder.HALF, runtime=NAME)
 
 
 ACTIVATION_SPREAD = (0.0, 1.1)
