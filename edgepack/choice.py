@@ -10,6 +10,7 @@ from edgepack.errors import NothingFits
 from edgepack.fit import Change, binding, fit
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import budget
+from edgepack.runtimes import Machine
 from edgepack.units import MIB, show
 
 WORTH = 0.9
@@ -39,22 +40,24 @@ class Explanation:
 def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: Sequence[Candidate]) -> Plan:
     """The best plan, carrying the reasons against the others; raises NothingFits when there is none.
 
-    Others that fit come first, best first; then what did not, nearest first.
+    Others that fit come first, best first; then what was kept by force; then what did not fit, nearest first.
     """
-    plans = rank([o for o in outcomes if isinstance(o, Plan)], request.goal)
+    found = [o for o in outcomes if isinstance(o, Plan)]
+    fitting = rank([p for p in found if not p.forced], request.goal)
+    plans = [*fitting, *rank([p for p in found if p.forced], request.goal)]
     rejections = [o for o in outcomes if isinstance(o, Rejection)]
     if not plans:
         raise _nothing_fits(rejections, request, candidates)
-    best, front = plans[0], {id(p) for p in pareto(plans)}
+    best, front = plans[0], {id(p) for p in pareto(fitting)}
     others = tuple(
         Rejection(
             model=p.model.id,
             scheme=p.scheme,
             kv_type=p.settings.kv_type,
             context=p.settings.context,
-            reason=_why_not(best, p, request.goal),
+            reason=p.forced or _why_not(best, p, request.goal),
             runtime=p.runtime,
-            figures=figures(p, on_front=id(p) in front),
+            figures=None if p.forced else figures(p, on_front=id(p) in front),
         )
         for p in plans[1:]
     )
@@ -226,11 +229,25 @@ def _binding(chosen: Plan) -> str:
 
 
 def _change(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> str:
-    better = _near_misses(chosen, candidates)
+    at_hand = {_combination(chosen): chosen.speed.decode_full_low} | {
+        (r.model, r.runtime, r.scheme, r.kv_type, r.context): r.figures.decode_low
+        for r in chosen.rejected
+        if r.figures is not None
+    }
+    models = _worth_trying(chosen, candidates)
     for words, changed in _changes(request, chosen):
-        outcomes = [o for o in survey(changed, better) if isinstance(o, Plan) and _better(o, chosen)]
-        if outcomes:
-            found = rank(outcomes, request.goal)[0]
+        outcomes = [
+            o
+            for o in survey(changed, models)
+            if isinstance(o, Plan)
+            and not o.forced
+            and o.quality.panel == chosen.quality.panel
+            and o.speed.decode_full_low > at_hand.get(_combination(o), 0.0) * (1 + NOISE)
+        ]
+        found = rank([chosen, *outcomes], request.goal)[0]
+        if found is not chosen and (
+            request.goal != "quality" or found.quality.low > chosen.quality.low * (1 + NOISE)
+        ):
             return (
                 f"{words} would allow {label(found)}: scores at least {found.quality.low:.1f} "
                 f"({found.quality.low - chosen.quality.low:+.1f}), decodes {found.speed.decode_full:.1f} tok/s with a "
@@ -239,23 +256,25 @@ def _change(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> 
     return ""
 
 
-def _near_misses(chosen: Plan, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Models of the same panel that scored higher unquantized, of those refused for memory or speed, nearest first."""
+def _combination(plan: Plan) -> tuple[str, str, str, str, int]:
+    return plan.model.id, plan.runtime, plan.scheme, plan.settings.kv_type, plan.settings.context
+
+
+def _worth_trying(chosen: Plan, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The chosen model, and those of the same panel that scored as much or more unquantized and were refused for
+    memory or speed, nearest first."""
     by_id = {c.model.id: c for c in candidates}
     names = dict.fromkeys(r.model for r in chosen.rejected if r.excess or r.slowness)
     panel = chosen.quality.panel
     whole = chosen.quality.score / chosen.quality.retention
-    return [
+    near = [
         by_id[name]
         for name in names
-        if name in by_id and (panel == "none" or by_id[name].panels.get(panel, 0.0) >= whole)
-    ][:NEAR_MISSES]
-
-
-def _better(other: Plan, chosen: Plan) -> bool:
-    return other.quality.panel == chosen.quality.panel and other.quality.low > chosen.quality.low * (
-        1 + NOISE
-    )
+        if name in by_id
+        and name != chosen.model.id
+        and (panel == "none" or by_id[name].panels.get(panel, 0.0) >= whole)
+    ]
+    return [by_id[chosen.model.id], *near[:NEAR_MISSES]]
 
 
 def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
@@ -266,8 +285,10 @@ def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
     faster = [m for m in request.profile.power_modes if m.bandwidth_gbs > here.bandwidth_gbs]
     for mode in sorted(faster, key=lambda m: m.bandwidth_gbs):
         yield f"--power-mode {mode.name}", replace(request, power_mode=mode.name)
-    if request.kv_type in ("f32", "f16", "bf16"):
-        yield "--kv-type q8_0", replace(request, kv_type="q8_0")
+    machine = Machine.of(request.profile)
+    lighter = request.kv_type and runtimes.named(chosen.runtime).lighter_kv(request.kv_type, machine)
+    if lighter:
+        yield f"--kv-type {lighter}", replace(request, kv_type=lighter)
     if request.ubatch > 128:
         yield "--ubatch 128", replace(request, ubatch=128)
     context = chosen.settings.context
@@ -293,8 +314,14 @@ def _nothing_fits(
         return NothingFits(
             f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )
+    too_big = [r for r in rejections if r.oversize]
+    if too_big:
+        nearest = min(too_big, key=lambda r: r.oversize)
+        return NothingFits(
+            f"no file is small enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+        )
     if not large:
-        nearest = rejections[0]
+        nearest = max(rejections, key=lambda r: r.reach)
         return NothingFits(
             f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )
@@ -347,5 +374,7 @@ def _price(
             )
         case Rejection(slowness=slowness) if slowness:
             return f" {found.hint}"
+        case Rejection():
+            return f" (and then: {found.reason})"
         case _:
             return ""

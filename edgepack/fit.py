@@ -107,8 +107,13 @@ def fit(
             runtime=runtime,
             start_up=start_up,
         )
-    fits = case.fits()
-    change = None if fits else _cheapest(case)
+    limit = spec.context_train * settings.slots
+    beyond = settings.context > limit
+    fits = case.fits() and not beyond
+    max_context = case.max_context()
+    change = (
+        None if fits else Change(context=max_context) if beyond and max_context else _cheapest(case, limit)
+    )
     return Fit(
         model=spec.name,
         scheme=case.scheme,
@@ -116,8 +121,10 @@ def fit(
         estimate=estimate,
         budget=case.room,
         fits=fits,
-        max_context=case.max_context(),
-        binding=binding(estimate, case.room),
+        max_context=max_context,
+        binding=f"context: the model was trained for {limit} tokens"
+        if beyond
+        else binding(estimate, case.room),
         hint="" if fits else change.words if change else NO_HELP,
         change=change,
         runtime=runtime,
@@ -266,11 +273,12 @@ class _Case:
 NO_HELP = "no scheme of this model fits at any context; use a smaller model"
 
 
-def _cheapest(case: _Case) -> Change | None:
-    """The first change that fits, from free to dear; they are tried, not guessed."""
+def _cheapest(case: _Case, limit: int) -> Change | None:
+    """The first change that fits, from free to dear, at most ``limit`` tokens long; they are tried, not guessed."""
     for change in _changes(case):
         try:
-            if _changed(case, change).fits():
+            changed = _changed(case, change)
+            if changed.settings.context <= limit and changed.fits():
                 return change
         except Unsupported:
             continue

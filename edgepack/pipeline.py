@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -206,6 +207,10 @@ def request_from(options: Mapping[str, Any]) -> Request:
     name = options.get("profile")
     if not name:
         raise BadInput("no device is named", hint=f"--profile NAME; known: {', '.join(profile.names())}")
+    floor = options.get("min_decode")
+    if floor is not None and not math.isfinite(floor):
+        raise BadInput(f"--min-tokens-per-second {floor} is no speed", hint="0 switches the floor off")
+    _divisible(options)
     return Request(
         profile=profile.load(name),
         session="desktop" if options.get("desktop") else "headless",
@@ -227,6 +232,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
 
 def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
+    _divisible(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
     spec = named(options["model"], extra=extra_models(options)).spec
     machine = Machine.of(device) if device else Machine(backend="cuda")
@@ -256,7 +262,7 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     if options.get("exact"):
         if runtime is not llama_cpp:
             raise Unsupported(
-                f"--exact asks {llama_cpp.NAME}, which does not run {scheme}", hint="leave it out"
+                f"--exact asks {llama_cpp.NAME}, and this is for {runtime.NAME}", hint="leave it out"
             )
         from edgepack import toolchain
         from edgepack.builders import exact
@@ -335,6 +341,15 @@ def calibrate(
     found = calibrations.calibrate(device, mode, readings, refused, warnings=warnings)
     base = os.path.relpath(name, beside) if Path(name).is_file() else name
     return found, calibrations.to_yaml(found, base=base)
+
+
+def _divisible(options: Mapping[str, Any]) -> None:
+    context, slots = options.get("context"), options["slots"]
+    if context is not None and context < slots:
+        raise BadInput(
+            f"--context {context} leaves no token for each of {slots} slots",
+            hint="--context is that of all slots together",
+        )
 
 
 def read_plan(path: Path) -> Plan:

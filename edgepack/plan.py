@@ -20,11 +20,13 @@ from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
 from edgepack.runtimes import Machine, Runtime, llama_cpp
 from edgepack.settings import Settings
 from edgepack.speed import Speed
-from edgepack.units import Bytes, show
+from edgepack.units import MIB, Bytes, show
 
 Goal = Literal["quality", "latency", "throughput", "context"]
 
 DEFAULT_CONTEXT = 4096
+"""Tokens a slot."""
+FORCED = "forced: "
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
 
@@ -125,6 +127,10 @@ class Rejection:
     """Bytes over the budget; 0 when memory was not the reason."""
     slowness: float = 0.0
     """How many times too slow, above 1; 0 when speed was not the reason."""
+    oversize: int = 0
+    """Bytes that its file has more than the disk may give it; 0 when the disk was not the reason."""
+    reach: int = 0
+    """The longest context that fits, when the one that was asked for is beyond the model."""
     hint: str = ""
     figures: Figures | None = None
     """Of a candidate that fits and was not chosen."""
@@ -156,6 +162,11 @@ class Plan:
     schema_version: int = 1
 
     @property
+    def forced(self) -> str:
+        """Why it would have been refused without --force; empty when it would not."""
+        return next((text for text in self.warnings if text.startswith(FORCED)), "")
+
+    @property
     def name(self) -> str:
         """Model, scheme and profile: names the bundle's file."""
         model = self.model.id.rsplit("/", 1)[-1].lower()
@@ -184,9 +195,7 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
     for candidate in models:
         unwanted = _license_problem(request, candidate.model)
         if unwanted and (request.licenses or len(models) > 1):
-            yield _reject(
-                candidate, "any", "any", 0, unwanted, hint="--license ID, or name the model with --model"
-            )
+            yield _reject(candidate, "any", "any", 0, unwanted, hint=_licenses(request, models))
             continue
         panel = panels[candidate.model.id]
         for runtime, scheme, kv_type in tried:
@@ -195,13 +204,15 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
                 if why_not is not None and not request.force:
                     raise Unsupported(why_not, hint="another --runtime or --scheme, or --force")
                 found = _try(request, room, mode, candidate, panel, runtime, scheme, kv_type)
-            except Unsupported as error:
+            except (Unsupported, BadInput) as error:
+                if isinstance(error, BadInput) and len({r.NAME for r, _, _ in tried}) == 1:
+                    raise
                 context = request.context or _default_context(request, candidate.spec)
                 found = _reject(candidate, scheme, kv_type, context, error.message, hint=error.hint or "")
             if isinstance(found, Rejection):
                 yield found if runtime is llama_cpp else replace(found, runtime=runtime.NAME)
             else:
-                forced = (f"forced: {why_not}",) if why_not is not None else ()
+                forced = (f"{FORCED}{why_not}",) if why_not is not None else ()
                 yield replace(found, warnings=(*found.warnings, *forced)) if forced else found
 
 
@@ -221,17 +232,22 @@ def _license_problem(request: Request, model: ModelRef) -> str:
     return "" if model.license.lower() in wanted else f"its licence is {model.license}"
 
 
+def _licenses(request: Request, models: Sequence[Candidate]) -> str:
+    there = ", ".join(sorted({c.model.license for c in models}))
+    return f"--license ID; there are {there}" if request.licenses else "name it with --model"
+
+
 def _default_context(request: Request, spec: ModelSpec) -> int:
     return min(DEFAULT_CONTEXT, spec.context_train) * request.slots
 
 
 def _reject(
     candidate: Candidate, scheme: str, kv_type: str, context: int, reason: str, *, excess: int = 0,
-    slowness: float = 0.0, hint: str = "",
+    slowness: float = 0.0, oversize: int = 0, reach: int = 0, hint: str = "",
 ) -> Rejection:  # fmt: skip
     return Rejection(
         model=candidate.model.id, scheme=scheme, kv_type=kv_type, context=context, reason=reason, excess=excess,
-        slowness=slowness, hint=hint,
+        slowness=slowness, oversize=oversize, reach=reach, hint=hint,
     )  # fmt: skip
 
 
@@ -319,14 +335,8 @@ def _try(
         reason = (
             f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
         )
-        return _reject(
-            candidate,
-            scheme,
-            kv_type,
-            context,
-            reason,
-            hint=f"--context {fitting}" if fitting else "a smaller model or scheme",
-        )
+        hint = f"--context {fitting}" if fitting else "a smaller model or scheme"
+        return _reject(candidate, scheme, kv_type, context, reason, reach=fitting, hint=hint)
 
     if request.goal == "context" and request.context is None:
         context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
@@ -340,15 +350,15 @@ def _try(
         )
         if not request.force:
             return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
-        warnings.append(f"forced: {reason}")
+        warnings.append(f"{FORCED}{reason}")
     room_on_disk = request.disk if request.disk is not None else request.profile.disk
     if room_on_disk is not None and estimate.file_bytes > room_on_disk:
         reason = f"its file has {show(estimate.file_bytes)}, and {show(room_on_disk)} of disk may be used"
         if not request.force:
-            return _reject(
-                candidate, scheme, kv_type, context, reason, hint="--disk SIZE, or a smaller scheme"
-            )
-        warnings.append(f"forced: {reason}")
+            over = estimate.file_bytes - room_on_disk
+            hint = f"--disk {-(-estimate.file_bytes // MIB)}MiB"
+            return _reject(candidate, scheme, kv_type, context, reason, oversize=over, hint=hint)
+        warnings.append(f"{FORCED}{reason}")
     pace = speed.estimate(
         request.profile,
         mode,
@@ -369,7 +379,7 @@ def _try(
             slowness = floor / pace.decode_full_low
             hint = f"--min-tokens-per-second {math.floor(pace.decode_full_low * 10) / 10:g}"
             return _reject(candidate, scheme, kv_type, context, reason, slowness=slowness, hint=hint)
-        warnings.append(f"forced: {reason}")
+        warnings.append(f"{FORCED}{reason}")
     return Plan(
         profile=request.profile,
         session=request.session,

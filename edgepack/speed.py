@@ -316,9 +316,10 @@ def estimate(
     first = prompt / prefill + parts.total + SERVER.middle
     wide = math.exp(width)
     # Of several slots the weights are read and unpacked once; what each more costs is at best the multiplication at
-    # the rate of reading prompts, at worst the whole compute term again.
+    # the rate of reading prompts, at worst the whole compute term of its class again.
     best = parts.total + (slots - 1) * 2 * work.weights / flops
-    worst = parts.total + (slots - 1) * max(parts.compute, 2 * work.weights / flops)
+    again = terms(on, work, family=family).compute
+    worst = parts.total + (slots - 1) * max(again, 2 * work.weights / flops)
     return Speed(
         decode_all=slots / (best + slots * (cache + SERVER.middle)),
         decode_all_low=slots / ((worst + slots * cache) * wide + slots * SERVER.high),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgepack.choice import Explanation
-from edgepack.plan import Plan
+from edgepack.plan import Plan, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.units import show
 
@@ -65,7 +65,7 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         f"power mode {chosen.power_mode}, {chosen.session}",
         "",
         *_parts(parts),
-        f"{'total':<18}{show(chosen.memory.total):>12}  "
+        f"{'total' if chosen.budget.unified else 'card and host':<18}{show(chosen.memory.total):>12}  "
         f"{_interval({'low': chosen.memory.low, 'high': chosen.memory.high})}",
         "",
         *_pools(parts, chosen.budget.device, None if chosen.budget.unified else chosen.budget.host),
@@ -74,8 +74,8 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
             "+ "
         ),
         f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
-        f"{pace.decode_full:.1f} with a full context",
-        f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}], "
+        f"{pace.decode_full:.1f} with a full context, at least {pace.decode_full_low:.1f}",
+        f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}] (fitted), "
         f"first token after {pace.first_token:.2f} s, up to {pace.first_token_high:.2f}, for {pace.prompt} tokens",
         f"quality {score}",
         f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
@@ -84,7 +84,8 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
     ]
     if settings.slots > 1:
         lines.append(
-            f"throughput {pace.decode_all:.1f} tok/s of all {settings.slots} slots together, every one full"
+            f"throughput {pace.decode_all:.1f} tok/s, at least {pace.decode_all_low:.1f} (fitted), of all "
+            f"{settings.slots} slots together, every one full"
         )
     lines += [f"warning: {text}" for text in chosen.warnings]
     if explanation is not None:
@@ -102,16 +103,24 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
 
 def pareto(chosen: Plan) -> str:
     """The plans of the chosen one's panel that no other equals in sure quality, speed and memory together."""
-    quality, settings = chosen.quality, chosen.settings
-    own = f"{chosen.model.id} {chosen.scheme} kv {settings.kv_type} ctx {settings.context}"
-    rows = [(own, quality.low, quality.score, chosen.speed.decode_full, chosen.memory.high, "chosen")]
+    quality = chosen.quality
+    rows = [
+        (label(chosen), quality.low, quality.score, chosen.speed.decode_full, chosen.memory.high, "chosen")
+    ]
     rows += [
         (r.candidate, r.figures.quality_low, r.figures.quality, r.figures.decode, r.figures.memory_high, "")
         for r in chosen.rejected
         if r.figures is not None and r.figures.on_front and r.figures.panel == quality.panel
     ]
     rows.sort(key=lambda row: -row[1])
-    header = ("candidate", f"{quality.panel}, surely", "expected", "tok/s, full", "memory, up to", "")
+    header = (
+        "candidate",
+        f"{quality.panel}, surely",
+        "expected",
+        "tok/s, full",
+        "memory, up to" if chosen.budget.unified else "card and host, up to",
+        "",
+    )
     cells = [
         (c, f"{low:.1f}", f"{score:.1f}", f"{pace:.1f}", show(memory), mark)
         for c, low, score, pace, memory, mark in rows

@@ -135,25 +135,27 @@ def test_throughput_makes_most_of_all_slots_together() -> None:
     assert chosen.speed.decode_all > chosen.speed.decode_full
 
 
+CHANGE = re.compile(
+    r"--(kv-type|ubatch|context|min-tokens-per-second|power-mode) (\S+) would allow (\S+) (\S+) kv (\S+) ctx (\d+):"
+)
+
+
+@pytest.mark.parametrize("goal", ["quality", "latency", "throughput", "context"])
 @pytest.mark.parametrize("name", ["jetson-orin", "raspberry-pi-5-8gb", "consumer-8gb"])
-def test_the_change_that_an_explanation_names_is_true_when_applied(name: str) -> None:
-    request = Request(profile=profile.load(name), context=8192)
+def test_the_change_that_an_explanation_names_is_true_when_applied(name: str, goal: plan.Goal) -> None:
+    """Applied, it lets in a plan that the goal itself ranks above the chosen one."""
+    slots = 4 if goal == "throughput" else 1
+    context = None if goal == "context" else 8192 * slots
+    request = Request(profile=profile.load(name), context=context, slots=slots, goal=goal)
     chosen = pipeline.make_plan(request, models())
 
     change = choice.explain(chosen, request, models()).change
 
-    words = re.match(
-        r"--(kv-type|ubatch|context|min-tokens-per-second|power-mode) (\S+) would allow (\S+) (\S+) ", change
-    )
     if not change:
-        assert not any(
-            isinstance(o, Plan) and o.quality.low > chosen.quality.low * (1 + choice.NOISE)
-            for o in plan.survey(replace(request, context=4096), models())
-            if isinstance(o, Plan) and o.quality.panel == chosen.quality.panel
-        )
         return
+    words = CHANGE.match(change)
     assert words is not None, change
-    option, value, model, scheme = words.groups()
+    option, value, *which = words.groups()
     changed = {
         "kv-type": lambda: replace(request, kv_type=value),
         "ubatch": lambda: replace(request, ubatch=int(value)),
@@ -161,8 +163,91 @@ def test_the_change_that_an_explanation_names_is_true_when_applied(name: str) ->
         "min-tokens-per-second": lambda: replace(request, min_decode=float(value)),
         "power-mode": lambda: replace(request, power_mode=value),
     }[option]()
-    found = [p for p in fitting(changed) if (p.model.id, p.scheme) == (model, scheme)]
-    assert max(p.quality.low for p in found) > chosen.quality.low
+    found = [
+        p for p in fitting(changed)
+        if [p.model.id, p.scheme, p.settings.kv_type, str(p.settings.context)] == which
+    ]  # fmt: skip
+    assert len(found) == 1
+    assert choice.rank([chosen, *found], goal)[0] is found[0]
+
+
+def test_a_context_half_as_long_lets_a_better_model_in_where_memory_is_tight() -> None:
+    request = Request(
+        profile=profile.load("jetson-orin-nano-4gb"), context=16384, scheme="Q4_K_M", kv_type="f16"
+    )
+    chosen = pipeline.make_plan(request, models())
+
+    change = choice.explain(chosen, request, models()).change
+
+    assert CHANGE.match(change), change
+
+
+def test_what_is_forced_comes_after_what_fits() -> None:
+    plain = pipeline.make_plan(Request(profile=NANO), models())
+
+    forced = pipeline.make_plan(Request(profile=NANO, force=True), models())
+
+    assert (forced.model, forced.scheme, forced.settings) == (plain.model, plain.scheme, plain.settings)
+    assert not forced.forced
+    kept = [r for r in forced.rejected if r.reason.startswith(plan.FORCED)]
+    assert kept
+    assert all(r.figures is None for r in kept)
+
+
+def test_a_cache_type_that_one_of_two_runtimes_lacks_leaves_the_other() -> None:
+    request = Request(profile=profile.load("consumer-8gb"), scheme="gptq-int4-g128", kv_type="fp8")
+
+    chosen = pipeline.make_plan(request, [pipeline.named("qwen2.5-1.5b-instruct")])
+
+    assert chosen.runtime == "vllm"
+    assert any(r.runtime == "transformers" and "fp8" in r.reason for r in chosen.rejected)
+
+
+def test_an_explanation_tries_only_cache_types_that_the_runtime_has() -> None:
+    request = Request(profile=profile.load("consumer-8gb"), runtime="vllm", kv_type="bf16")
+    chosen = pipeline.make_plan(request, models())
+
+    assert choice.explain(chosen, request, models()).why
+
+
+def test_a_refusal_for_the_disk_names_the_disk_and_a_size_that_does() -> None:
+    with pytest.raises(NothingFits, match="no file is small enough") as caught:
+        pipeline.make_plan(Request(profile=NANO, disk=Bytes(MIB)), models())
+
+    size = re.fullmatch(r"--disk (\d+)MiB", str(caught.value.hint))
+    assert size is not None
+    pipeline.make_plan(Request(profile=NANO, disk=Bytes(int(size[1]) * MIB)), models())
+
+
+def test_beyond_training_the_nearest_is_the_model_that_holds_most() -> None:
+    with pytest.raises(NothingFits, match="trained on") as caught:
+        pipeline.make_plan(Request(profile=NANO, context=10**6, min_decode=0.0), models())
+
+    longest = re.fullmatch(r"--context (\d+)", str(caught.value.hint))
+    assert longest is not None
+    pipeline.make_plan(Request(profile=NANO, context=int(longest[1]), min_decode=0.0), models())
+
+
+@pytest.mark.parametrize("name", ["jetson-orin", "rtx-3060-12gb"])
+def test_many_slots_are_not_promised_what_one_measured_slot_does(name: str) -> None:
+    """The lower end pays the compute term of the class for every slot, own constants or not."""
+    device = profile.load(name)
+    request = Request(profile=device, slots=16, context=16 * 1024, min_decode=0.0, scheme="Q4_K_M")
+    model = [pipeline.named("qwen3-1.7b")]
+
+    own = pipeline.make_plan(request, model).speed
+    classed = pipeline.make_plan(
+        replace(
+            request,
+            profile=replace(
+                device, speed=None, power_modes=tuple(replace(m, speed=None) for m in device.power_modes)
+            ),
+        ),
+        model,
+    ).speed
+
+    assert own.decode_all_low < own.decode_all
+    assert own.decode_all_low < 1.5 * classed.decode_all_low
 
 
 def test_an_explanation_compares_with_the_next_three_models() -> None:

@@ -197,3 +197,37 @@ def test_probe_reads_a_captured_device(tmp_path: Path) -> None:
 
     assert done.exit_code == 0, done.stderr
     assert document("plan", "--profile", tmp_path / "nano.yaml", "--json")["power_mode"] == "25W"
+
+
+def test_a_context_that_leaves_no_token_for_a_slot_is_refused() -> None:
+    for command in ("plan", "fit"):
+        result = run(
+            command, "--profile", "jetson-orin", "--model", "qwen3-0.6b", "--context", "1", "--slots", "4"
+        )
+
+        assert result.exit_code == 2
+        assert "no token for each of 4 slots" in result.stderr
+
+
+def test_a_floor_that_is_no_number_is_refused() -> None:
+    result = run("plan", "--profile", "jetson-orin", "--min-tokens-per-second", "nan")
+
+    assert result.exit_code == 2
+    assert "nan is no speed" in result.stderr
+
+
+def test_fit_and_plan_agree_beyond_the_trained_context() -> None:
+    result = run(
+        "fit", "--model", "qwen2.5-1.5b-instruct", "--profile", "jetson-agx-orin-64gb", "--context", "65536"
+    )
+
+    assert "does NOT fit" in result.stdout
+    assert "binding: context: the model was trained for 32768 tokens" in result.stdout
+    assert "hint: --context 32768" in result.stdout
+
+
+def test_exact_is_of_llama_cpp_alone() -> None:
+    result = run("fit", "--model", "qwen3-0.6b", "--runtime", "transformers", "--exact")
+
+    assert result.exit_code == 11
+    assert "--exact asks llama.cpp, and this is for transformers" in result.stderr
