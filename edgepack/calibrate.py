@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from edgepack import catalog, ggufheader, modelspec, schemes, serde, speed
+from edgepack.check import BUSY_LOAD as BUSY_LOAD
 from edgepack.errors import BadInput, EdgepackError
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants
@@ -37,8 +38,13 @@ STALLED = 0.05
 """Share of the peak bandwidth below which a large model was not decoded from this device's memory."""
 LARGE = 10**9
 """Bytes a token above which that holds; small models are slow for other reasons."""
-BUSY_LOAD = 0.75
-"""Load per core before a check, above which its speed says little (as in check.py)."""
+FLOOR = 0.01
+"""Share of the peak bandwidth below which no model was decoded here, however small: the least published of a
+device with a profile is 5 %, SmolLM-135M on a Jetson Orin Nano (tests/truth/speed*.jsonl)."""
+SLOWEST, FASTEST = 1e-6, 1e9
+"""Tokens per second beyond which a figure is no speed."""
+LONGEST = 10**9
+"""Tokens beyond which a figure counts none."""
 NOISE = 0.03
 """Relative error of one reading: published repeats of one shape on one host differ by 2 to 5 %."""
 UNSURE = 0.5
@@ -243,6 +249,9 @@ def _plausible(mode: PowerMode, readings: Sequence[Reading]) -> tuple[list[Readi
             refused.append(Refused(where=reading.where, reason=reason))
         elif share < STALLED and reading.work.read > LARGE:
             reason = f"{name} reads {share:.1%} of the bandwidth: it ran elsewhere, or did not fit"
+            refused.append(Refused(where=reading.where, reason=reason))
+        elif share < FLOOR:
+            reason = f"{name} reads {100 * share:.2g}% of the bandwidth: not even a small model is so slow"
             refused.append(Refused(where=reading.where, reason=reason))
         else:
             kept.append(reading)
@@ -468,10 +477,10 @@ def read(
 
 def _records(path: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """The objects of a JSON document, a JSON array, or JSON lines, each with its place."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         whole: object = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         records = [(f"{path}:{number}", _line(path, number, line)) for number, line in lines]
     else:
@@ -496,20 +505,27 @@ _KINDS = {"avg_ts", "facts", "decode_tps"}
 def _line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadInput(f"{path} is neither JSON nor JSON lines: line {number}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise BadInput(f"{path} is neither JSON nor JSON lines: line {number}: {reason}") from error
 
 
 def _rate(record: Mapping[str, Any], key: str) -> float | None:
+    """Tokens per second; None for what is no speed."""
     value = record.get(key)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value <= 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not SLOWEST <= value <= FASTEST:
         return None
     return float(value)
+
+
+def _count(record: Mapping[str, Any], key: str) -> int | None:
+    """A number of tokens, 0 where the record has none; None for what is no count."""
+    value = record.get(key)
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LONGEST:
+        return None
+    return value
 
 
 def _bench_readings(
@@ -528,7 +544,7 @@ def _bench_readings(
         answers = [
             (where, record) for where, record in group if record.get("n_gen") and not record.get("n_prompt")
         ]
-        prompts = [record for _, record in group if record.get("n_prompt") and not record.get("n_gen")]
+        prompts = [record for _, record in group if _count(record, "n_prompt") and not record.get("n_gen")]
         if not answers:
             yield Refused(where=group[0][0], reason="no run that decodes (llama-bench -n)")
         for where, record in answers:
@@ -549,11 +565,14 @@ def _bench_reading(
     if foreign is not None:
         return Refused(where=where, reason=foreign)
     file = str(record.get("model_filename", ""))
+    depth, answer = _count(record, "n_depth"), _count(record, "n_gen")
+    if depth is None or answer is None:
+        key = "n_depth" if depth is None else "n_gen"
+        return Refused(where=where, reason=f"{key} is {record[key]!r}, not a number of tokens")
     found = _bench_model(record, file, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
     spec, scheme = found
-    tokens = int(record.get("n_depth") or 0) + int(record["n_gen"]) // 2
     return Reading(
         where=where,
         model=spec.name,
@@ -561,7 +580,7 @@ def _bench_reading(
         work=speed.work(spec, scheme, imatrix=False),
         decode=rate,
         prefill=max((r for r in (_rate(p, "avg_ts") for p in prompts) if r is not None), default=None),
-        kv_bytes=_kv(spec, tokens),
+        kv_bytes=_kv(spec, depth + answer // 2),
     )
 
 
@@ -638,10 +657,10 @@ def _check_reading(
     if isinstance(found, str):
         return Refused(where=where, reason=found)
     spec, scheme = found
-    prompt, predicted = measured.get("prompt_tokens"), measured.get("predicted_tokens")
-    tokens = (prompt if isinstance(prompt, int) else 0) + (
-        predicted if isinstance(predicted, int) else 0
-    ) // 2
+    prompt, predicted = _count(measured, "prompt_tokens"), _count(measured, "predicted_tokens")
+    if prompt is None or predicted is None:
+        key = "prompt_tokens" if prompt is None else "predicted_tokens"
+        return Refused(where=where, reason=f"{key} is {measured[key]!r}, not a number of tokens")
     return Reading(
         where=where,
         model=spec.name,
@@ -649,7 +668,7 @@ def _check_reading(
         work=speed.work(spec, scheme, imatrix=False),
         decode=rate,
         prefill=_rate(measured, "prefill_per_second"),
-        kv_bytes=_kv(spec, tokens),
+        kv_bytes=_kv(spec, prompt + predicted // 2),
         served=True,
     )
 
@@ -687,25 +706,28 @@ def _row_reading(
     missing = [key for key in ("device", "model", "quant") if not record.get(key)]
     if missing:
         return Refused(where=where, reason=f"{', '.join(missing)} missing")
-    ours = (
-        profile.name,
-        profile.title,
-        *profile.aliases,
-        *((profile.accelerator.name,) if profile.accelerator else ()),
-    )
-    if not _same_device(device, ours):
+    names = [profile.name, profile.name.removesuffix("-calibrated"), profile.title]
+    if profile.accelerator is not None and profile.device_class != "jetson":
+        names.append(profile.accelerator.name)
+    if (profile.accelerator is not None and _on_cpu(device)) or not _same_device(
+        device, names, profile.aliases
+    ):
         return Refused(where=where, reason=f"it was read on {device}, not on {profile.title}")
     if record.get("power_mode") and str(record["power_mode"]) != mode.name:
         return Refused(where=where, reason=f"it was read in {record['power_mode']}, not in {mode.name}")
     runtime = str(record.get("runtime") or "llama.cpp")
     if not runtime.lower().startswith(("llama", "ollama")):
         return Refused(where=where, reason=f"it was read with {runtime}, not with llama.cpp")
+    for key, value in (("context", _count(record, "context")), ("prefill_tps", _rate(record, "prefill_tps"))):
+        if value is None and record.get(key) is not None:
+            kind = "a number of tokens" if key == "context" else "a speed"
+            return Refused(where=where, reason=f"{key} is {record[key]!r}, not {kind}")
+    if record.get("runtime") and quant.lower() == "bf16":
+        quant = "BF16"  # llama.cpp's; by itself the lower-case name is a checkpoint's
     found = _named(model, quant, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
     spec, scheme = found
-    context = record.get("context")
-    tokens = context if isinstance(context, int) and not isinstance(context, bool) and context > 0 else 0
     return Reading(
         where=where,
         model=spec.name,
@@ -713,7 +735,7 @@ def _row_reading(
         work=speed.work(spec, scheme, imatrix=False),
         decode=rate,
         prefill=_rate(record, "prefill_tps"),
-        kv_bytes=_kv(spec, tokens // 2),
+        kv_bytes=_kv(spec, (_count(record, "context") or 0) // 2),
     )
 
 
@@ -731,7 +753,11 @@ def _named(model: str, quant: str, extra: Sequence[catalog.CatalogModel]) -> tup
     if quant in _UNSAID and ending is None:
         return f"{quant!r} does not say the scheme"
     try:
-        scheme = schemes.canonical(ending.group(1) if ending is not None and quant in _UNSAID else quant)
+        scheme = schemes.canonical(
+            ending.group(1).upper() if ending is not None and quant in _UNSAID else quant
+        )
+        if not schemes.is_gguf(scheme):
+            return f"{quant} is no scheme of GGUF files, so llama.cpp did not run it"
         spec = entry.spec()
         schemes.tensor_types(spec, scheme, imatrix=False)
     except EdgepackError as error:
@@ -786,21 +812,60 @@ def _kv(spec: ModelSpec, tokens: int) -> int:
     )
 
 
-_VARIANTS = {"laptop", "mobile", "ti", "max", "q", "pro", "ultra", "wsl"}
+_VARIANTS = {
+    "laptop", "ti", "super", "max", "q", "pro", "ultra", "d", "wsl",
+    "agx", "nx", "nano", "xavier", "thor", "tx2", "gen", "elite",
+}  # fmt: skip
 """Words that make another device of a name."""
+_NOISE = {"nvidia", "geforce", "gpu", "apple", "amd", "intel", "valve", "the", "cpu"}
+"""Words that say nothing about which device it is."""
+_FAMILY = {"jetson", "raspberry", "rtx", "android"}
+"""Words that a short name leaves out: Orin Nano, Pi 5."""
+_SAME_WORD = {"mobile": "laptop", "notebook": "laptop", "wsl2": "wsl"}
 
 
-def _same_device(said: str, ours: Iterable[str]) -> bool:
-    """Whether a device as people write it is one of these names: the words of one are among the other's."""
-    words = _words(said)
+def _same_device(said: str, ours: Sequence[str], aliases: Iterable[str] = ()) -> bool:
+    """Whether a device as people write it is one of these names, or to the letter one of the aliases.
+
+    All words of a name must be there, except what stands in parentheses and, in a short name, the family's. More may be
+    said, but no word that makes another device; nor may it have another memory than one of ``ours`` says.
+    An alias may be a class ("laptop-gpu"), so it is never a part of something longer.
+    """
+    tokens, words, sizes = _tokens(said), _words(said), _sizes(said)
+    if tokens and any(tokens == _tokens(name) for name in (*ours, *aliases)):
+        return True
+    known_sizes = set[str]().union(*map(_sizes, ours))
+    if not words or (sizes and known_sizes and not sizes & known_sizes):
+        return False
     for name in ours:
-        known = _words(name)
-        if (words <= known or known <= words) and words & _VARIANTS == known & _VARIANTS:
+        known, needed = _words(name), _words(re.sub(r"\(.*?\)", " ", name))
+        missing = needed - words
+        short = missing <= _FAMILY and words <= known
+        if needed and (not missing or short) and words & _VARIANTS == known & _VARIANTS:
             return True
     return False
 
 
+def _on_cpu(said: str) -> bool:
+    return "cpu" in _tokens(said)
+
+
+_BANDWIDTH = re.compile(r"\d+(?:\.\d+)?\s*gi?b(?:/s|ps)")
+_SIZE = re.compile(r"(?<![\d.])(\d+)\s*g(?:i?b)?\b")
+
+
+def _tokens(name: str) -> tuple[str, ...]:
+    """A name's words in lower case, a memory as one of them and bandwidths left out."""
+    plain = _SIZE.sub(r"\1gb", _BANDWIDTH.sub(" ", name.lower()))
+    return tuple(_SAME_WORD.get(word, word) for word in re.split(r"[^a-z0-9]+", plain) if word)
+
+
+def _sizes(name: str) -> set[str]:
+    return {word for word in _tokens(name) if re.fullmatch(r"\d+gb", word)}
+
+
 def _words(name: str) -> set[str]:
-    joined = re.sub(r"(\d+)\s*(gb|gib)\b", r"\1gb", name.lower())
-    noise = {"nvidia", "geforce", "gpu", "apple", "amd", "the", "cpu"}
-    return {word for word in re.split(r"[^a-z0-9]+", joined) if word} - noise
+    """The words that tell devices apart, without the memory."""
+    words = set(_tokens(name)) - _NOISE - _sizes(name)
+    # An Orin is called super in its fastest mode, with the same chip.
+    return words - {"super"} if "orin" in words else words

@@ -172,6 +172,16 @@ def test_a_reading_that_did_not_run_here_is_refused_and_the_others_are_used() ->
     assert "it ran elsewhere, or did not fit" in found.refused[0].reason
 
 
+@pytest.mark.parametrize(
+    ("name", "decode"), [("qwen2.5-1.5b-instruct", 0.001), ("smollm2-135m-instruct", 1e-5)]
+)
+def test_a_speed_far_below_what_any_model_has_is_refused_however_small_the_model(
+    name: str, decode: float
+) -> None:
+    with pytest.raises(BadInput, match=r"of the bandwidth: not even a small model is so slow"):
+        calibrate.calibrate(NANO, NANO.mode(), [reading(name, decode)])
+
+
 def test_repeats_that_contradict_each_other_are_both_refused() -> None:
     some = [
         reading("llama-3.2-3b-instruct", 4.9, at="a"),
@@ -308,6 +318,13 @@ def test_a_check_report_is_read(tmp_path: Path) -> None:
         (row("Llama-3.2-3B", 4.88, device="Raspberry Pi 4"), "read on Raspberry Pi 4, not on Raspberry Pi 5"),
         (row("Llama-3.2-3B", 4.88, device="RTX 3060 12GB"), "read on RTX 3060 12GB"),
         (row("Llama-3.2-3B", 0), "decode_tps is 0, not a speed"),
+        (row("Llama-3.2-3B", 1e-320), "decode_tps is 1e-320, not a speed"),
+        (row("Llama-3.2-3B", 10**400), ", not a speed"),
+        (row("Llama-3.2-3B", 4.88, prefill_tps=1e-320), "prefill_tps is 1e-320, not a speed"),
+        (row("Llama-3.2-3B", 4.88, prefill_tps="fast"), "prefill_tps is 'fast', not a speed"),
+        (row("Llama-3.2-3B", 4.88, context=[512]), "context is [512], not a number of tokens"),
+        (row("Llama-3.2-3B", 4.88, quant="gptq-int4-g128"), "gptq-int4-g128 is no scheme of GGUF files"),
+        (row("Llama-3.2-3B", 4.88, quant="bf16"), "bf16 is no scheme of GGUF files"),
         (row("Llama-3.2-3B", 4.88, quant=None), "quant missing"),
         (row("Llama-3.2-3B", 4.88, quant="Q4_K_X"), "scheme 'Q4_K_X' is not known"),
         (row("Llama-3.2-3B", 4.88, runtime="MLC"), "with MLC, not with llama.cpp"),
@@ -315,6 +332,14 @@ def test_a_check_report_is_read(tmp_path: Path) -> None:
         (row("Lama-3.2-3b-instruct", 4.88), "did you mean 'llama-3.2-3b-instruct'?"),
         (bench("qwen2.5-0.5b-instruct", 21.0, 190.0)[0], "no run that decodes"),
         (bench("qwen2.5-0.5b-instruct", 0.0, 190.0)[1], "avg_ts is 0.0, not a speed"),
+        (bench("qwen2.5-0.5b-instruct", 21.0, 190.0, n_depth=[1])[1], "n_depth is [1], not a number of tokens"),
+        (bench("qwen2.5-0.5b-instruct", 21.0, 190.0, n_depth=-1)[1], "n_depth is -1, not a number of tokens"),
+        (bench("qwen2.5-0.5b-instruct", 21.0, 190.0, n_depth=10**400)[1], ", not a number of tokens"),
+        (
+            {**bench("qwen2.5-0.5b-instruct", 21.0, 190.0)[1], "n_gen": "many"},
+            "n_gen is 'many', not a number of tokens",
+        ),
+        ({**bench("qwen2.5-0.5b-instruct", 21.0, 190.0)[1], "n_gen": True}, "n_gen is True, not a number of tokens"),
         (
             bench("qwen2.5-0.5b-instruct", 21.0, 190.0, gpu_info="NVIDIA GeForce RTX 3060")[1],
             "it ran on NVIDIA GeForce RTX 3060, and raspberry-pi-5-8gb has no accelerator",
@@ -331,6 +356,118 @@ def test_a_reading_that_cannot_be_used_is_refused_with_the_reason(
     assert reason in found
 
 
+def test_a_check_with_no_count_of_its_tokens_is_refused(tmp_path: Path) -> None:
+    document: dict[str, Any] = report("qwen2.5-0.5b-instruct-q8_0-raspberry-pi-5-8gb", 15.0)
+    document["facts"]["speed"]["prompt_tokens"] = -3
+
+    assert reasons(write(tmp_path / "x.json", document)) == ["prompt_tokens is -3, not a number of tokens"]
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("jetson-orin", "Jetson AGX Orin 64GB"),
+        ("jetson-orin", "Jetson AGX Orin"),
+        ("jetson-orin", "Jetson Orin NX 16GB"),
+        ("jetson-orin", "Jetson Orin NX 8GB"),
+        ("jetson-orin", "Jetson Orin Nano 4GB"),
+        ("jetson-orin", "Jetson Nano"),
+        ("jetson-orin", "Orin (nvgpu)"),
+        ("jetson-orin", "Orin"),
+        ("jetson-orin", "Jetson"),
+        ("jetson-orin", "NVIDIA GPU"),
+        ("jetson-orin", "cpu"),
+        ("jetson-orin", "-"),
+        ("jetson-orin", "Jetson Orin Nano 8GB (CPU)"),
+        ("jetson-agx-orin-32gb", "Jetson AGX Orin 64G"),
+        ("raspberry-pi-5-8gb", "Raspberry Pi"),
+        ("raspberry-pi-5-8gb", "Orange Pi 5 8GB"),
+        ("raspberry-pi-5-8gb", "Raspberry Pi 5 4GB"),
+        ("rtx-3060-laptop-6gb", "RTX 3060 12GB"),
+        ("rtx-3060-12gb", "RTX 3060 8GB"),
+        ("rtx-3060-12gb", "RTX 3060 Mobile"),
+        ("rtx-3060-12gb", "RTX 3060 Ti 12GB"),
+        ("rtx-4060-8gb", "RTX 4060 Super"),
+        ("rtx-4060-8gb", "RTX 4060 under WSL2"),
+        ("rtx-4060-laptop-8gb", "Laptop"),
+        ("rtx-4060-laptop-8gb", "RTX 4070 Laptop 8GB"),
+        ("rtx-4060-laptop-8gb", "RTX 3050 Laptop GPU"),
+        ("mac-mini-m4", "Apple M4 Max 64GB"),
+        ("mac-mini-m4", "Apple M4 mini 32GB"),
+        ("android-snapdragon-8-elite", "Snapdragon 8 Elite Gen 5"),
+    ],
+)
+def test_a_row_of_another_device_is_refused(name: str, device: str, tmp_path: Path) -> None:
+    ours = profile.load(name)
+
+    (found,) = reasons(write(tmp_path / "x.json", row("qwen2.5-1.5b-instruct", 60.0, device=device)), ours)
+
+    assert found == f"it was read on {device}, not on {ours.title}"
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("jetson-orin", "Jetson Orin Nano Super 8GB (MAXN, 102 GB/s)"),
+        ("jetson-orin", "Jetson Orin Nano 8GB (original, 68GB/s)"),
+        ("jetson-orin", "Jetson Orin Nano 8GB"),
+        ("jetson-orin", "Orin Nano"),
+        ("jetson-orin", "Jetson Orin Nano, 7.4 GiB"),
+        ("jetson-orin-nx-16gb", "Jetson Orin NX 16GB (SUPER)"),
+        ("jetson-agx-orin-64gb", "Jetson AGX Orin 64GB"),
+        ("raspberry-pi-5-8gb", "Pi 5"),
+        ("raspberry-pi-5-8gb", "Raspberry Pi 5 Model B 8 GB"),
+        ("rtx-3060-12gb", "RTX 3060 12GB"),
+        ("rtx-3060-12gb", "NVIDIA GeForce RTX 3060"),
+        ("rtx-3060-laptop-6gb", "RTX 3060 Mobile 6GB"),
+        ("rtx-4060-laptop-8gb", "RTX 4060 Laptop 8GB"),
+        ("rtx-4060-laptop-8gb-wsl", "RTX 4060 Laptop (WSL2)"),
+        ("rtx-4060-ti-16gb", "RTX 4060 Ti 16GB"),
+        ("mac-mini-m4", "Apple M4"),
+        ("steam-deck", "Steam Deck"),
+    ],
+)
+def test_a_row_of_the_same_device_is_read_however_people_call_it(
+    name: str, device: str, tmp_path: Path
+) -> None:
+    ours = profile.load(name)
+    path = write(tmp_path / "x.json", row("qwen2.5-1.5b-instruct", 60.0, device=device))
+
+    readings, refused = calibrate.read(path, ours, ours.mode())
+
+    assert (len(readings), refused) == (1, [])
+
+
+@pytest.mark.parametrize("name", profile.names())
+def test_a_row_may_call_the_device_as_its_profile_does(name: str, tmp_path: Path) -> None:
+    ours = profile.load(name)
+    said = (ours.name, ours.title, *ours.aliases)
+    path = write(
+        tmp_path / "x.jsonl", *(row("qwen2.5-1.5b-instruct", 60.0, device=d) for d in said), lines=True
+    )
+
+    readings, refused = calibrate.read(path, ours, ours.mode())
+
+    assert (len(readings), refused) == (len(said), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [
+        ("jetson-orin", "Orin"),
+        ("steam-deck", "AMD Custom GPU 0405 (RADV VANGOGH)"),
+        ("rtx-4060-laptop-8gb-wsl", "NVIDIA GeForce RTX 4060 Laptop GPU"),
+    ],
+)
+def test_llama_bench_calls_a_card_as_its_driver_does(name: str, gpu: str, tmp_path: Path) -> None:
+    ours = profile.load(name)
+    path = write(tmp_path / "x.json", *bench("qwen2.5-0.5b-instruct", 60.0, 900.0, gpu_info=gpu))
+
+    readings, refused = calibrate.read(path, ours, ours.mode())
+
+    assert (len(readings), refused) == (1, [])
+
+
 def test_a_check_of_a_busy_machine_is_refused(tmp_path: Path) -> None:
     document: dict[str, Any] = report("qwen2.5-0.5b-instruct-q8_0-raspberry-pi-5-8gb", 15.0)
     document["facts"]["machine"]["load"] = 7.5
@@ -344,6 +481,7 @@ def test_a_check_of_a_busy_machine_is_refused(tmp_path: Path) -> None:
     ("gpu", "reason"),
     [
         ("", "it ran on the CPU"),
+        ("NVIDIA GPU", "it ran on NVIDIA GPU, not on NVIDIA GeForce RTX 3060"),
         ("NVIDIA GeForce RTX 3060 Laptop GPU", "it ran on NVIDIA GeForce RTX 3060 Laptop GPU"),
     ],
 )
@@ -368,6 +506,8 @@ def test_llama_bench_of_the_same_card_is_read(tmp_path: Path) -> None:
     [
         ("{", "neither JSON nor JSON lines: line 1"),
         ("", "not a reading of speed"),
+        ("[" * 100_000, "neither JSON nor JSON lines: line 1"),
+        ("9" * 5000, "neither JSON nor JSON lines: line 1"),
         ('[{"tokens": 3}, 7]', r"not a reading of speed: .*\[0\], .*\[1\]"),
     ],
 )
@@ -377,6 +517,17 @@ def test_a_file_that_is_none_of_these_is_refused(text: str, message: str, tmp_pa
 
     with pytest.raises(BadInput, match=message):
         calibrate.read(path, PI, PI.mode())
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_byte_order_mark_is_no_part_of_a_file(lines: bool, tmp_path: Path) -> None:
+    rows = [row("Llama-3.2-3B", 4.88), row("qwen2.5-0.5b-instruct", 20.0)]
+    path = write(tmp_path / "x.json", *rows, lines=lines)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+
+    readings, refused = calibrate.read(path, PI, PI.mode())
+
+    assert (len(readings), refused) == (2, [])
 
 
 def test_every_fitting_row_of_a_pi_in_the_truth_file_calibrates_it(tmp_path: Path) -> None:
@@ -427,9 +578,12 @@ def test_the_scheme_may_stand_in_the_name(tmp_path: Path) -> None:
     named = row("qwen2.5-coder-7b-instruct-q4_k_m", 2.0, quant="as published")
     silent = row("qwen2.5-coder-7b-instruct", 2.0, quant="as published")
 
-    readings, refused = calibrate.read(write(tmp_path / "x.json", named, silent), PI, PI.mode())
+    half = row("qwen2.5-0.5b-instruct-bf16", 9.0, quant="as published")
+    said = row("qwen2.5-0.5b-instruct", 9.0, quant="bf16", runtime="llama.cpp")
 
-    assert [r.scheme for r in readings] == ["Q4_K_M"]
+    readings, refused = calibrate.read(write(tmp_path / "x.json", named, silent, half, said), PI, PI.mode())
+
+    assert [r.scheme for r in readings] == ["Q4_K_M", "BF16", "BF16"]
     assert refused[0].reason == "'as published' does not say the scheme"
 
 
