@@ -572,15 +572,35 @@ def _bench_reading(
     found = _bench_model(record, file, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
+    return _reading(
+        where,
+        found,
+        rate,
+        prefill=max((r for r in (_rate(p, "avg_ts") for p in prompts) if r is not None), default=None),
+        tokens=depth + answer // 2,
+    )
+
+
+def _reading(
+    where: str,
+    found: tuple[ModelSpec, str],
+    decode: float,
+    *,
+    prefill: float | None,
+    tokens: int,
+    served: bool = False,
+) -> Reading:
+    """``tokens``: of context that a token of the answer had behind it, on average."""
     spec, scheme = found
     return Reading(
         where=where,
         model=spec.name,
         scheme=scheme,
         work=speed.work(spec, scheme, imatrix=False),
-        decode=rate,
-        prefill=max((r for r in (_rate(p, "avg_ts") for p in prompts) if r is not None), default=None),
-        kv_bytes=_kv(spec, depth + answer // 2),
+        decode=decode,
+        prefill=prefill,
+        kv_bytes=_kv(spec, tokens),
+        served=served,
     )
 
 
@@ -656,21 +676,12 @@ def _check_reading(
     found = _bundle_model(name, profile, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
-    spec, scheme = found
     prompt, predicted = _count(measured, "prompt_tokens"), _count(measured, "predicted_tokens")
     if prompt is None or predicted is None:
         key = "prompt_tokens" if prompt is None else "predicted_tokens"
         return Refused(where=where, reason=f"{key} is {measured[key]!r}, not a number of tokens")
-    return Reading(
-        where=where,
-        model=spec.name,
-        scheme=scheme,
-        work=speed.work(spec, scheme, imatrix=False),
-        decode=rate,
-        prefill=_rate(measured, "prefill_per_second"),
-        kv_bytes=_kv(spec, prompt + predicted // 2),
-        served=True,
-    )
+    prefill = _rate(measured, "prefill_per_second")
+    return _reading(where, found, rate, prefill=prefill, tokens=prompt + predicted // 2, served=True)
 
 
 def _part(facts: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -727,15 +738,8 @@ def _row_reading(
     found = _named(model, quant, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)
-    spec, scheme = found
-    return Reading(
-        where=where,
-        model=spec.name,
-        scheme=scheme,
-        work=speed.work(spec, scheme, imatrix=False),
-        decode=rate,
-        prefill=_rate(record, "prefill_tps"),
-        kv_bytes=_kv(spec, (_count(record, "context") or 0) // 2),
+    return _reading(
+        where, found, rate, prefill=_rate(record, "prefill_tps"), tokens=(_count(record, "context") or 0) // 2
     )
 
 

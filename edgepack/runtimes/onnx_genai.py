@@ -74,19 +74,7 @@ def settings_for(
             f"{NAME} keeps its cache in {' or '.join(allowed)} here, not {kv_type}",
             hint=f"--kv-type {allowed[0]}",
         )
-    return Settings(
-        context=context,
-        slots=slots,
-        kv_type=kv_type.lower(),
-        batch=context,
-        ubatch=context,
-        flash_attention=True,
-        unified_kv=False,
-        threads=profile.cpu_cores if profile else 4,
-        gpu_layers=0 if on_cpu else 99,
-        load_mode="none",
-        repack=False,
-    )
+    return decoder.whole_prompts(profile, context=context, slots=slots, kv_type=kv_type)
 
 
 def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> int:

@@ -85,19 +85,7 @@ def settings_for(
         raise BadInput(
             f"KV type {kv_type!r} is not known to {NAME}", hint=f"known KV types: {', '.join(KV_TYPES)}"
         )
-    return Settings(
-        context=context,
-        slots=slots,
-        kv_type=kv_type.lower(),
-        batch=context,
-        ubatch=context,
-        flash_attention=True,
-        unified_kv=False,
-        threads=profile.cpu_cores if profile else 4,
-        gpu_layers=0 if profile is not None and profile.backend == "cpu" else 99,
-        load_mode="none",
-        repack=False,
-    )
+    return decoder.whole_prompts(profile, context=context, slots=slots, kv_type=kv_type)
 
 
 def kv_bytes(spec: ModelSpec, tokens: int, *, slots: int = 1) -> int:
