@@ -23,12 +23,16 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A weights file that the runtime loads, with its provenance."""
+    """What a runtime loads, with its provenance."""
 
     path: Path
+    """A .gguf file, or a folder with weights, config and tokenizer."""
     scheme: str
     sha256: str
+    """Of the file, or over the names and digests of the folder's files."""
     bytes: Bytes
     imatrix_sha256: str | None
+    calibration_sha256: str | None = None
+    """Of the calibration data; None when none was used."""
     tool: str
     """Program and version that made it."""

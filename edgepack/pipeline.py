@@ -141,7 +141,7 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
     """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
-    from edgepack import bundle, hub, quality, toolchain  # here, for plan must start at once
+    from edgepack import bundle, hub, selftest, toolchain  # here, for plan must start at once
     from edgepack.builders import convert, gguf
 
     if not runtimes.named(chosen.runtime).BUILT:
@@ -183,7 +183,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     )
     _same_size(exact, artifact)
     progress.step("probe    recording what the artifact answers, to be compared on the device")
-    selftest = quality.record(artifact, exact, tools, folder, progress)
+    answers = selftest.record(artifact, exact, tools, folder, progress)
     runtime = toolchain.static_runtime(exact.profile.arch, progress) if options.with_runtime else None
     out = options.out / f"{exact.name}.tar"
     made = bundle.write(
@@ -194,7 +194,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
         runtime=runtime,
         sequence=options.sequence,
         image_digest=options.image_digest,
-        selftest=selftest,
+        selftest=answers,
         checkpoint=checkpoint,
         progress=progress,
     )

@@ -87,12 +87,17 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def require_space(folder: Path, need: int) -> None:
-    """Raises NoSpace before a long write that could not complete."""
+def free_bytes(folder: Path) -> int:
+    """Bytes that may still be written where ``folder`` is or will be."""
     probe = folder
     while not probe.exists():
         probe = probe.parent
-    free = shutil.disk_usage(probe).free
+    return shutil.disk_usage(probe).free
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raises NoSpace before a long write that could not complete."""
+    free = free_bytes(folder)
     if free < need:
         raise NoSpace(
             f"{folder} has {show(free)} free and {show(need)} must be written",

@@ -31,7 +31,7 @@ LEVELS = (
     {"choice"},
     {"artifact"},
     {"toolchain", "hub", "probe"},
-    {"bundle", "check", "builders", "quality"},
+    {"bundle", "check", "builders", "selftest", "quality", "scoring"},
     {"pipeline", "tables", "run", "calibrate"},
     {"cli"},
 )

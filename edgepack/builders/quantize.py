@@ -20,6 +20,7 @@ from edgepack.progress import Progress
 from edgepack.shell import run
 from edgepack.toolchain import Toolchain, load_bindings
 from edgepack.units import MIB
+from edgepack.workspace import free_bytes
 
 _BUFFER = 64 * MIB
 """Bytes of one tensor's rows that the quantizer holds at a time; its default is 8 GiB."""
@@ -60,7 +61,7 @@ def quantize(
     if ended.returncode == 0:
         return
     said = "\n".join(line for line in tail if line.strip())[-800:]
-    if _free(out.parent) < MIB:
+    if free_bytes(out.parent) < MIB:
         raise NoSpace(
             f"the disk is full while writing {out.parent}; nothing was kept",
             hint="free some space or set EDGEPACK_CACHE to another disk; the same command resumes",
@@ -104,11 +105,6 @@ def importances(llama: Any, path: Path) -> Any:
     # The entries point into the arrays of numpy, which must live as long as they do.
     array.keep = rows
     return array
-
-
-def _free(folder: Path) -> int:
-    stat = os.statvfs(folder)
-    return stat.f_bavail * stat.f_frsize
 
 
 def _main(words: list[str]) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from edgepack import bundle as bundles
-from edgepack import check, hub, modelspec, pipeline, profile, quality, toolchain
+from edgepack import check, hub, modelspec, pipeline, profile, selftest, toolchain
 from edgepack.artifact import Artifact
 from edgepack.builders import convert, gguf
 from edgepack.bundle import sign
@@ -67,13 +67,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     artifact = gguf.build(
         checkpoint, spec, "Q8_0", root / "artifacts", imatrix=None, toolchain=tools, progress=Silent()
     )
-    selftest = quality.record(artifact, plan, tools, root, Silent())
+    answers = selftest.record(artifact, plan, tools, root, Silent())
     key = root / "key"
     sign.new_key(key)
     signers = root / "allowed_signers"
     signers.write_text(sign.allowed_signer(key), encoding="ascii")
     out = root / "bundle.tar"
-    bundles.write(plan, artifact, out, checkpoint=checkpoint, selftest=selftest, key=key)
+    bundles.write(plan, artifact, out, checkpoint=checkpoint, selftest=answers, key=key)
     return Built(bundle=out, plan=plan, artifact=artifact, signers=signers)
 
 
@@ -125,7 +125,7 @@ def test_another_models_answers_are_noticed(built: Built, tmp_path: Path) -> Non
     artifact = gguf.build(
         checkpoint, spec, "Q8_0", tmp_path, imatrix=None, toolchain=tools, progress=Silent()
     )
-    wrong = quality.record(artifact, built.plan, tools, tmp_path, Silent())
+    wrong = selftest.record(artifact, built.plan, tools, tmp_path, Silent())
     out = tmp_path / "bundle.tar"
     bundles.write(built.plan, built.artifact, out, checkpoint=checkpoint, selftest=wrong)
 

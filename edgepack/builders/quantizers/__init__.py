@@ -1,0 +1,205 @@
+"""Checkpoints in other formats than GGUF: each quantizer is a module, run in a process of its own.
+
+A crash, Ctrl-C or the memory of a quantizer is then that process's own, and so is the environment that its library
+wants. The artifact is a folder that appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol, cast
+
+from edgepack import layouts
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.builders.quantize import import_path
+from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, Unsupported
+from edgepack.modelspec import ModelSpec
+from edgepack.profile import Backend
+from edgepack.progress import Progress
+from edgepack.schemes import weights_bytes
+from edgepack.shell import run
+from edgepack.units import MIB, Bytes
+from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir
+
+MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandbytes", "onnx_genai")
+"""The quantizers; adding one is a module here and rows in layouts.py."""
+
+RECIPE = 1
+"""Raised when a quantizer writes other bytes for the same job, so that old artifacts are not taken for new ones."""
+
+_PROGRESS_LINE = re.compile(r"^progress (\d+) (\d+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a quantizer is told."""
+
+    source: Path
+    """A Hugging Face folder of safetensors."""
+    out: Path
+    """An empty folder; everything that the artifact consists of is written into it."""
+    scheme: str
+    """Canonical name (layouts.parse)."""
+    windows: Path | None
+    """Calibration: a .npy of int32 token ids, [windows, tokens]; None for a quantizer that needs none."""
+    backend: Backend
+    """Of the device that the artifact is for: ONNX graphs differ by it."""
+    context: int
+    """Tokens of one sequence in the plan; max_length of an ONNX model."""
+    threads: int
+    seed: int
+
+
+class Quantizer(Protocol):
+    """A module of this package. At module level it imports nothing heavy."""
+
+    FAMILIES: tuple[layouts.Family, ...]
+    PACKAGES: tuple[str, ...]
+    """Distributions that make the artifact; their versions are part of its name and provenance."""
+    EXTRA: str
+    """The extra of edgepack that installs them."""
+    ENVIRONMENT: Mapping[str, str]
+    """Set for its process."""
+
+    def calibrates(self, scheme: layouts.Scheme) -> bool:
+        """Whether it must be given calibration windows."""
+        ...
+
+    def quantize(self, job: Job) -> None:
+        """Writes the artifact into ``job.out``; prints lines ``progress DONE TOTAL`` on stdout."""
+        ...
+
+
+def named(scheme: str) -> Quantizer:
+    """The quantizer that makes a scheme. Raises Unsupported when none does."""
+    family = layouts.parse(scheme).family
+    for name in MODULES:
+        module = cast(Quantizer, importlib.import_module(f"{__name__}.{name}"))
+        if family in module.FAMILIES:
+            return module
+    raise Unsupported(f"nothing here makes {scheme}", hint="take one that `edgepack quantize --help` lists")
+
+
+def build(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    job: Job,
+    folder: Path,
+    *,
+    calibration: str | None,
+    progress: Progress,
+) -> Artifact:
+    """The artifact that ``job`` describes, in a folder of ``folder`` (``job.out`` is set here), unless it is there.
+
+    ``calibration``: sha256 of what ``job.windows`` was made from. Raises MissingTool with the extra to install,
+    BuildFailed with the library's words, NoSpace, and BuildFailed when the tensors' bytes are not those predicted.
+    """
+    scheme = layouts.parse(job.scheme)
+    quantizer = named(job.scheme)
+    versions = installed(quantizer)
+    if quantizer.calibrates(scheme) and job.windows is None:
+        raise BadInput(f"{job.scheme} needs calibration data", hint="--calibration FILE; without it the built-in text")
+    predicted = weights_bytes(spec, job.scheme, imatrix=False, backend=job.backend)
+    out = folder / f"{_digest(checkpoint, job, calibration, versions)}-{job.scheme}"
+    if not out.is_dir():
+        require_space(folder, predicted + 64 * MIB)
+        with whole_dir(out) as partial:
+            _run(quantizer, replace(job, out=partial), progress)
+    return Artifact(
+        path=out,
+        scheme=job.scheme,
+        sha256=folder_sha256(out),
+        bytes=Bytes(sum(f.stat().st_size for f in files(out))),
+        imatrix_sha256=None,
+        calibration_sha256=calibration if quantizer.calibrates(scheme) else None,
+        tool=", ".join(f"{name} {version}" for name, version in versions.items()),
+    )
+
+
+def installed(quantizer: Quantizer) -> Mapping[str, str]:
+    """Version of each of the quantizer's packages. Raises MissingTool when one is not installed."""
+    found = {}
+    for name in quantizer.PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingTool(
+                f"{name} is not installed", hint=f"pip install 'edgepack[{quantizer.EXTRA}]' (torch first: README)"
+            ) from error
+    return found
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of an artifact, in one order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def folder_sha256(folder: Path) -> str:
+    """sha256 over the names and digests of the files, in the form that sha256sum prints."""
+    lines = (f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files(folder))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions: Mapping[str, str]) -> str:
+    inputs = (
+        checkpoint.revision, job.scheme, calibration or "", job.backend, str(job.context), str(job.seed), str(RECIPE),
+        *(f"{name} {version}" for name, version in versions.items()),
+    )  # fmt: skip
+    return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+
+
+def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
+    """Runs the quantizer's process to its end, its words kept for when it fails."""
+    module = str(quantizer.__name__)  # type: ignore[attr-defined]  # a module has one
+    tail: list[str] = []
+    done = 0
+    with progress.bar(f"quantizing to {job.scheme}", 100) as advance:
+
+        def on_line(line: str) -> None:
+            nonlocal done
+            match = _PROGRESS_LINE.match(line)
+            if match is None:
+                tail.append(line)
+                return
+            percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
+            advance(percent - done)
+            done = percent
+
+        environment = {
+            "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
+        }  # fmt: skip
+        ended = run(
+            [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
+            env=environment,
+            on_line=on_line,
+            check=False,
+        )
+    if ended.returncode == 0:
+        return
+    if free_bytes(job.out) < MIB:
+        raise NoSpace(
+            f"the disk is full while writing {job.out.parent}; nothing was kept",
+            hint="free some space or set EDGEPACK_CACHE to another disk",
+        )
+    said = "\n".join(line for line in tail if line.strip())[-1200:]
+    raise BuildFailed(f"quantizing to {job.scheme} ended with status {ended.returncode}:\n{said}")
+
+
+def to_json(job: Job) -> str:
+    return json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(job).items()})
+
+
+def from_json(text: str) -> Job:
+    fields = json.loads(text)
+    paths = {name: Path(fields[name]) for name in ("source", "out")}
+    windows = None if fields["windows"] is None else Path(fields["windows"])
+    return Job(**{**fields, **paths, "windows": windows})
