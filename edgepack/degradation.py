@@ -120,7 +120,7 @@ class Format:
     output: int = 16
     """Bits of the output layer, where there is one of its own."""
     mixed: bool = False
-    """Eight bits for half of the values and downs, as onnxruntime-genai's k_quant_mixed."""
+    """Eight bits for half of the values and downs, as onnx-int4 has them (k_quant_mixed)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +279,8 @@ def format_of(scheme: layouts.Scheme) -> Format:
         case "bnb":
             nf4 = Format(method="nf4", bits=4, group=64)
             return nf4 if bits == 4 else Format(method="rtn", bits=8, activations=8)
+        case "onnx" if bits == 16:
+            return Format(method="none", bits=16)
         case "onnx":
             output = 8 if scheme.mixed else bits
             return Format(

@@ -33,13 +33,14 @@ class Scheme:
     """Bits of the activations that the matrices are multiplied with."""
     act_order: bool = False
     mixed: bool = False
-    """Eight bits for the output head and half of the values and downs (onnxruntime-genai's k_quant_mixed)."""
+    """Eight bits for the output head and for queries, keys, values and downs of half of the layers (onnxruntime-genai's
+    k_quant_mixed)."""
 
 
 EXAMPLES: tuple[str, ...] = (
     "gptq-int4-g128", "gptq-int8-g128", "gptq-int4-g128-actorder", "awq-int4-g128", "autoround-int4-g128",
     "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "ct-w4a8-g128", "fp8", "bnb-int8", "bnb-nf4", "onnx-int4", "onnx-int8",
-    "onnx-int4-b128", "onnx-int4-k-quant-mixed", "bf16",
+    "onnx-int4-b128", "onnx-int4-rtn", "onnx-fp16", "bf16",
 )  # fmt: skip
 """One name of each kind, for hints; the grammar is in `parse`."""
 
@@ -48,11 +49,12 @@ LATER = {"gguf-budget": "a later version builds it"}
 
 _GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-actorder)?")
 _PACKED = re.compile(r"ct-w([48])a(8|16)(-g128)?")
-_ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-k-quant-mixed)?")
+_ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-rtn|-k-quant-mixed)?")
 _PLAIN: dict[str, tuple[Family, int]] = {
     "fp8": ("fp8", 8),
     "bnb-int8": ("bnb", 8),
     "bnb-nf4": ("bnb", 4),
+    "onnx-fp16": ("onnx", 16),
     "bf16": ("bf16", 16),
 }
 
@@ -68,8 +70,10 @@ def parse(name: str) -> Scheme:
     """The scheme behind a name that is no GGUF's.
 
     ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-actorder]``, ``ct-w{4,8}a{8,16}[-g128]``, ``fp8``,
-    ``bnb-int8``, ``bnb-nf4``, ``onnx-int{4,8}[-b{16..256}][-k-quant-mixed]``, ``bf16``. Raises Unsupported for a name
-    that is not known, with the nearest one, and for a combination that does not exist, with the reason.
+    ``bnb-int8``, ``bnb-nf4``, ``onnx-int4[-b{16..256}][-rtn]``, ``onnx-int8[-b{16..256}]``, ``onnx-fp16``, ``bf16``.
+    onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn plain
+    rounding to nearest. Raises Unsupported for a name that is not known, with the nearest one, and for a combination
+    that does not exist, with the reason.
     """
     text = name.lower()
     if text in LATER:
@@ -123,12 +127,18 @@ def _packed(text: str, found: re.Match[str]) -> Scheme:
 
 
 def _onnx(text: str, found: re.Match[str]) -> Scheme:
-    bits, block, mixed = found.groups()
-    if mixed and bits == "8":
-        raise Unsupported(f"{text}: k_quant_mixed mixes 8 bits into 4", hint="take onnx-int8")
+    bits, block, rounding = found.groups()
+    if rounding and bits == "8":
+        reason = (
+            "k_quant_mixed mixes 8 bits into 4"
+            if "quant" in rounding
+            else "8 bits are always rounded to nearest"
+        )
+        raise Unsupported(f"{text}: {reason}", hint=f"take {text.removesuffix(rounding)}")
     size = int(block) if block else _ONNX_BLOCK
-    name = f"onnx-int{bits}{'' if size == _ONNX_BLOCK else f'-b{size}'}{mixed or ''}"
-    return Scheme(name=name, family="onnx", bits=int(bits), group=size, mixed=mixed is not None)
+    mixed = bits == "4" and rounding != "-rtn"
+    name = f"onnx-int{bits}{'' if size == _ONNX_BLOCK else f'-b{size}'}{'-rtn' if rounding == '-rtn' else ''}"
+    return Scheme(name=name, family="onnx", bits=int(bits), group=size, mixed=mixed)
 
 
 # -- which tensor is stored as what -----------------------------------------------------------------------
@@ -175,6 +185,7 @@ def kinds(spec: ModelSpec, name: str, *, backend: Backend) -> tuple[str, ...]:
             f"which matrices of {spec.architecture} {scheme.name} changes is not known", hint="take bf16"
         )
     if scheme.family == "onnx":
+        require_graph(scheme, backend)
         return tuple(_onnx_kinds(spec, scheme, half=backend != "cpu"))
     kind = _kind(scheme)
     result = []
@@ -224,26 +235,39 @@ def shares_table(spec: ModelSpec, scheme: Scheme) -> bool:
     return spec.tied and not (scheme.family == "onnx" and scheme.bits == 8)
 
 
+def require_graph(scheme: Scheme, backend: Backend) -> None:
+    """Raises Unsupported for a precision that onnxruntime-genai's builder has no working graph of on this backend."""
+    if backend not in ("cpu", "cuda"):
+        raise Unsupported(
+            f"{scheme.name}: graphs are built for cpu and cuda, not for {backend}", hint="take a GGUF"
+        )
+    if scheme.bits == 16 and backend == "cpu":
+        raise Unsupported(
+            f"{scheme.name} is for CUDA: on a CPU the builder writes such a graph, and onnxruntime fails to run it",
+            hint="take onnx-int8",
+        )
+
+
 def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]:
     """Embedding and norms in the graph's floats; every matrix in blocks, the head too."""
     floats = "F16" if half else "F32"
     zeros = "-ZP" if scheme.mixed else ""  # k_quant is asymmetric, the default symmetric
 
-    def blocks(bits: int) -> str:
-        return f"ONNX{bits}-G{scheme.group}-{floats}{zeros}"
+    def matrix(bits: int) -> str:
+        return floats if bits == 16 else f"ONNX{bits}-G{scheme.group}-{floats}{zeros}"
 
+    head = matrix(8 if scheme.mixed else scheme.bits)
     for tensor in spec.tensors:
         if tensor.name in _NOT_STORED:
             yield "NONE"
         elif tensor.name == HEAD:
-            yield blocks(8 if scheme.mixed else scheme.bits)
+            yield head
         elif tensor.name == EMBEDDING and spec.tied:
-            head = blocks(8 if scheme.mixed else scheme.bits)
             yield head if shares_table(spec, scheme) else f"{floats}+{head}"
         elif is_linear(tensor):
             layer, _, part = tensor.name.removeprefix("blk.").partition(".")
             wide = scheme.mixed and part in _MIXED and mixed_layer(int(layer), spec.layers)
-            yield blocks(8 if wide else scheme.bits)
+            yield matrix(8 if wide else scheme.bits)
         else:
             yield floats
 
@@ -311,18 +335,24 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=1024)
-def container_bytes(spec: ModelSpec, name: str) -> int:
-    """Bytes of a file that are no tensor, estimated.
+def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
+    """Bytes of a file that are no tensor of the model, estimated.
 
-    A safetensors header of about 110 bytes for each tensor of a checkpoint (its name, type, shape and offsets), or the
-    nodes of an ONNX graph: 34.7 KB for 4 layers and 66.0 KB for 8 (scripts/measure_onnx_genai.py).
+    A safetensors header of about 110 bytes for each tensor of a checkpoint (its name, type, shape and offsets), or of
+    an ONNX graph its table of cosines and sines and its nodes: 34.7 KB for 4 layers and 66.0 KB for 8
+    (scripts/measure_onnx_genai.py).
     """
     scheme = parse(name)
     if scheme.family == "onnx":
-        return 3_500 + 7_800 * spec.layers
+        return rope_table_bytes(spec, half=half) + 3_500 + 7_800 * spec.layers
     per_matrix = {"gptq": 4, "awq": 3, "autoround": 3, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
     entries = sum(
         (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix[scheme.family] if is_linear(t) else 1)
         for t in spec.tensors
     )
     return 8 + 110 * entries
+
+
+def rope_table_bytes(spec: ModelSpec, *, half: bool) -> int:
+    """Bytes of the cosines and sines in an ONNX graph: 2 x positions trained on x half a head, in its floats."""
+    return 2 * spec.context_train * (spec.head_dim // 2) * (2 if half else 4)

@@ -293,7 +293,9 @@ def file_bytes(
     """
     if canonical(scheme) not in _BASE:
         tensors = weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-        return Bytes(tensors + layouts.container_bytes(spec, scheme)), "fitted"
+        return Bytes(
+            tensors + layouts.container_bytes(spec, scheme, half=_graph(scheme, backend) != "cpu")
+        ), "fitted"
     return _gguf_bytes(spec, scheme, imatrix)
 
 

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from edgepack import memory, modelspec
+from edgepack import layouts, memory, modelspec
 from edgepack.catalog import built_in_folder
 from edgepack.runtimes import onnx_genai
 from edgepack.units import MIB
@@ -71,7 +71,8 @@ def main() -> None:
         run("-c", MAKE, json.dumps(config), str(checkpoint))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (checkpoint / name).write_bytes((built_in_folder() / name).read_bytes())
-        bits = "int8" if "int8" in scheme else "int4"
+        asked = layouts.parse(scheme)
+        rounding = "k_quant_mixed" if asked.mixed else "default"
         builder = (
             "-m",
             "onnxruntime_genai.models.builder",
@@ -82,7 +83,8 @@ def main() -> None:
             "-o",
             str(built),
         )
-        run(*builder, "-p", bits, "-e", "cpu", "-c", str(Path(folder) / "cache"))
+        options = ("--extra_options", f"block_size={asked.group}", f"algo_config={rounding}")
+        run(*builder, "-p", f"int{asked.bits}", "-e", "cpu", "-c", str(Path(folder) / "cache"), *options)
         size = sum(path.stat().st_size for path in built.glob("model.onnx*"))
         steps = run("-c", CHILD, str(built), str(prompt), str(length))
     settings = onnx_genai.settings_for(None, context=length, slots=1, kv_type="f16", ubatch=512)
@@ -93,8 +95,7 @@ def main() -> None:
         backend="cpu",
         runtime=onnx_genai.NAME,
     )
-    table = onnx_genai.rope_cache_bytes(spec, half=False)
-    print(f"file {size} bytes, predicted {estimate.file_bytes + table}")
+    print(f"file {size} bytes, predicted {estimate.file_bytes}")
     for line in steps.splitlines():
         what, *figures = line.split()
         rss, peak, own = (int(figure) / 1024 for figure in figures)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgepack import schemes
+from edgepack import layouts, schemes
 from edgepack.errors import BadInput
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
@@ -21,19 +21,17 @@ NAME = "onnx-genai"
 VERSION = "0.18.0"
 BUILT = False
 
-SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4-k-quant-mixed", "onnx-int4")
-STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4-k-quant-mixed", "onnx-int4", "onnx-int4-b128")
+SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn")
+STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn", "onnx-int4-b128-rtn")
 
 _WHEELS = "onnxruntime-genai-cuda 0.18.0 and onnxruntime-gpu 1.31.1 as on PyPI"
 KERNELS: tuple[support.Kernel, ...] = (
     support.Kernel(
-        schemes=("onnx",), backend="cpu", why="builder: INT4 and INT8 for CPU; fp16 on a CPU fails at run time"
-    ),
-    support.Kernel(
         schemes=("onnx",), backend="cuda", at_least=(7, 5), lacks=((8, 7), (11, 0)), why=_WHEELS
     ),
     support.Kernel(
-        schemes=("bf16",), backend="cuda", at_least=(8, 0), lacks=((8, 7), (11, 0)), why=f"builder: BF16; {_WHEELS}"
+        schemes=("onnx-int4", "onnx-int8"), backend="cpu",
+        why="builder: INT4 and INT8 for CPU; fp16 on a CPU fails at run time",
     ),
 )  # fmt: skip
 """x86-64 wheels hold sm 75, 80, 86, 89, 90, 120; aarch64 ones 89, 90, 120, 121 and no PTX: no Orin (8.7), no Thor
@@ -86,11 +84,6 @@ def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> i
     return decoder.cache_bytes(spec, tokens=max_length, sequences=batch, element=element, runtime=NAME)
 
 
-def rope_cache_bytes(spec: ModelSpec, *, half: bool) -> int:
-    """Bytes of the cosines and sines in the graph: 2 x positions trained on x half a head, in its floats."""
-    return 2 * spec.context_train * (spec.head_dim // 2) * (2 if half else 4)
-
-
 ACTIVATIONS = (1.45, 1.0, 1.7)
 """Factors on the prompt's activations, 3 ffn and 4 hidden in the graph's floats. On a CPU the slope of peak memory
 over prompts of 1000 to 6000 tokens is 1.44 and 1.46 of it for two shapes (`python scripts/measure_onnx_genai.py`)."""
@@ -133,7 +126,7 @@ def parts(
             if shared and not half
             else ()
         ),
-        exact("rope_cache", rope_cache_bytes(spec, half=half), place, "cosines and sines of all positions"),
+        exact("rope_cache", layouts.rope_table_bytes(spec, half=half), place, "cosines and sines of all positions"),
         exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
         fitted("compute", moment, (low, high), place, "activations of the prompt, not in chunks"),
         fitted("output", tokens * row, (settings.slots * row, tokens * row), place, f"{logits}; not measured on CUDA")

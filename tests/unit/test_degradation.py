@@ -170,7 +170,7 @@ def test_a_family_is_read_from_the_name_only_where_its_losses_are_published(
         ("rtn-int4-g128-asym", "rtn-int4-g128-sym"),
         ("ct-w8a16", "ct-w8a8", "ct-w4a16-g128", "ct-w4a8-g128"),
         ("bf16", "bnb-int8", "fp8", "bnb-nf4"),
-        ("onnx-int8", "onnx-int4-k-quant-mixed", "onnx-int4"),
+        ("onnx-int8", "onnx-int4", "onnx-int4-rtn"),
     ],
     ids=lambda order: order[-1],
 )  # fmt: skip

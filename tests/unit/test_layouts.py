@@ -11,7 +11,6 @@ from edgepack import degradation, layouts, modelspec, schemes
 from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
-from edgepack.runtimes import onnx_genai
 from tests import shapes
 from tests.shapes import spec
 
@@ -78,8 +77,8 @@ TRIED = modelspec.from_config(
 @pytest.mark.parametrize(
     ("scheme", "backend", "megabytes"),
     [
-        ("onnx-int4", "cpu", 15.26), ("onnx-int8", "cpu", 17.35), ("onnx-int4-k-quant-mixed", "cpu", 16.21),
-        ("onnx-int4", "cuda", 8.7), ("onnx-int8", "cuda", 10.8), ("bf16", "cuda", 14.7),
+        ("onnx-int4-rtn", "cpu", 15.26), ("onnx-int8", "cpu", 17.35), ("onnx-int4", "cpu", 16.21),
+        ("onnx-int4-rtn", "cuda", 8.7), ("onnx-int8", "cuda", 10.8), ("onnx-fp16", "cuda", 14.7),
     ],
 )  # fmt: skip
 def test_onnx_files_are_as_large_as_the_builder_wrote_them(
@@ -88,9 +87,7 @@ def test_onnx_files_are_as_large_as_the_builder_wrote_them(
     """With the table of cosines and sines, 8.4 MB in fp32."""
     file, _ = schemes.file_bytes(TRIED, scheme, imatrix=False, backend=backend)
 
-    size = file + onnx_genai.rope_cache_bytes(TRIED, half=backend != "cpu")
-
-    assert size / 1e6 == pytest.approx(megabytes, abs=0.01 if megabytes * 100 % 10 else 0.06)
+    assert file / 1e6 == pytest.approx(megabytes, abs=0.01 if megabytes * 100 % 10 else 0.06)
 
 
 TIED = modelspec.from_config(
@@ -102,8 +99,9 @@ TIED = modelspec.from_config(
 @pytest.mark.parametrize(
     ("scheme", "backend", "size"),
     [
-        ("onnx-int4", "cpu", 9_235_779), ("onnx-int4-b128", "cpu", 8_172_872), ("onnx-int4", "cuda", 7_469_390),
-        ("onnx-int8", "cpu", 47_672_250), ("onnx-int4-k-quant-mixed", "cpu", 13_979_837), ("bf16", "cuda", 23_760_141),
+        ("onnx-int4-rtn", "cpu", 9_235_779), ("onnx-int4-b128-rtn", "cpu", 8_172_872),
+        ("onnx-int4-rtn", "cuda", 7_469_390), ("onnx-int8", "cpu", 47_672_250), ("onnx-int4", "cpu", 13_979_837),
+        ("onnx-fp16", "cuda", 23_760_141),
     ],
 )  # fmt: skip
 def test_a_tied_onnx_model_shares_a_table_of_four_bits_and_keeps_two_of_eight(
@@ -112,9 +110,7 @@ def test_a_tied_onnx_model_shares_a_table_of_four_bits_and_keeps_two_of_eight(
     """What onnxruntime-genai 0.18's builder wrote for one random model; all but the graph's nodes to the byte."""
     file, _ = schemes.file_bytes(TIED, scheme, imatrix=False, backend=backend)
 
-    got = file + onnx_genai.rope_cache_bytes(TIED, half=backend != "cpu")
-
-    assert got == pytest.approx(size, abs=6_000 if scheme != "bf16" else 25_000)
+    assert file == pytest.approx(size, abs=8_000)
 
 
 def test_only_the_matrices_of_blocks_are_quantized() -> None:
@@ -161,6 +157,8 @@ def test_experts_are_matrices_of_their_own() -> None:
         ("gptq-int5-g128", "gptq packs 2, 3, 4, 8 bits, not 5"),
         ("ct-w8a8-g128", "one scale per output channel"),
         ("onnx-int8-k-quant-mixed", "mixes 8 bits into 4"),
+        ("onnx-int8-b64-rtn", "8 bits are always rounded to nearest"),
+        ("onnx-bf16", "did you mean 'onnx-fp16'"),
         ("gguf-budget", "not built yet"),
         ("gptq-int4-g129", "no kernel reads groups of 129"),
         ("awq-4-g128", "did you mean 'awq-int4-g128'"),
@@ -177,13 +175,39 @@ def test_what_does_not_exist_is_refused_with_the_reason(name: str, reason: str) 
 
 
 @pytest.mark.parametrize(
-    "name", [*layouts.EXAMPLES, "gptq-int2-gall", "gptq-int3-g64-actorder", "ct-w4a8", "onnx-int8-b64"]
-)
+    "name",
+    [
+        *layouts.EXAMPLES, "gptq-int2-gall", "gptq-int3-g64-actorder", "ct-w4a8", "onnx-int8-b64", "onnx-int4-b64-rtn",
+    ],
+)  # fmt: skip
 def test_names_come_back_as_they_are_from_any_case(name: str) -> None:
     assert schemes.canonical(name) == name
     assert not schemes.is_gguf(name)
     if name != "bf16":
         assert schemes.canonical(name.upper()) == name
+
+
+def test_the_builders_name_of_its_mixture_is_another_name_of_onnx_int4() -> None:
+    assert schemes.canonical("onnx-int4-k-quant-mixed") == "onnx-int4"
+    assert schemes.canonical("onnx-int4-b128-k-quant-mixed") == "onnx-int4-b128"
+    assert (layouts.parse("onnx-int4").mixed, layouts.parse("onnx-int4-rtn").mixed) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "backend", "reason"),
+    [
+        ("onnx-fp16", "cpu", "onnxruntime fails to run it"),
+        ("onnx-int4", "vulkan", "for cpu and cuda, not for vulkan"),
+        ("onnx-int8", "metal", "for cpu and cuda, not for metal"),
+    ],
+)
+def test_a_graph_that_does_not_run_on_a_backend_is_refused(
+    scheme: str, backend: Backend, reason: str
+) -> None:
+    with pytest.raises(Unsupported, match=reason) as refused:
+        schemes.weights_bytes(TIED, scheme, imatrix=False, backend=backend)
+
+    assert refused.value.hint
 
 
 def test_bf16_is_a_checkpoint_and_in_capitals_a_gguf() -> None:

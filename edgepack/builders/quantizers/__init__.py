@@ -17,23 +17,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
-from edgepack import layouts
+from edgepack import errors, layouts
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders.quantize import import_path
-from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, Unsupported
+from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
 from edgepack.progress import Progress
 from edgepack.schemes import weights_bytes
 from edgepack.shell import run
 from edgepack.units import MIB, Bytes
-from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir
+from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir, write_text
 
 MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandbytes", "onnx_genai")
 """The quantizers; adding one is a module here and rows in layouts.py."""
 
 RECIPE = 1
 """Raised when a quantizer writes other bytes for the same job, so that old artifacts are not taken for new ones."""
+
+REFUSED = "refused "
+"""Start of the line with which a quantizer's process hands an EdgepackError over: its class, message and hint."""
 
 _PROGRESS_LINE = re.compile(r"^progress (\d+) (\d+)$")
 
@@ -190,8 +193,26 @@ def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
             f"the disk is full while writing {job.out.parent}; nothing was kept",
             hint="free some space or set EDGEPACK_CACHE to another disk",
         )
-    said = "\n".join(line for line in tail if line.strip())[-1200:]
-    raise BuildFailed(f"quantizing to {job.scheme} ended with status {ended.returncode}:\n{said}")
+    said = [line for line in tail if line.strip()]
+    for line in said:
+        if line.startswith(REFUSED):
+            raise _refusal(line)
+    raise BuildFailed(
+        f"quantizing to {job.scheme} ended with status {ended.returncode}: {said[-1] if said else 'it said nothing'}",
+        hint=f"what it printed is in {_log(job, said)}",
+    )
+
+
+def _refusal(line: str) -> EdgepackError:
+    kind, message, hint = json.loads(line.removeprefix(REFUSED))
+    return cast(EdgepackError, getattr(errors, kind)(message, hint=hint))
+
+
+def _log(job: Job, said: list[str]) -> Path:
+    """All that a failed process printed, beside where its artifact would be."""
+    path = job.out.with_name(f"{job.scheme}.log")
+    write_text(path, "\n".join(said) + "\n")
+    return path
 
 
 def to_json(job: Job) -> str:
