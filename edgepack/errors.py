@@ -79,6 +79,12 @@ class Unsupported(EdgepackError):
     exit_code = 11
 
 
+class QualityTooLow(EdgepackError):
+    """An artifact was measured, and loses more against its parent than was allowed."""
+
+    exit_code = 12
+
+
 class Interrupted(EdgepackError):
     """Stopped by the user; the same command resumes."""
 

@@ -19,6 +19,7 @@ from edgepack import serde, workspace
 from edgepack.artifact import Artifact
 from edgepack.device import agent
 from edgepack.errors import BadInput, BuildFailed, MissingTool
+from edgepack.heldout import BUILT_IN
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.runtimes import llama_cpp
@@ -36,9 +37,6 @@ DECODE_TOKENS = 16
 CONTEXT = 512
 """Tokens of context while recording: the longest probe, in single bytes, and the continuation fit in it."""
 START_SECONDS = 1800.0
-
-HELDOUT = Path(__file__).parent / "models" / "demo" / "heldout.txt"
-"""Public-domain text that the built-in model was not trained on."""
 
 
 def record(
@@ -90,7 +88,7 @@ def recording(settings: Settings) -> Settings:
 
 def heldout() -> str:
     """The built-in text for probes."""
-    return HELDOUT.read_text(encoding="utf-8")
+    return BUILT_IN.read_text(encoding="utf-8")
 
 
 def probes(text: str) -> tuple[str, ...]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from edgepack.errors import BuildFailed, MissingTool
 
@@ -64,6 +67,70 @@ def run(
         tail = "\n".join((finished.stderr or finished.stdout).strip().splitlines()[-12:])
         raise BuildFailed(f"{Path(words[0]).name} ended with status {finished.returncode}:\n{tail}")
     return finished
+
+
+class Dialog:
+    """A running program that is asked line by line and answers in lines and bytes."""
+
+    def __init__(self, process: subprocess.Popen[bytes], heard: IO[bytes]) -> None:
+        self._process, self._heard = process, heard
+
+    def send(self, line: str) -> None:
+        """One line to its stdin. Raises BuildFailed when it has ended."""
+        stream = self._process.stdin
+        try:
+            if stream is not None:
+                stream.write(line.encode() + b"\n")
+                stream.flush()
+        except BrokenPipeError as error:
+            raise self._ended() from error
+
+    def line(self) -> bytes:
+        """The next line of its stdout. Raises BuildFailed when it ended instead."""
+        found = self._process.stdout.readline() if self._process.stdout is not None else b""
+        if not found.endswith(b"\n"):
+            raise self._ended()
+        return found
+
+    def read(self, size: int) -> bytes:
+        """The next so many bytes of its stdout. Raises BuildFailed when it ended before."""
+        found = self._process.stdout.read(size) if self._process.stdout is not None else b""
+        if len(found) != size:
+            raise self._ended()
+        return found
+
+    def _ended(self) -> BuildFailed:
+        status = self._process.wait()
+        self._heard.seek(0)
+        said = self._heard.read().decode("utf-8", errors="replace").strip()
+        tail = "\n".join(said.splitlines()[-12:])
+        return BuildFailed(f"{' '.join(_shown(self._process))} ended with status {status}:\n{tail}")
+
+
+@contextmanager
+def dialog(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Iterator[Dialog]:
+    """Starts a program to talk to; it ends with the block. Its stderr is kept for when it fails."""
+    words = tuple(str(word) for word in argv)
+    with (
+        tempfile.TemporaryFile() as heard,
+        subprocess.Popen(
+            words,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=heard,
+        ) as process,
+    ):
+        try:
+            yield Dialog(process, heard)
+        finally:
+            process.terminate()
+
+
+def _shown(process: subprocess.Popen[bytes]) -> Sequence[str]:
+    """A program's words without its data: a module is named by what follows -m."""
+    words = [str(word) for word in process.args] if isinstance(process.args, (list, tuple)) else []
+    return words[2:3] if words[1:2] == ["-m"] else words[:1]
 
 
 def _stream(
