@@ -150,6 +150,33 @@ def _choice_options(command: Command) -> Command:
     return command
 
 
+def _calibration_options(command: Command) -> Command:
+    for option in (
+        click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores)."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the calibration data."),
+        click.option("--calibration-tokens", type=click.IntRange(2), metavar="N",
+                     help="Tokens to calibrate on (default 65536)."),
+        click.option("--calibration", "calibration_files", multiple=True, type=click.Path(path_type=Path),
+                     metavar="FILE", help="Calibration data: text, or jsonl of texts or chats (repeat it)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _quality_options(command: Command) -> Command:
+    for option in (
+        click.option("--no-quality", is_flag=True, help="Do not measure what the artifact lost."),
+        click.option("--quality-text", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Held-out text to measure on (default: a built-in one)."),
+        click.option("--quality-tokens", type=click.IntRange(1), metavar="N", help="Tokens of it (default 8192)."),
+        click.option("--max-ppl-loss", metavar="X", help="Refuse an artifact that raises perplexity by more, e.g. 2%."),
+        click.option("--max-kl", type=click.FloatRange(0), metavar="X",
+                     help="Refuse an artifact that diverges more from its parent (mean KL, nats a token)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -230,8 +257,10 @@ def plan(output: Path | None, as_json: bool, explain: bool, pareto: bool, **opti
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
 @_choice_options
+@_calibration_options
+@_quality_options
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
-              help="Importance matrix: a GGUF by llama-imatrix, or a text to compute it from.")  # fmt: skip
+              help="Importance matrix, by llama-imatrix, instead of calibration data.")  # fmt: skip
 @click.option("--key", type=click.Path(path_type=Path), help="Sign with this ed25519 private key.")
 @click.option("--with-runtime", is_flag=True, help="Carry a static llama-server (CPU devices).")
 @click.option("--image-digest", metavar="SHA256", help="Pin the runtime image to this digest.")
@@ -254,18 +283,18 @@ def build(
     with_runtime: bool,
     image_digest: str | None,
     release_sequence: int,
-    imatrix_file: Path | None,
     offline: bool,
     dry_run: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Make one bundle file: plan, fetch, convert, quantize, record, render, sign.
+    """Make one bundle file: plan, fetch, convert, quantize, measure, record, render, sign.
 
     \b
     Examples:
       edgepack build --profile jetson-orin --model demo --key ~/.ssh/edgepack -o out/
       edgepack build --profile raspberry-pi-5-8gb --model ./my-model --scheme Q4_K_M --with-runtime
+      edgepack build --profile jetson-orin --model ./my-model --calibration mine.jsonl --max-ppl-loss 2%
       edgepack build --plan my.plan.json
     """
     from edgepack import pipeline, serde, tables
@@ -279,7 +308,8 @@ def build(
             )
         chosen = pipeline.read_plan(plan_file)
     else:
-        chosen = _planned(pipeline, {**options, "imatrix": imatrix_file is not None, "offline": offline})
+        weighted = bool(options["imatrix_file"] or options["calibration_files"])
+        chosen = _planned(pipeline, {**options, "imatrix": weighted, "offline": offline})
     if not as_json and not isinstance(progress, Silent):
         click.echo(tables.plan(chosen, None), nl=False, err=True)
     if dry_run:
@@ -291,7 +321,7 @@ def build(
             out=output,
             key=key,
             with_runtime=with_runtime,
-            imatrix=imatrix_file,
+            quantization=pipeline.quantization_options(options),
             image_digest=image_digest,
             sequence=release_sequence,
             offline=offline,
@@ -304,6 +334,46 @@ def build(
         _print_json(_document(serde.dump(made)))
     else:
         click.echo(str(made.path))
+
+
+@cli.command()
+@click.option("--model", required=True, metavar="M", help="Folder, .gguf in full precision, catalog id, or Hub id.")
+@click.option("--scheme", metavar="S", help="Quantization scheme, e.g. gptq-int4-g128, Q4_K_M, onnx-int4.")
+@click.option("--preset", type=click.Choice(["article", "article-better"]),
+              help="The article's GPTQ (4 bits, group 128), or its cure (group 64, act order).")  # fmt: skip
+@click.option("--profile", metavar="P", help="Device that it is for: ONNX graphs differ, gguf-budget fills it.")
+@click.option("--context", type=click.IntRange(1), default=4096, show_default=True,
+              help="Tokens of one sequence on the device.")  # fmt: skip
+@_calibration_options
+@_quality_options
+@click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
+              help="Importance matrix for a GGUF, by llama-imatrix.")  # fmt: skip
+@click.option("--revision", metavar="REV", help="Commit of the Hub repository.")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what the artifact would weigh and stop.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path(),
+              help="Folder for the artifact.")  # fmt: skip
+@json_option
+@click.pass_obj
+def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any) -> None:
+    """Make one artifact of a scheme, for any runtime, and measure what it lost.
+
+    \b
+    Examples:
+      edgepack quantize --model ./my-model --scheme gptq-int4-g128 --calibration mine.jsonl -o out/
+      edgepack quantize --model ./my-model --scheme IQ3_XXS --calibration mine.txt --max-kl 0.2
+      edgepack quantize --model ./my-model --scheme onnx-int4 --profile consumer-8gb --context 8192
+      edgepack quantize --model ./my-model --preset article --max-ppl-loss 2%
+    """
+    from edgepack import pipeline, tables
+
+    document = pipeline.quantize(options, output, progress)
+    if as_json:
+        _print_json(document)
+    elif isinstance(progress, Silent):
+        click.echo(document["path"])
+    else:
+        click.echo(tables.quantized(document), nl=False)
 
 
 @cli.command()

@@ -25,12 +25,13 @@ from edgepack import (
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
-from edgepack.profile import Session
+from edgepack.profile import Backend, Session
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import Machine, llama_cpp
-from edgepack.units import parse_bytes
+from edgepack.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
+    from edgepack import quantization
     from edgepack.bundle import Bundle
     from edgepack.calibrate import Calibration
 
@@ -43,10 +44,11 @@ class BuildOptions:
     """What a build needs beside the plan."""
 
     out: Path
+    quantization: quantization.Options
+    """Calibration, and what the artifact may lose."""
     key: Path | None = None
     """ed25519 private key; None leaves the bundle unsigned."""
     with_runtime: bool = False
-    imatrix: Path | None = None
     image_digest: str | None = None
     sequence: int = 1
     """release_sequence: devices refuse a lower one than they run."""
@@ -141,13 +143,13 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
     """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
-    from edgepack import bundle, hub, selftest, toolchain  # here, for plan must start at once
-    from edgepack.builders import convert, gguf
+    from edgepack import bundle, hub, quantization, selftest, toolchain  # here, for plan must start at once
+    from edgepack.builders import convert
 
     if not runtimes.named(chosen.runtime).BUILT:
         raise Unsupported(
             f"this version builds {llama_cpp.NAME} bundles only, and the plan is for {chosen.runtime}",
-            hint="plan with a GGUF scheme, e.g. --scheme Q4_K_M",
+            hint=f"a GGUF scheme, e.g. --scheme Q4_K_M; `edgepack quantize --scheme {chosen.scheme}` makes the artifact",
         )
     if not chosen.profile.deployable:
         raise Unsupported(
@@ -160,9 +162,11 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             f"--with-runtime carries a CPU server, and {chosen.profile.name} runs on {chosen.profile.backend}",
             hint="leave it out: the bundle names an image (docker/ has its Dockerfile)",
         )
-    if chosen.imatrix != (options.imatrix is not None):
+    if chosen.imatrix != options.quantization.weighted:
         wanted = "an importance matrix" if chosen.imatrix else "no importance matrix"
-        raise BadInput(f"the plan counts with {wanted}", hint="give or leave out --imatrix FILE accordingly")
+        raise BadInput(
+            f"the plan counts with {wanted}", hint="give or leave out --calibration or --imatrix FILE accordingly"
+        )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
     checkpoint = hub.resolve(
         chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
@@ -172,15 +176,9 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     tools = toolchain.install(progress)
     exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
     folder = workspace.cache_root() / "artifacts"
-    artifact = gguf.build(
-        checkpoint,
-        spec,
-        exact.scheme,
-        folder,
-        imatrix=options.imatrix,
-        toolchain=tools,
-        progress=progress,
-    )
+    how = replace(options.quantization, backend=exact.profile.backend, kv_type=exact.settings.kv_type)
+    made_artifact = quantization.make(checkpoint, spec, exact.scheme, how, folder, progress)
+    artifact = made_artifact.artifact
     _same_size(exact, artifact)
     progress.step("probe    recording what the artifact answers, to be compared on the device")
     answers = selftest.record(artifact, exact, tools, folder, progress)
@@ -227,6 +225,67 @@ def request_from(options: Mapping[str, Any]) -> Request:
         disk=parse_bytes(options["disk"]) if options.get("disk") else None,
         force=bool(options.get("force")),
         runtime=_runtime(options),
+    )
+
+
+def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
+    """The JSON document of ``edgepack quantize``: the artifact in ``folder``, its record, and where it is."""
+    from edgepack import hub, quantization
+
+    scheme = _scheme_or_preset(options)
+    device = profile.load(options["profile"]) if options.get("profile") else None
+    model = named(options["model"], revision=options.get("revision"), offline=bool(options.get("offline")))
+    backend = device.backend if device else "cpu"
+    weights = schemes.weights_bytes(
+        model.spec, scheme, imatrix=bool(options["imatrix_file"] or options["calibration_files"]), backend=backend
+    )
+    stem = f"{model.model.id.rsplit('/', 1)[-1].lower()}-{scheme.lower()}"
+    out = folder / (f"{stem}.gguf" if schemes.is_gguf(scheme) else stem)
+    document: dict[str, Any] = {
+        "schema_version": 1,
+        "path": str(out),
+        "scheme": scheme,
+        "predicted_tensor_bytes": weights,
+    }
+    if options["dry_run"]:
+        return document | {"record": None, "warnings": []}
+    checkpoint = hub.resolve(
+        model.model.source, revision=model.model.revision, offline=bool(options.get("offline")), progress=progress
+    )
+    made = quantization.make(
+        checkpoint,
+        read_model(checkpoint.path),
+        scheme,
+        quantization_options(options, backend=backend),
+        workspace.cache_root() / "artifacts",
+        progress,
+    )
+    quantization.publish(made, out, progress)
+    return document | {"record": serde.dump(made.record), "warnings": list(made.warnings)}
+
+
+def quantization_options(options: Mapping[str, Any], *, backend: Backend = "cpu") -> quantization.Options:
+    """What the command line says about calibration and quality."""
+    from edgepack import quality, quantization
+    from edgepack.calibration import Sampling
+
+    sampling = Sampling(seed=options["seed"])
+    if options["calibration_tokens"]:
+        sampling = replace(sampling, windows=-(-options["calibration_tokens"] // sampling.length))
+    return quantization.Options(
+        calibration=tuple(options["calibration_files"]),
+        sampling=sampling,
+        imatrix=options["imatrix_file"],
+        backend=backend,
+        context=options.get("context") or plan.DEFAULT_CONTEXT,
+        threads=options["jobs"] or len(os.sched_getaffinity(0)),
+        measured=not options["no_quality"],
+        text=options["quality_text"],
+        tokens=options["quality_tokens"] or quality.TOKENS,
+        limits=quantization.Limits(
+            max_kl=options["max_kl"],
+            max_ppl_loss=parse_share(options["max_ppl_loss"], "--max-ppl-loss") if options["max_ppl_loss"] else None,
+        ),
     )
 
 
@@ -361,6 +420,17 @@ def _runtime(options: Mapping[str, Any]) -> str | None:
     """The runtime asked for; None leaves it to the scheme. Raises Unsupported for one that is not known."""
     wanted: str | None = options.get("runtime")
     return runtimes.named(wanted).NAME if wanted else None
+
+
+def _scheme_or_preset(options: Mapping[str, Any]) -> str:
+    """The scheme of ``edgepack quantize``. Raises BadInput when there is none, or one too many."""
+    from edgepack import quantization
+
+    preset = options.get("preset")
+    scheme = quantization.PRESETS[preset] if preset else _scheme(options)
+    if scheme is None or (preset and options.get("scheme")):
+        raise BadInput("name a scheme or a preset", hint="--scheme Q4_K_M, gptq-int4-g128 … or --preset article")
+    return scheme
 
 
 def _scheme(options: Mapping[str, Any]) -> str | None:

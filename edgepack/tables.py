@@ -45,6 +45,32 @@ def fit(document: Mapping[str, Any]) -> str:
     return _text(lines)
 
 
+def quantized(document: Mapping[str, Any]) -> str:
+    """Where the artifact is, what it weighs, on what it was calibrated, and what it lost."""
+    record = document["record"]
+    if record is None:
+        return _text([f"{document['path']}: {show(document['predicted_tensor_bytes'])} of weights (exact); nothing was made"])
+    weights, rest = record["tensor_bytes"], record["bytes"] - record["tensor_bytes"]
+    lines = [
+        document["path"],
+        f"{record['scheme']} by {record['tool']}",
+        f"weights {show(weights)} as predicted, {show(rest)} of header, tokenizer and configuration; "
+        f"sha256 {record['sha256'][:16]}",
+    ]
+    calibrated = record["calibration"]
+    if calibrated is not None:
+        names = ", ".join(calibrated["sources"])
+        lines.append(
+            f"calibrated on {calibrated['windows']} windows of {calibrated['length']} tokens at most from {names}, "
+            f"seed {calibrated['seed']}"
+        )
+    if record["quality"] is None:
+        lines.append("quality: not measured")
+    else:
+        lines += quality_lines(record["quality"])
+    return _text(lines + [f"warning: {text}" for text in document["warnings"]])
+
+
 def plan(chosen: Plan, explanation: Explanation | None) -> str:
     """The choice in one sentence, its memory map, its speed, and what was not chosen; with an explanation, why."""
     settings, pace, quality = chosen.settings, chosen.speed, chosen.quality

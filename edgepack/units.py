@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NewType
 
@@ -39,6 +40,18 @@ def parse_bytes(text: str | int) -> Bytes:
             hint="write it like 2GiB, 750MiB or 4GB (GiB is 1024^3 bytes, GB is 10^9)",
         )
     return Bytes(round(float(match.group(1)) * _SCALE[match.group(2).upper()]))
+
+
+def parse_share(text: str) -> float:
+    """0.02 of ``"2%"`` or ``"0.02"``; raises BadInput on anything else, and on what is negative."""
+    percent = text.strip().endswith("%")
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if percent else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise BadInput(f"{text!r} is no share", hint="write it like 2% or 0.02")
+    return value
 
 
 def show(count: int) -> str:

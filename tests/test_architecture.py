@@ -32,7 +32,7 @@ LEVELS = (
     {"artifact", "heldout"},
     {"toolchain", "hub", "probe"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring"},
-    {"pipeline", "tables", "run", "calibrate"},
+    {"pipeline", "tables", "run", "calibrate", "quantization"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""

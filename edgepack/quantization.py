@@ -1,0 +1,303 @@
+"""A checkpoint to the artifact of a scheme, calibrated and measured: `edgepack quantize`, and a stage of `build`."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import edgepack.calibration as calibrations
+from edgepack import degradation, heldout, layouts, quality, record, schemes, serde, toolchain, workspace
+from edgepack.artifact import Artifact, Checkpoint
+from edgepack.builders import gguf, quantizers
+from edgepack.calibration import Calibration, Sampling
+from edgepack.errors import BadInput, Unsupported
+from edgepack.modelspec import ModelSpec
+from edgepack.profile import Backend
+from edgepack.progress import Progress
+from edgepack.quality import Quality
+from edgepack.record import Calibrated, Record
+from edgepack.units import Bytes
+
+PRESETS: Mapping[str, str] = {"article": "gptq-int4-g128", "article-better": "gptq-int4-g64-actorder"}
+"""The article's GPTQ parameters (bits 4, group 128, desc_act off), and its cure where that loses too much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an artifact may lose against its parent; None: anything."""
+
+    max_kl: float | None = None
+    """Nats a token."""
+    max_ppl_loss: float | None = None
+    """Share of the parent's perplexity."""
+
+    @property
+    def any(self) -> bool:
+        return self.max_kl is not None or self.max_ppl_loss is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How an artifact is made, beside its scheme."""
+
+    calibration: tuple[Path, ...] = ()
+    """Files; without any a quantizer that must have data takes the built-in text."""
+    sampling: Sampling = field(default_factory=Sampling)
+    imatrix: Path | None = None
+    """An importance matrix for a GGUF, instead of calibration data."""
+    backend: Backend = "cpu"
+    """Of the device."""
+    context: int = 4096
+    """Tokens of one sequence on the device."""
+    kv_type: str = "f16"
+    """KV cache that a GGUF is measured with."""
+    threads: int = 1
+    measured: bool = True
+    text: Path | None = None
+    """What quality is measured on; None: the built-in held-out text."""
+    tokens: int = quality.TOKENS
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a GGUF is rounded with an importance matrix."""
+        return self.imatrix is not None or bool(self.calibration)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    artifact: Artifact
+    record: Record
+    quality: Quality | None
+    warnings: tuple[str, ...]
+
+
+def make(
+    checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Options, folder: Path, progress: Progress
+) -> Made:
+    """The artifact of a scheme in ``folder``, measured against the checkpoint it is made from.
+
+    Raises QualityTooLow when it loses more than ``options.limits``, naming the lightest scheme that is expected to keep
+    them, and what calibration, the builder and `quality.measure` raise.
+    """
+    name = schemes.canonical(scheme)
+    data = _calibration(checkpoint, spec, name, options)
+    for warning in () if data is None else data.warnings:
+        progress.step(f"warning: {warning}")
+    text = heldout.read(options.text)
+    if data is not None and options.measured:
+        sketch = heldout.fingerprints("\n\n".join(data.passages))
+        heldout.require_held_out(text, calibration_sha256=None, known=sketch)
+    artifact = _build(checkpoint, spec, name, data, options, folder, progress)
+    measured, warnings = None, ()
+    if options.measured and _has_parent(checkpoint, spec):
+        measured = quality.measure(
+            artifact.path,
+            against=checkpoint.path,
+            text=text,
+            tokens=options.tokens,
+            kv_type=options.kv_type,
+            threads=options.threads,
+            progress=progress,
+        )
+        warnings = _judged(measured, spec, name, options)
+    elif options.limits.any:
+        raise BadInput(
+            f"{checkpoint.source} is quantized already, so there is no parent that a limit could be held against",
+            hint="give the full-precision checkpoint, or leave the limit out",
+        )
+    return Made(
+        artifact=artifact,
+        record=_record(checkpoint, spec, artifact, data, options, measured),
+        quality=measured,
+        warnings=warnings,
+    )
+
+
+def publish(made: Made, out: Path, progress: Progress) -> Path:
+    """A copy of the artifact with its record at ``out``: a folder, or a .gguf file. It appears whole.
+
+    Raises BadInput when something else is there, NoSpace.
+    """
+    source = made.artifact.path
+    if out.exists():
+        known = record.of(out)
+        if known is not None and known.sha256 == made.record.sha256:
+            record.write(made.record, out)
+            return out
+        raise BadInput(f"{out} is there already and is not overwritten", hint="choose another -o, or remove it")
+    workspace.require_space(out.parent, made.artifact.bytes)
+    with progress.bar(f"writing {out.name}", None):
+        if source.is_dir():
+            with workspace.whole_dir(out) as partial:
+                shutil.copytree(source, partial, dirs_exist_ok=True)
+                record.write(made.record, partial)
+        else:
+            with workspace.whole_file(out) as partial:
+                shutil.copyfile(source, partial)
+            record.write(made.record, out)
+    return out
+
+
+def _calibration(
+    checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Options
+) -> Calibration | None:
+    """The data that the scheme is calibrated on; None for one that takes none."""
+    if options.imatrix is not None and options.calibration:
+        raise BadInput("--imatrix and --calibration exclude each other", hint="a matrix is computed from the data")
+    if schemes.is_gguf(scheme):
+        wanted = bool(options.calibration)
+    else:
+        if options.imatrix is not None:
+            raise BadInput(f"{scheme} takes no importance matrix", hint="give data with --calibration FILE")
+        wanted = quantizers.named(scheme).calibrates(layouts.parse(scheme))
+        if options.calibration and not wanted:
+            raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
+    if not wanted:
+        return None
+    return calibrations.of(
+        checkpoint.path, options.calibration, context=spec.context_train, sampling=options.sampling
+    )
+
+
+def _build(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    scheme: str,
+    data: Calibration | None,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+) -> Artifact:
+    if schemes.is_gguf(scheme):
+        return gguf.build(
+            checkpoint,
+            spec,
+            scheme,
+            folder,
+            imatrix=options.imatrix or data,
+            toolchain=toolchain.install(progress),
+            progress=progress,
+        )
+    windows = None if data is None else _windows(checkpoint, spec, data, progress)
+    job = quantizers.Job(
+        source=checkpoint.path,
+        out=folder,
+        scheme=scheme,
+        windows=windows,
+        backend=options.backend,
+        context=options.context,
+        threads=options.threads,
+        seed=options.sampling.seed,
+    )
+    sha256 = None if data is None else data.sha256
+    return quantizers.build(checkpoint, spec, job, folder, calibration=sha256, progress=progress)
+
+
+def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progress: Progress) -> Path:
+    """The data as a file of token windows, in the cache."""
+    import numpy as np  # here, for plan loads none
+
+    drawn = calibrations.windows(data, calibrations.encoder(checkpoint.path), columns=max(spec.hidden, spec.ffn))
+    for warning in drawn.warnings:
+        progress.step(f"warning: {warning}")
+    digest = hashlib.sha256(drawn.ids.tobytes()).hexdigest()[:16]
+    path = workspace.cache_root() / "calibration" / f"{digest}-{'x'.join(map(str, drawn.ids.shape))}.npy"
+    if not path.is_file():
+        with workspace.whole_file(path) as partial, partial.open("wb") as stream:
+            np.save(stream, drawn.ids, allow_pickle=False)
+    return path
+
+
+def _has_parent(checkpoint: Checkpoint, spec: ModelSpec) -> bool:
+    """Whether the checkpoint is in full precision: a GGUF that is quantized already has lost its parent."""
+    return spec.gguf_types is None or all(kind in ("F32", "F16", "BF16") for kind in spec.gguf_types)
+
+
+def _judged(measured: Quality, spec: ModelSpec, scheme: str, options: Options) -> tuple[str, ...]:
+    limits = options.limits
+    if not limits.any:
+        return ()
+    return quality.refuse(
+        measured,
+        max_kl=limits.max_kl,
+        max_ppl_loss=limits.max_ppl_loss,
+        heavier=heavier(spec, scheme, imatrix=options.weighted, keep=_share(measured, limits)),
+    )
+
+
+def _share(measured: Quality, limits: Limits) -> float:
+    """What part of the measured loss a scheme may have to keep the limits."""
+    if measured.parent is None:
+        return 1.0
+    pairs = ((measured.parent.kl, limits.max_kl), (measured.parent.ppl_loss, limits.max_ppl_loss))
+    return min((limit / found.value for found, limit in pairs if limit is not None and found.value > 0), default=1.0)
+
+
+def heavier(spec: ModelSpec, scheme: str, *, imatrix: bool, keep: float) -> str | None:
+    """The lightest scheme for the same runtimes that is expected to lose at most ``keep`` of what ``scheme`` loses.
+
+    Expected by the planner's law of loss (degradation.py); None when no scheme is.
+    """
+    lost = _lost(spec, scheme, imatrix=imatrix)
+    options = []
+    for other in _alternatives(scheme):
+        try:
+            other_lost = _lost(spec, other, imatrix=imatrix)
+            weight = schemes.weights_bytes(spec, other, imatrix=imatrix)
+        except Unsupported:
+            continue  # a shape that this one cannot hold
+        if other_lost < lost * min(keep, 1.0):
+            options.append((weight, other))
+    return min(options)[1] if options else None
+
+
+def _lost(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
+    return degradation.of_scheme(spec, scheme, imatrix=imatrix, family=None).perplexity_ratio - 1
+
+
+def _alternatives(scheme: str) -> Sequence[str]:
+    if schemes.is_gguf(scheme):
+        return [name for name in schemes.GGUF if not schemes.needs_imatrix(name)]
+    family = layouts.parse(scheme).family
+    return [name for name in layouts.GRID if layouts.parse(name).family == family] + ["bnb-int8", "bf16"]
+
+
+def _record(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    artifact: Artifact,
+    data: Calibration | None,
+    options: Options,
+    measured: Quality | None,
+) -> Record:
+    calibrated = None
+    if data is not None:
+        calibrated = Calibrated(
+            sha256=data.sha256,
+            sources={source.name: source.sha256 for source in data.sources},
+            windows=data.sampling.windows,
+            length=data.sampling.length,
+            seed=data.sampling.seed,
+            fingerprints=heldout.fingerprints("\n\n".join(data.passages)),
+        )
+    weights = schemes.weights_bytes(
+        spec, artifact.scheme, imatrix=options.weighted, backend=options.backend
+    )
+    return Record(
+        model=spec.name,
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        license=checkpoint.license,
+        scheme=artifact.scheme,
+        tool=artifact.tool,
+        sha256=artifact.sha256,
+        bytes=artifact.bytes,
+        tensor_bytes=Bytes(weights),
+        calibration=calibrated,
+        quality=None if measured is None else cast(Mapping[str, object], serde.dump(measured)),
+    )
