@@ -30,7 +30,7 @@ LEVELS = (
     {"plan", "fit"},
     {"choice"},
     {"artifact"},
-    {"toolchain", "hub", "probe"},
+    {"toolchain", "hub", "probe", "calibration"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring"},
     {"pipeline", "tables", "run", "calibrate"},
     {"cli"},
