@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from edgepack.calibration import chat, formats, scripts
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder
+from edgepack.calibration.overlap import Fingerprint, fingerprint
 from edgepack.errors import BadInput
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ BUILTIN = Path(__file__).with_name("builtin.jsonl")
 _PASSAGE = 4
 """Characters per token of a window that a long document is cut into, so that a window is about one passage."""
 _AT_MOST = 16
-"""Characters kept per token that is wanted. Text has 1 to 5 a token, so windows are not short because of it, and what is
-kept is small (1 MB at most by default) however large the files are."""
+"""Characters kept per token that is wanted. Text has 1 to 5 a token, so windows are not short because of it, and what
+is kept is small (1 MB at most by default) however large the files are."""
 _PER_COLUMN = 4
 _FEW_BYTES = 2.0
 """Bytes per token below which a tokenizer falls back to single bytes and scraps. Measured: GPT-2's has 3.9 for English,
@@ -81,6 +82,18 @@ class Calibration:
     @property
     def characters(self) -> int:
         return sum(map(len, self.passages))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What an artifact's provenance keeps of its calibration data, without their text."""
+
+    sha256: str
+    sampling: Sampling
+    sources: tuple[Source, ...]
+    builtin: bool
+    fingerprint: Fingerprint
+    """Tells whether a text that quality is to be measured on was calibrated on (overlap.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +208,17 @@ def windows(calibration: Calibration, encoder: Encoder, *, columns: int = 0) -> 
             "tokenizer hardly knows this kind of text, so the model is hardly meant for it"
         )
     return Windows(ids=ids, warnings=tuple(warnings))
+
+
+def record(calibration: Calibration) -> Record:
+    """For the provenance."""
+    return Record(
+        sha256=calibration.sha256,
+        sampling=calibration.sampling,
+        sources=calibration.sources,
+        builtin=calibration.builtin,
+        fingerprint=fingerprint(calibration.passages),
+    )
 
 
 def as_text(calibration: Calibration, separator: str = "\n\n") -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepack import calibration
+from edgepack import calibration, serde
 from edgepack.calibration import Calibration, Sampling, chat, overlap, scripts
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder, encoder
@@ -25,7 +25,8 @@ DEMO = Path(calibration.__file__).parents[1] / "models" / "demo"
 CHATML = ChatTemplate(
     source=(
         "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-        "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     tokens={"bos_token": "<s>", "eos_token": "<|im_end|>"},
 )
@@ -268,6 +269,17 @@ def test_the_digest_is_of_text_and_settings(other: dict[str, int], tmp_path: Pat
     path.write_text("one line")
 
     assert read(path).sha256 != read(path, **other).sha256
+
+
+def test_the_record_goes_to_json_and_back_and_says_nothing_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(prose(2000))
+    kept = calibration.record(read(path))
+
+    text = serde.to_json(kept)
+
+    assert serde.load(calibration.Record, json.loads(text), source="record") == kept
+    assert "word" not in text
 
 
 def test_large_data_are_drawn_from_all_over_and_stay_small(tmp_path: Path) -> None:
