@@ -331,3 +331,46 @@ def test_ctrl_c_leaves_nothing_half_written_and_a_rerun_resumes(tmp_path: Path) 
     assert build(path, "Q4_K_M", out).path.is_file()
     assert converted < time.time_ns()
     assert [file.name.split("-", 1)[1] for file in out.iterdir()] == ["Q4_K_M.gguf"]
+
+
+_INTERRUPTED_MATRIX = """
+import sys
+from pathlib import Path
+from edgepack import calibration, modelspec, toolchain
+from edgepack.artifact import Checkpoint
+from edgepack.builders import gguf
+from edgepack.calibration import Sampling
+from edgepack.progress import Silent
+path, text, out = map(Path, sys.argv[1:])
+checkpoint = Checkpoint(path=path, source="x", revision="sha256:test", license="none")
+data = calibration.read((text,), template=None, sampling=Sampling(windows=24, length=128))
+gguf.build(
+    checkpoint, modelspec.read(path), "IQ2_XS", out, imatrix=data, toolchain=toolchain.find(), progress=Silent()
+)
+"""
+
+
+def test_ctrl_c_while_the_matrix_is_computed_leaves_only_the_converted_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = data(tmp_path / "prose.txt", _PROSE * 4)
+    started = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED_MATRIX, tiny, tmp_path / "prose.txt", out],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".*-imatrix.gguf.part*")):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(started.pid).children(recursive=True)
+
+    started.send_signal(signal.SIGINT)
+    started.wait(timeout=30)
+    _, left_over = psutil.wait_procs(workers, timeout=5)
+
+    assert [worker.name() for worker in left_over if worker.status() != psutil.STATUS_ZOMBIE] == []
+    assert [file.name.split("-", 1)[1] for file in out.iterdir()] == ["BF16.gguf"]
+    assert build(tiny, "IQ2_XS", out, matrix=given).path.is_file()
+    assert sorted(file.name.split("-", 1)[1] for file in out.iterdir()) == ["IQ2_XS.gguf", "imatrix.gguf"]
