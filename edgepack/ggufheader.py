@@ -141,6 +141,8 @@ class Array:
     count: int
     items: tuple[int, ...] | None = None
     """Its elements, of a list of whole numbers or booleans with a value per layer; else they are skipped."""
+    start: int = 0
+    """Byte of the file at which its elements start."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +193,14 @@ def parse(path: Path) -> Header:
                 return _Reader(data, size, path).header()
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+def texts(path: Path, array: Array) -> tuple[str, ...]:
+    """The elements of an array of texts, such as tokenizer.ggml.tokens, of the file that it was parsed from."""
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader = _Reader(data, len(data), path)
+        reader.at = array.start
+        return tuple(reader.text() for _ in range(array.count))
 
 
 class _Reader:
@@ -289,15 +299,16 @@ class _Reader:
             raise self.damaged("an array of arrays")
         if element == "str":
             count = self.count(8)
+            start = self.at
             self.skip_texts(count)
-            return Array(kind=element, count=count)
+            return Array(kind=element, count=count, start=start)
         width = struct.calcsize(_FORMATS[element])
         count = self.count(width)
         start, self.at = self.at, self.at + count * width
         if count > _PER_LAYER or element in ("f32", "f64"):
-            return Array(kind=element, count=count)
+            return Array(kind=element, count=count, start=start)
         items = struct.unpack_from(f"<{count}{_FORMATS[element][-1]}", self.data, start)
-        return Array(kind=element, count=count, items=tuple(int(item) for item in items))
+        return Array(kind=element, count=count, items=tuple(int(item) for item in items), start=start)
 
     def skip_texts(self, count: int) -> None:
         data, at, size = self.data, self.at, self.size

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
-from edgepack import schemes
+from edgepack import calibration, schemes
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import convert
 from edgepack.builders.convert import OutType
+from edgepack.builders.imatrix import compute, is_matrix, require_match
 from edgepack.builders.quantize import quantize
-from edgepack.errors import BadInput, Unsupported
+from edgepack.calibration import Calibration
+from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Progress
 from edgepack.toolchain import COMMIT, LLAMA_VERSION, SDIST_VERSION, Toolchain
@@ -31,41 +34,48 @@ def build(
     scheme: str,
     out_dir: Path,
     *,
-    imatrix: Path | None = None,
+    imatrix: Path | Calibration | None = None,
     toolchain: Toolchain,
     progress: Progress,
 ) -> Artifact:
     """The artifact of ``scheme`` in ``out_dir``, made unless it is there already.
 
-    ``imatrix`` is an importance matrix (GGUF) or a text to compute one from. A GGUF of the wanted scheme is
-    used where it lies, never copied. Needs room for the result and, while quantizing, for the converted
-    checkpoint; no stage's file is ever visible half-written. Raises Unsupported for schemes that need an
+    ``imatrix`` is an importance matrix (GGUF), or calibration data to compute one from: a file, or read already. A
+    GGUF of the wanted scheme is used where it lies, never copied. Needs room for the result and, while quantizing, for
+    the converted checkpoint; no stage's file is ever visible half-written. Raises Unsupported for schemes that need an
     importance matrix when there is none, BadInput, NoSpace and BuildFailed.
     """
     if spec.gguf_types is not None and scheme in (AS_IT_IS, spec.gguf_scheme):
-        return _artifact(checkpoint.path, spec.gguf_scheme or scheme, None, "used as it is", progress)
+        return _artifact(checkpoint.path, spec.gguf_scheme or scheme, "used as it is", progress)
     name = schemes.canonical(scheme)
     schemes.tensor_types(spec, name, imatrix=imatrix is not None)
     if imatrix is None and schemes.requires_imatrix(spec, name):
         raise Unsupported(
             f"{name} needs an importance matrix for {spec.name}",
-            hint="give one with --imatrix FILE: a GGUF made by llama-imatrix, or a text to make it from",
+            hint="--calibration FILE computes one, --imatrix FILE gives one made by llama-imatrix",
         )
-    matrix_id = _imatrix_id(imatrix, spec)
+    given = _given(imatrix, checkpoint, spec)
+    data = given.sha256 if isinstance(given, Calibration) else None
+    matrix_id = sha256_file(given) if isinstance(given, Path) else None
     tool = f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), llama-cpp-python {SDIST_VERSION}"
-    out = out_dir / f"{_stage(spec, checkpoint, name, matrix_id or '')}.gguf"
+    out = out_dir / f"{_stage(spec, checkpoint, name, data or matrix_id or '')}.gguf"
     if name in _FLOATS and spec.gguf_types is None:
         if not out.is_file():
             convert.convert(checkpoint.path, out, outtype=_FLOATS[name], progress=progress)
-        return _artifact(out, name, None, "edgepack's converter", progress)
+        return _artifact(out, name, "edgepack's converter", progress)
     if not out.is_file():
-        whole = _full_precision(checkpoint, spec, name, out_dir, imatrix is not None, progress)
-        matrix = _matrix(imatrix, whole, out_dir / f"{out.stem}.imatrix.gguf", toolchain, progress)
+        whole = _full_precision(checkpoint, spec, name, out_dir, given is not None, progress)
+        matrix = given if isinstance(given, Path) else None
+        if isinstance(given, Calibration):
+            matrix = out_dir / f"{_stage(spec, checkpoint, 'imatrix', given.sha256)}.gguf"
+            if not matrix.is_file():
+                compute(whole, given, matrix, toolchain=toolchain, progress=progress)
         with whole_file(out) as temporary:
             quantize(whole, temporary, name, imatrix=matrix, toolchain=toolchain, progress=progress)
         if whole != checkpoint.path:
             whole.unlink()
-    return _artifact(out, name, matrix_id, tool, progress)
+    made = _artifact(out, name, tool, progress)
+    return replace(made, imatrix_sha256=matrix_id, calibration_sha256=data)
 
 
 def _full_precision(
@@ -86,27 +96,16 @@ def _full_precision(
     return whole
 
 
-def _imatrix_id(imatrix: Path | None, spec: ModelSpec) -> str | None:
-    """sha256 of the importance file or text; a matrix of another model is refused before any work."""
-    if imatrix is None:
-        return None
-    from edgepack.builders.imatrix import is_matrix, require_match
-
-    if is_matrix(imatrix):
-        require_match(imatrix, spec)
-    elif imatrix.stat().st_size == 0:
-        raise BadInput(f"{imatrix} is empty", hint="give a text of at least a few thousand words")
-    return sha256_file(imatrix)
-
-
-def _matrix(
-    imatrix: Path | None, whole: Path, out: Path, toolchain: Toolchain, progress: Progress
-) -> Path | None:
-    from edgepack.builders.imatrix import compute, is_matrix
-
-    if imatrix is None or is_matrix(imatrix):
+def _given(
+    imatrix: Path | Calibration | None, checkpoint: Checkpoint, spec: ModelSpec
+) -> Path | Calibration | None:
+    """A file that is no importance matrix is calibration data; a matrix of another model is refused before any work."""
+    if not isinstance(imatrix, Path):
         return imatrix
-    return out if out.is_file() else compute(whole, imatrix, out, toolchain=toolchain, progress=progress)
+    if not is_matrix(imatrix):
+        return calibration.of(checkpoint.path, (imatrix,), context=spec.context_train)
+    require_match(imatrix, spec)
+    return imatrix
 
 
 def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
@@ -116,10 +115,10 @@ def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> s
     return f"{digest}-{scheme}"
 
 
-def _artifact(path: Path, scheme: str, imatrix: str | None, tool: str, progress: Progress) -> Artifact:
+def _artifact(path: Path, scheme: str, tool: str, progress: Progress) -> Artifact:
     size = path.stat().st_size
     with progress.bar(f"hashing {path.name}", size) as advance:
         digest = sha256_file(path, on_bytes=advance)
     return Artifact(
-        path=path, scheme=scheme, sha256=digest, bytes=Bytes(size), imatrix_sha256=imatrix, tool=tool
+        path=path, scheme=scheme, sha256=digest, bytes=Bytes(size), imatrix_sha256=None, tool=tool
     )

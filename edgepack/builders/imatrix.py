@@ -1,17 +1,21 @@
-"""Importance matrices: read from llama.cpp's GGUF form, or computed from a text by llama-imatrix."""
+"""Importance matrices: read from llama.cpp's GGUF form, or computed from calibration data by llama-imatrix."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgepack import calibration as calibrations
 from edgepack import ggufheader
-from edgepack.errors import BadInput
+from edgepack.calibration import Calibration
+from edgepack.calibration.chat import gguf_tokens
+from edgepack.errors import BadInput, BuildFailed
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Progress
 from edgepack.shell import run
@@ -19,11 +23,12 @@ from edgepack.toolchain import Toolchain
 from edgepack.units import pad
 from edgepack.workspace import whole_file
 
-_CHUNK = 512
-"""Tokens per evaluated chunk; llama-imatrix's default context."""
-_CHUNKS = 100
-"""About 51 000 tokens at most: more changes little and costs a prefill of the whole model each."""
-_CHUNK_LINE = re.compile(r"\[(\d+)\]")
+_TEXT = "calibration.txt"
+"""llama-imatrix writes its input's path into its output, so it is always this one."""
+_COUNTED = re.compile(r"computing over (\d+) chunks")
+_TOO_SHORT = re.compile(r"tokenizes to only (\d+) tokens")
+_CHUNK_LINE = re.compile(r"stored collected data after (\d+) chunks")
+"""Said at verbosity 5 only."""
 
 
 def is_matrix(path: Path) -> bool:
@@ -84,25 +89,67 @@ def require_match(path: Path, spec: ModelSpec) -> None:
             )
 
 
-def compute(model: Path, text: Path, out: Path, *, toolchain: Toolchain, progress: Progress) -> Path:
-    """Runs llama-imatrix over up to 100 chunks of 512 tokens of ``text`` and writes ``out`` whole.
+def compute(
+    model: Path, calibration: Calibration, out: Path, *, toolchain: Toolchain, progress: Progress
+) -> Path:
+    """Runs llama-imatrix over the data in chunks as ``calibration.sampling`` says, and writes ``out`` whole.
 
-    Holds the model (mapped) and its buffers; raises BuildFailed with llama.cpp's words, for example when
-    the text is shorter than two chunks.
+    Chat markers in the data become the tokens that they are in use. The result does not depend on the number of
+    threads or on the folder. Holds the model (mapped) and its buffers. Raises BadInput when the data are shorter than
+    two chunks, BuildFailed with llama.cpp's words.
     """
+    wanted = calibration.sampling
     done = 0
     with (
         whole_file(out) as temporary,
-        progress.bar(f"importance matrix from {text.name}", _CHUNKS) as advance,
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".calibration-") as folder,
+        progress.bar("importance matrix", wanted.windows) as advance,
     ):
+        text = calibrations.as_text(calibration, _between(model))
+        (Path(folder) / _TEXT).write_text(text, encoding="utf-8")
 
         def on_line(line: str) -> None:
             nonlocal done
-            for match in _CHUNK_LINE.finditer(line):
-                advance(max(0, int(match.group(1)) - done))
-                done = max(done, int(match.group(1)))
+            match = _CHUNK_LINE.search(line)
+            if match is not None:
+                advance(int(match.group(1)) - done)
+                done = int(match.group(1))
 
-        files: tuple[str | Path, ...] = ("-m", model, "-f", text, "-o", temporary, "--output-format", "gguf")
-        bounds = ("-c", str(_CHUNK), "--chunks", str(_CHUNKS), "-t", str(len(os.sched_getaffinity(0))))
-        run([toolchain.imatrix, *files, *bounds, "--no-ppl", "-ngl", "0", "--fit", "off"], on_line=on_line)
+        words: list[str | Path] = [toolchain.imatrix.resolve(), "-m", model.resolve(), "-f", _TEXT]
+        # --no-escape: a backslash and n in source code are these two characters, not a line break.
+        words += [
+            "-o",
+            temporary.resolve(),
+            "--output-format",
+            "gguf",
+            "--parse-special",
+            "--no-escape",
+            "--no-ppl",
+        ]
+        words += ["-c", str(wanted.length), "-b", str(wanted.length), "--chunks", str(wanted.windows)]
+        words += ["-t", str(len(os.sched_getaffinity(0))), "-ngl", "0", "--fit", "off"]
+        words += ["--output-frequency", "1", "-lv", "5"]
+        ended = run(words, cwd=Path(folder), on_line=on_line, check=False)
+        short = _TOO_SHORT.search(ended.stdout)
+        if short is not None:
+            raise BadInput(
+                f"the calibration data are {short.group(1)} tokens; an importance matrix needs {2 * wanted.length}",
+                hint=f"{wanted.tokens} are a good amount",
+            )
+        if ended.returncode != 0:
+            tail = "\n".join(ended.stdout.strip().splitlines()[-12:])
+            raise BuildFailed(f"llama-imatrix ended with status {ended.returncode}:\n{tail}")
+        counted = _COUNTED.search(ended.stdout)
+        if counted is None:
+            raise BuildFailed("llama-imatrix did not say how many chunks it took")
+        for warning in calibrations.shortage(int(counted.group(1)) * wanted.length, wanted):
+            progress.step(f"warning: {warning}")
     return out
+
+
+def _between(model: Path) -> str:
+    """What a tokenizer writes between two texts: the end of one, and the beginning of the next where it has that."""
+    values = ggufheader.parse(model).values
+    tokens = gguf_tokens(model)
+    begin = tokens.get("bos_token", "") if values.get("tokenizer.ggml.add_bos_token") else ""
+    return (tokens.get("eos_token", "") + begin) or "\n\n"

@@ -36,6 +36,8 @@ def provenance(
     ]
     if artifact.imatrix_sha256 is not None:
         materials.append({"name": "imatrix", "digest": {"sha256": artifact.imatrix_sha256}})
+    if artifact.calibration_sha256 is not None:
+        materials.append({"name": "calibration", "digest": {"sha256": artifact.calibration_sha256}})
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
         "predicateType": "https://slsa.dev/provenance/v1",

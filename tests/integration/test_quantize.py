@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import random_model
 
-from edgepack import ggufheader, modelspec, schemes, toolchain
+from edgepack import calibration, ggufheader, modelspec, schemes, toolchain
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import convert, exact, gguf, imatrix
+from edgepack.calibration import Calibration, Sampling, chat
 from edgepack.errors import BadInput, BuildFailed, Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Silent
@@ -55,6 +56,7 @@ _SETTINGS = Settings(
     repack=True,
 )
 _PROSE = "Well, Prince, so Genoa and Lucca are now just family estates of the Buonapartes. " * 200
+_SAMPLING = Sampling(windows=8, length=128)
 
 
 @pytest.fixture(scope="module", params=sorted(_SHAPES))
@@ -72,12 +74,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def matrix(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert.convert(
+        tiny, tmp_path_factory.mktemp("whole") / "tiny.gguf", outtype="F16", progress=Silent()
+    )
+
+
+@pytest.fixture(scope="module")
+def matrix(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("imatrix")
-    text = place / "prose.txt"
-    text.write_text(_PROSE, encoding="utf-8")
-    whole = convert.convert(tiny, place / "tiny.gguf", outtype="F16", progress=Silent())
-    return imatrix.compute(whole, text, place / "m.gguf", toolchain=toolchain.find(), progress=Silent())
+    return compute(whole, data(place / "prose.txt", _PROSE), place / "m.gguf")
+
+
+def data(path: Path, text: str) -> Calibration:
+    path.write_text(text, encoding="utf-8")
+    return calibration.read((path,), template=None, sampling=_SAMPLING)
+
+
+def compute(whole: Path, given: Calibration, out: Path) -> Path:
+    return imatrix.compute(whole, given, out, toolchain=toolchain.find(), progress=Silent())
 
 
 def spec_of(path: Path) -> ModelSpec:
@@ -85,7 +100,7 @@ def spec_of(path: Path) -> ModelSpec:
     return replace(spec, header_bytes=convert.header_size(path)) if path.is_dir() else spec
 
 
-def build(path: Path, scheme: str, out: Path, *, matrix: Path | None = None) -> Artifact:
+def build(path: Path, scheme: str, out: Path, *, matrix: Path | Calibration | None = None) -> Artifact:
     checkpoint = Checkpoint(path=path, source=str(path), revision="sha256:test", license="none")
     return gguf.build(
         checkpoint, spec_of(path), scheme, out, imatrix=matrix, toolchain=toolchain.find(), progress=Silent()
@@ -203,6 +218,75 @@ def test_a_text_is_turned_into_a_matrix(tiny: Path, tmp_path: Path) -> None:
     made = build(tiny, "IQ2_XS", tmp_path / "out", matrix=text)
 
     assert (made.bytes, "exact") == schemes.file_bytes(spec_of(tiny), "IQ2_XS", imatrix=True)
+    read = calibration.of(tiny, (text,), context=spec_of(tiny).context_train)
+    assert (made.calibration_sha256, made.imatrix_sha256) == (read.sha256, None)
+
+
+def test_the_same_data_give_the_same_matrix_whatever_the_threads_and_the_folder(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = data(tmp_path / "prose.txt", _PROSE)
+    (tmp_path / "other").mkdir()
+
+    one = compute(whole, given, tmp_path / "a.gguf")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    two = compute(whole, given, tmp_path / "other" / "b.gguf")
+
+    assert one.read_bytes() == two.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "other", "prose.txt"]
+
+
+def test_two_builds_from_the_same_data_are_the_same_file_and_share_a_matrix(
+    tiny: Path, tmp_path: Path
+) -> None:
+    given = data(tmp_path / "prose.txt", _PROSE)
+
+    one = build(tiny, "Q2_K_S", tmp_path / "a", matrix=given)
+    two = build(tiny, "Q2_K_S", tmp_path / "b", matrix=given)
+    (matrix,) = (tmp_path / "a").glob("*-imatrix.gguf")
+    computed = matrix.stat().st_mtime_ns
+    build(tiny, "Q4_K_M", tmp_path / "a", matrix=given)
+
+    assert one.sha256 == two.sha256
+    assert one.calibration_sha256 == given.sha256
+    assert matrix.stat().st_mtime_ns == computed
+    assert len(list((tmp_path / "a").iterdir())) == 3
+
+
+def test_other_data_or_another_seed_give_another_file(tiny: Path, tmp_path: Path) -> None:
+    text = "\n".join(f"{number} bottles of beer on the wall" for number in range(3000))
+    first = data(tmp_path / "a.txt", text)
+    reseeded = calibration.read((tmp_path / "a.txt",), template=None, sampling=replace(_SAMPLING, seed=1))
+
+    shas = {
+        build(tiny, "Q4_K_M", tmp_path / "out", matrix=given).sha256
+        for given in (first, reseeded, data(tmp_path / "b.txt", _PROSE), None)
+    }
+
+    assert len(shas) == 4
+
+
+def test_a_backslash_and_a_letter_reach_the_model_as_two_characters(whole: Path, tmp_path: Path) -> None:
+    escaped = data(tmp_path / "a.txt", 'print("a\\nb")\n' * 400)
+    broken = data(tmp_path / "b.txt", 'print("a\nb")\n' * 400)
+
+    one, other = compute(whole, escaped, tmp_path / "a.gguf"), compute(whole, broken, tmp_path / "b.gguf")
+
+    assert one.read_bytes() != other.read_bytes()
+
+
+def test_markers_in_the_data_are_one_token_each(whole: Path, tmp_path: Path) -> None:
+    marker = chat.gguf_tokens(whole)["eos_token"]
+
+    with pytest.raises(BadInput, match="are 60 tokens"):
+        compute(whole, data(tmp_path / "a.txt", marker * 60), tmp_path / "m.gguf")
+
+
+def test_data_of_less_than_two_chunks_are_refused_with_figures(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"are \d+ tokens; an importance matrix needs 256"):
+        compute(whole, data(tmp_path / "a.txt", "Well, Prince"), tmp_path / "m.gguf")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 _INTERRUPTED = """
@@ -247,3 +331,46 @@ def test_ctrl_c_leaves_nothing_half_written_and_a_rerun_resumes(tmp_path: Path) 
     assert build(path, "Q4_K_M", out).path.is_file()
     assert converted < time.time_ns()
     assert [file.name.split("-", 1)[1] for file in out.iterdir()] == ["Q4_K_M.gguf"]
+
+
+_INTERRUPTED_MATRIX = """
+import sys
+from pathlib import Path
+from edgepack import calibration, modelspec, toolchain
+from edgepack.artifact import Checkpoint
+from edgepack.builders import gguf
+from edgepack.calibration import Sampling
+from edgepack.progress import Silent
+path, text, out = map(Path, sys.argv[1:])
+checkpoint = Checkpoint(path=path, source="x", revision="sha256:test", license="none")
+data = calibration.read((text,), template=None, sampling=Sampling(windows=24, length=128))
+gguf.build(
+    checkpoint, modelspec.read(path), "IQ2_XS", out, imatrix=data, toolchain=toolchain.find(), progress=Silent()
+)
+"""
+
+
+def test_ctrl_c_while_the_matrix_is_computed_leaves_only_the_converted_model(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = data(tmp_path / "prose.txt", _PROSE * 4)
+    started = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED_MATRIX, tiny, tmp_path / "prose.txt", out],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".*-imatrix.gguf.part*")):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    workers = psutil.Process(started.pid).children(recursive=True)
+
+    started.send_signal(signal.SIGINT)
+    started.wait(timeout=30)
+    _, left_over = psutil.wait_procs(workers, timeout=5)
+
+    assert [worker.name() for worker in left_over if worker.status() != psutil.STATUS_ZOMBIE] == []
+    assert [file.name.split("-", 1)[1] for file in out.iterdir()] == ["BF16.gguf"]
+    assert build(tiny, "IQ2_XS", out, matrix=given).path.is_file()
+    assert sorted(file.name.split("-", 1)[1] for file in out.iterdir()) == ["IQ2_XS.gguf", "imatrix.gguf"]

@@ -78,7 +78,7 @@ def test_the_serial_number_is_the_contents_own() -> None:
 
 def test_the_provenance_names_subjects_materials_and_plan() -> None:
     plan = example_plan("raspberry-pi-5-8gb")
-    artifact = replace(ARTIFACT, imatrix_sha256="cd" * 32)
+    artifact = replace(ARTIFACT, imatrix_sha256="cd" * 32, calibration_sha256="ef" * 32)
 
     statement = json.loads(
         provenance(
@@ -93,6 +93,7 @@ def test_the_provenance_names_subjects_materials_and_plan() -> None:
     materials = {material["name"]: material for material in build["resolvedDependencies"]}
     assert materials["model"]["digest"] == {"gitCommit": CHECKPOINT.revision}
     assert materials["imatrix"]["digest"] == {"sha256": "cd" * 32}
+    assert materials["calibration"]["digest"] == {"sha256": "ef" * 32}
     assert materials["llama.cpp"]["annotations"]["version"] == plan.runtime_version
     assert build["internalParameters"]["plan"]["sha256"].startswith("44136fa355b3678a")
 
