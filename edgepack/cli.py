@@ -307,6 +307,77 @@ def build(
 
 
 @cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="M", help="The model that it was made from: folder, .gguf, catalog id, or Hub id."
+)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
+              help="Held-out text, or jsonl of texts (default: a built-in one).")  # fmt: skip
+@click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
+              help="jsonl of multiple-choice or exact-match items, for accuracy.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Tokens to measure on (default 8192).")
+@click.option(
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens that are read together (default 256)."
+)
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores).")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
+)
+@json_option
+@click.pass_obj
+def quality(
+    progress: Progress,
+    /,
+    artifact: Path,
+    against: str | None,
+    text: Path | None,
+    tasks: Path | None,
+    tokens: int | None,
+    window: int | None,
+    jobs: int | None,
+    offline: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what an artifact lost: perplexity, KL to its parent, agreement and accuracy, with intervals.
+
+    ARTIFACT is a .gguf, a folder (GPTQ, AWQ, INT8, compressed-tensors, ONNX, or unquantized), or a bundle; each is run
+    by its own runtime.
+
+    \b
+    Examples:
+      edgepack quality my-model-q4_k_m.gguf --against ./my-model
+      edgepack quality my-model-gptq-int4-g128/ --against ./my-model --text held-out.jsonl --tasks mmlu.jsonl
+      edgepack quality out/demo.tar --against demo --json -o quality.json
+    """
+    from edgepack import heldout, hub, quality, serde, tables, workspace
+    from edgepack.scoring import tasks as questions
+
+    parent = None if against is None else hub.resolve(against, offline=offline, progress=progress)
+    with quality.subject(_existing(artifact), progress) as subject:
+        measured = quality.measure(
+            subject.path,
+            against=parent.path if parent else None,
+            text=heldout.read(text),
+            fingerprints=subject.fingerprints,
+            tasks=questions.read(tasks) if tasks else None,
+            tokens=tokens or quality.TOKENS,
+            window=window or quality.WINDOW,
+            kv_type=subject.kv_type,
+            threads=jobs,
+            progress=progress,
+        )
+    if output is not None:
+        workspace.write_text(output, serde.to_json(measured))
+    document = _document(serde.dump(measured))
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(tables.quality(artifact.name, document), nl=False)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
 @json_option

@@ -29,7 +29,7 @@ LEVELS = (
     {"memory", "speed", "degradation"},
     {"plan", "fit"},
     {"choice"},
-    {"artifact", "heldout"},
+    {"artifact", "heldout", "evaluation", "record"},
     {"toolchain", "hub", "probe"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring"},
     {"pipeline", "tables", "run", "calibrate"},

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
-from edgepack import layouts
+from edgepack import layouts, record
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders.quantize import import_path
 from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, Unsupported
@@ -138,8 +138,8 @@ def installed(quantizer: Quantizer) -> Mapping[str, str]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of an artifact, in one order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """The files of an artifact, in one order, without the record that is written of it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != record.NAME)
 
 
 def folder_sha256(folder: Path) -> str:

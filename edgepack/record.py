@@ -1,0 +1,65 @@
+"""How an artifact was made and what it lost: edgepack.json, in an artifact's folder or beside its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edgepack import serde
+from edgepack.units import Bytes
+from edgepack.workspace import write_text
+
+NAME = "edgepack.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """On what an artifact was calibrated."""
+
+    sha256: str
+    """Over the passages and how they were drawn."""
+    sources: Mapping[str, str]
+    """sha256 of each file, by its name; "built-in" for the text that comes with edgepack."""
+    windows: int
+    length: int
+    """Tokens of a window."""
+    seed: int
+    fingerprints: tuple[str, ...]
+    """A sketch of the text (heldout.fingerprints), so that quality is never measured on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    model: str
+    source: str
+    revision: str
+    license: str
+    scheme: str
+    tool: str
+    sha256: str
+    """Of the file, or over the names and digests of the folder's files without this record."""
+    bytes: Bytes
+    """Of the file or all the folder's files."""
+    tensor_bytes: Bytes
+    """Of the weights alone: predicted, and found to be so."""
+    calibration: Calibrated | None
+    quality: Mapping[str, object] | None
+    """As `quality.Quality` goes to JSON; None when it was not measured."""
+    schema_version: Literal[1] = 1
+
+
+def place(artifact: Path) -> Path:
+    """Where the record of an artifact lies: in its folder, or beside its file with ".edgepack.json" behind the name."""
+    return artifact / NAME if artifact.is_dir() else artifact.with_name(f"{artifact.name}.{NAME}")
+
+
+def write(record: Record, artifact: Path) -> None:
+    write_text(place(artifact), serde.to_json(record))
+
+
+def of(artifact: Path) -> Record | None:
+    """The record of an artifact; None when there is none. Raises BadInput for one that is damaged."""
+    path = place(artifact)
+    return serde.load_json(Record, path) if path.is_file() else None
