@@ -1,10 +1,9 @@
 """What each scheme costs: bytes predicted and real, perplexity, divergence from the parent, CPU seconds to build.
 
-    python benchmarks/quantizers.py MODEL... [--schemes S,S] [--text FILE] [--outliers] [--json FILE]
+    python benchmarks/quantizers.py MODEL... [--schemes S,S] [--json FILE]
 
-Each MODEL is a Hugging Face folder; MODEL/heldout.txt is measured on when it is there. With --outliers the model gets
-activation outliers first that leave its function alone, as large models have them and small ones do not: only there
-does AWQ have something to gain over rounding to nearest. Every artifact is read by the runtime that would run it, in a
+Each MODEL is a Hugging Face folder; it is measured on MODEL/heldout.txt and calibrated on MODEL/calibration.txt where
+these are there, else on the built-in texts. Every artifact is read by the runtime that would run it, in a
 fresh process, twice: "equal" says that both gave the same logits.
 """
 
@@ -13,22 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgepack import heldout, hub, pipeline, quality, quantization, scoring
+from edgepack import calibration, heldout, hub, pipeline, quality, quantization, scoring
+from edgepack.evaluation import Estimate
 from edgepack.progress import Silent, Terminal
+from edgepack.schemes import GGUF
 
 SCHEMES = (
     "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_M+imatrix", "IQ4_XS+imatrix", "Q3_K_M+imatrix", "IQ3_XXS+imatrix",
     "Q2_K+imatrix", "gptq-int8-g128", "ct-w8a16", "ct-w8a8", "bnb-int8", "onnx-int8", "fp8",
-    "gptq-int4-g32", "gptq-int4-g128-actorder", "gptq-int4-g128", "autoround-int4-g128", "awq-int4-g128", "rtn-int4-g128",
-    "ct-w4a16-g128", "bnb-nf4", "onnx-int4", "onnx-int4-rtn", "gptq-int3-g128", "autoround-int3-g128", "rtn-int3-g128",
-    "gptq-int2-g128", "autoround-int2-g128", "rtn-int2-g128",
+    "gptq-int4-g32", "gptq-int4-g128-actorder", "gptq-int4-g128", "autoround-int4-g128", "awq-int4-g128",
+    "rtn-int4-g128", "ct-w4a16-g128", "bnb-nf4", "onnx-int4", "onnx-int4-rtn",
+    "gptq-int3-g128", "autoround-int3-g128", "rtn-int3-g128", "gptq-int2-g128", "autoround-int2-g128", "rtn-int2-g128",
 )  # fmt: skip
 """+imatrix: a GGUF rounded with an importance matrix of the same calibration data as the others."""
 TOKENS = 16384
@@ -44,10 +44,10 @@ class Row:
     """Bytes of the tensors."""
     real: int
     """Bytes of all files."""
-    perplexity: quality.Estimate
-    kl: quality.Estimate
-    kl_p99: quality.Estimate
-    same_top: quality.Estimate
+    perplexity: Estimate
+    kl: Estimate
+    kl_p99: Estimate
+    same_top: Estimate
     cpu_seconds: float
     """User and system time of all processes of the build, without measuring."""
     equal: bool
@@ -55,12 +55,19 @@ class Row:
 
 
 def rows(model: Path, schemes: Sequence[str], work: Path) -> Iterator[Row]:
+    """One for each scheme, as it is made."""
     checkpoint = hub.resolve(str(model), revision=None, offline=True, progress=Silent())
     spec = pipeline.read_model(model)
-    text = heldout.read(model / "heldout.txt" if (model / "heldout.txt").is_file() else None)
-    for scheme in schemes:
+    text = heldout.read(_beside(model, "heldout.txt"))
+    for label in schemes:
+        scheme, _, weighted = label.partition("+")
+        data = _beside(model, "calibration.txt") or calibration.BUILTIN
+        gguf = scheme in GGUF
         options = quantization.Options(
-            calibration=_calibration(model, scheme), context=spec.context_train, measured=False, threads=1
+            calibration=(data,) if weighted or (not gguf and quantization.calibrates(scheme)) else (),
+            context=spec.context_train,
+            measured=False,
+            threads=1,
         )
         before = _cpu()
         made = quantization.make(checkpoint, spec, scheme, options, work, Terminal())
@@ -72,7 +79,7 @@ def rows(model: Path, schemes: Sequence[str], work: Path) -> Iterator[Row]:
             raise SystemExit(f"{scheme}: no parent was measured")
         yield Row(
             model=model.name,
-            scheme=scheme,
+            scheme=label,
             predicted=made.record.tensor_bytes,
             real=made.record.bytes,
             perplexity=measured.perplexity,
@@ -82,3 +89,54 @@ def rows(model: Path, schemes: Sequence[str], work: Path) -> Iterator[Row]:
             cpu_seconds=spent,
             equal=_logits(made.artifact.path, text) == _logits(made.artifact.path, text),
         )
+
+
+def _beside(model: Path, name: str) -> Path | None:
+    return model / name if (model / name).is_file() else None
+
+
+def _cpu() -> float:
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in spent)
+
+
+def _logits(artifact: Path, text: heldout.Text) -> bytes:
+    """Of 128 tokens, by a process that has just loaded the artifact."""
+    with scoring.opened(artifact, threads=1) as scorer:
+        return scorer.logits(scorer.tokenize(text.content[:2000])[:128]).tobytes()
+
+
+def table(found: Sequence[Row]) -> str:
+    lines = [
+        "| model | scheme | tensors, bytes | files, bytes | perplexity | KL, nats | KL, 99 % | same first "
+        "| CPU s | equal |",
+        f"|{' --- |' * 10}",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row.model} | {row.scheme} | {row.predicted:,} | {row.real:,} | {row.perplexity.value:.3f} "
+            f"| {row.kl.value:.5f} [{row.kl.low:.5f}, {row.kl.high:.5f}] | {row.kl_p99.value:.4f} "
+            f"| {row.same_top.value:.1%} | {row.cpu_seconds:.0f} | {'yes' if row.equal else 'NO'} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--schemes", help="comma-separated; all by default")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    given = parser.parse_args(words)
+    found: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="quantizers-") as work:
+        for model in given.models:
+            for row in rows(model, given.schemes.split(",") if given.schemes else SCHEMES, Path(work)):
+                print(table([row]).splitlines()[-1], file=sys.stderr, flush=True)
+                found.append(row)
+                if given.json:
+                    given.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -153,7 +153,8 @@ def _choice_options(command: Command) -> Command:
 def _calibration_options(command: Command) -> Command:
     for option in (
         click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores)."),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws the calibration data."),
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                     help="Draws the calibration data."),
         click.option("--calibration-tokens", type=click.IntRange(2), metavar="N",
                      help="Tokens to calibrate on (default 65536)."),
         click.option("--calibration", "calibration_files", multiple=True, type=click.Path(path_type=Path),
@@ -337,11 +338,15 @@ def build(
 
 
 @cli.command()
-@click.option("--model", required=True, metavar="M", help="Folder, .gguf in full precision, catalog id, or Hub id.")
+@click.option(
+    "--model", required=True, metavar="M", help="Folder, .gguf in full precision, catalog id, or Hub id."
+)
 @click.option("--scheme", metavar="S", help="Quantization scheme, e.g. gptq-int4-g128, Q4_K_M, onnx-int4.")
 @click.option("--preset", type=click.Choice(["article", "article-better"]),
               help="The article's GPTQ (4 bits, group 128), or its cure (group 64, act order).")  # fmt: skip
-@click.option("--profile", metavar="P", help="Device that it is for: ONNX graphs differ, gguf-budget fills it.")
+@click.option(
+    "--profile", metavar="P", help="Device that it is for: ONNX graphs differ, gguf-budget fills it."
+)
 @click.option("--context", type=click.IntRange(1), default=4096, show_default=True,
               help="Tokens of one sequence on the device.")  # fmt: skip
 @_calibration_options
@@ -374,6 +379,77 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
         click.echo(document["path"])
     else:
         click.echo(tables.quantized(document), nl=False)
+
+
+@cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option(
+    "--against", metavar="M", help="The model that it was made from: folder, .gguf, catalog id, or Hub id."
+)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE",
+              help="Held-out text, or jsonl of texts (default: a built-in one).")  # fmt: skip
+@click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
+              help="jsonl of multiple-choice or exact-match items, for accuracy.")  # fmt: skip
+@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Tokens to measure on (default 8192).")
+@click.option(
+    "--window", type=click.IntRange(2), metavar="N", help="Tokens that are read together (default 256)."
+)
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores).")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here."
+)
+@json_option
+@click.pass_obj
+def quality(
+    progress: Progress,
+    /,
+    artifact: Path,
+    against: str | None,
+    text: Path | None,
+    tasks: Path | None,
+    tokens: int | None,
+    window: int | None,
+    jobs: int | None,
+    offline: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure what an artifact lost: perplexity, KL to its parent, agreement and accuracy, with intervals.
+
+    ARTIFACT is a .gguf, a folder (GPTQ, AWQ, INT8, compressed-tensors, ONNX, or unquantized), or a bundle; each is run
+    by its own runtime.
+
+    \b
+    Examples:
+      edgepack quality my-model-q4_k_m.gguf --against ./my-model
+      edgepack quality my-model-gptq-int4-g128/ --against ./my-model --text held-out.jsonl --tasks mmlu.jsonl
+      edgepack quality out/demo.tar --against demo --json -o quality.json
+    """
+    from edgepack import heldout, hub, quality, serde, tables, workspace
+    from edgepack.scoring import tasks as questions
+
+    parent = None if against is None else hub.resolve(against, offline=offline, progress=progress)
+    with quality.subject(_existing(artifact), progress) as subject:
+        measured = quality.measure(
+            subject.path,
+            against=parent.path if parent else None,
+            text=heldout.read(text),
+            fingerprints=subject.fingerprints,
+            tasks=questions.read(tasks) if tasks else None,
+            tokens=tokens or quality.TOKENS,
+            window=window or quality.WINDOW,
+            kv_type=subject.kv_type,
+            threads=jobs,
+            progress=progress,
+        )
+    if output is not None:
+        workspace.write_text(output, serde.to_json(measured))
+    document = _document(serde.dump(measured))
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(tables.quality(artifact.name, document), nl=False)
 
 
 @cli.command()

@@ -44,6 +44,13 @@ EXAMPLES: tuple[str, ...] = (
 )  # fmt: skip
 """One name of each kind, for hints; the grammar is in `parse`."""
 
+GRID: tuple[str, ...] = (
+    *(f"gptq-int{b}-g{g}{o}" for b in (2, 3, 4, 8) for g in (128, 64, 32) for o in ("", "-actorder")),
+    *(f"{family}-int4-g{g}" for family in ("awq", "autoround") for g in (128, 64, 32)),
+    "ct-w4a16-g128", "ct-w8a16", "bnb-nf4", "bnb-int8", "onnx-int4-rtn", "onnx-int4", "onnx-int8", "fp8",
+)  # fmt: skip
+"""What is proposed instead of a scheme that loses too much."""
+
 LATER = {"gguf-budget": "a later version builds it"}
 """Names that are reserved, and why they are refused."""
 

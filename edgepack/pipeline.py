@@ -149,7 +149,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     if not runtimes.named(chosen.runtime).BUILT:
         raise Unsupported(
             f"this version builds {llama_cpp.NAME} bundles only, and the plan is for {chosen.runtime}",
-            hint=f"a GGUF scheme, e.g. --scheme Q4_K_M; `edgepack quantize --scheme {chosen.scheme}` makes the artifact",
+            hint=f"take a GGUF scheme; `edgepack quantize --scheme {chosen.scheme}` makes the artifact alone",
         )
     if not chosen.profile.deployable:
         raise Unsupported(
@@ -165,7 +165,8 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     if chosen.imatrix != options.quantization.weighted:
         wanted = "an importance matrix" if chosen.imatrix else "no importance matrix"
         raise BadInput(
-            f"the plan counts with {wanted}", hint="give or leave out --calibration or --imatrix FILE accordingly"
+            f"the plan counts with {wanted}",
+            hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
     checkpoint = hub.resolve(
@@ -237,7 +238,10 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     model = named(options["model"], revision=options.get("revision"), offline=bool(options.get("offline")))
     backend = device.backend if device else "cpu"
     weights = schemes.weights_bytes(
-        model.spec, scheme, imatrix=bool(options["imatrix_file"] or options["calibration_files"]), backend=backend
+        model.spec,
+        scheme,
+        imatrix=bool(options["imatrix_file"] or options["calibration_files"]),
+        backend=backend,
     )
     stem = f"{model.model.id.rsplit('/', 1)[-1].lower()}-{scheme.lower()}"
     out = folder / (f"{stem}.gguf" if schemes.is_gguf(scheme) else stem)
@@ -250,7 +254,10 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     if options["dry_run"]:
         return document | {"record": None, "warnings": []}
     checkpoint = hub.resolve(
-        model.model.source, revision=model.model.revision, offline=bool(options.get("offline")), progress=progress
+        model.model.source,
+        revision=model.model.revision,
+        offline=bool(options.get("offline")),
+        progress=progress,
     )
     made = quantization.make(
         checkpoint,
@@ -284,7 +291,7 @@ def quantization_options(options: Mapping[str, Any], *, backend: Backend = "cpu"
         tokens=options["quality_tokens"] or quality.TOKENS,
         limits=quantization.Limits(
             max_kl=options["max_kl"],
-            max_ppl_loss=parse_share(options["max_ppl_loss"], "--max-ppl-loss") if options["max_ppl_loss"] else None,
+            max_ppl_loss=parse_share(options["max_ppl_loss"]) if options["max_ppl_loss"] else None,
         ),
     )
 
@@ -429,7 +436,9 @@ def _scheme_or_preset(options: Mapping[str, Any]) -> str:
     preset = options.get("preset")
     scheme = quantization.PRESETS[preset] if preset else _scheme(options)
     if scheme is None or (preset and options.get("scheme")):
-        raise BadInput("name a scheme or a preset", hint="--scheme Q4_K_M, gptq-int4-g128 … or --preset article")
+        raise BadInput(
+            "name a scheme or a preset", hint="--scheme Q4_K_M, gptq-int4-g128 … or --preset article"
+        )
     return scheme
 
 

@@ -6,98 +6,30 @@ independent units: tokens of one window share their context, so that an interval
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgepack import heldout, hub, scoring, workspace
+from edgepack import heldout, hub, record, scoring, serde, workspace
 from edgepack.errors import BadInput, QualityTooLow
+from edgepack.evaluation import Accuracy, Distance, Evaluated, Quality
 from edgepack.heldout import Text
 from edgepack.progress import Progress
 from edgepack.scoring import Scorer, reference
+from edgepack.scoring import tasks as questions
+from edgepack.scoring.intervals import Floats, exp, mean, quantile, share
 from edgepack.scoring.reference import Cut, Reference, Scores
+from edgepack.scoring.tasks import Tasks
 
 TOKENS = 8192
 WINDOW = 256
 LEAST_WINDOWS = 8
 """An interval from fewer says nothing."""
-
-LEVEL = 0.95
-_RESAMPLES = 1000
-"""Of the bootstrap: the error of its ends is a tenth of the interval."""
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A measured value and where, for other text of this kind, it lies with 95 % confidence."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """The text that was measured on."""
-
-    name: str
-    sha256: str
-    tokens: int
-    windows: int
-    window: int
-    """Tokens of one window; all but its first are predicted."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distance:
-    """An artifact against its parent, token by token on the same text."""
-
-    revision: str
-    """Of the parent: sha256 over its files, or a commit."""
-    runtime: str
-    """That computed the parent's logits."""
-    perplexity: Estimate
-    log_ratio: Estimate
-    """ln(perplexity of the artifact / of the parent), nats a token; paired, so far tighter than either."""
-    kl: Estimate
-    """Mean of KL(parent || artifact), nats a token."""
-    kl_p99: Estimate
-    """What 99 % of the tokens stay below."""
-    same_top: Estimate
-    """Share of tokens whose first choice is the parent's."""
-
-    @property
-    def ppl_loss(self) -> Estimate:
-        """Perplexity over the parent's, less one."""
-        ratio = self.log_ratio
-        return Estimate(value=math.expm1(ratio.value), low=math.expm1(ratio.low), high=math.expm1(ratio.high))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """What was measured, and what it takes to measure it again."""
-
-    artifact: str
-    """sha256 of the file, or over the names and digests of the folder's files."""
-    runtime: str
-    text: Evaluated
-    perplexity: Estimate
-    parent: Distance | None
-    """None when no parent was named."""
-    seed: int
-    """Of the bootstrap; nothing else is random."""
-    level: float = LEVEL
-    schema_version: Literal[1] = 1
 
 
 def measure(
@@ -105,6 +37,8 @@ def measure(
     *,
     against: Path | None,
     text: Text,
+    fingerprints: Sequence[str] = (),
+    tasks: Tasks | None = None,
     tokens: int = TOKENS,
     window: int = WINDOW,
     kv_type: str = "f16",
@@ -115,23 +49,62 @@ def measure(
     """Runs the artifact over held-out text, and compares it with its parent when there is one.
 
     ``artifact``: a .gguf file or the folder of any format. ``against``: the model that it was made from, a folder
-    or a .gguf; what it says is computed once and kept in the cache. ``kv_type``: KV cache of a GGUF artifact.
+    or a .gguf; what it says is computed once and kept in the cache. ``fingerprints``: of the text that the artifact
+    was calibrated on (heldout.fingerprints). ``kv_type``: KV cache of a GGUF artifact.
     Raises BadInput for a text that is too short, a text that the artifact was calibrated on, and a parent with
     another vocabulary, and what `scoring.opened` raises.
     """
+    heldout.require_held_out(text, fingerprints)
     digest = digest_of(artifact)
     cut = Cut(text=text, tokens=tokens, window=window)
     with scoring.opened(artifact, kv_type=kv_type, threads=threads) as scorer:
         pieces = _windows(scorer, cut)
+        right = None if tasks is None else questions.answer(tasks, scorer, progress, title="the artifact")
         if against is None:
             nll = _likelihoods(scorer, pieces, progress)
-            return _quality(digest, scorer, cut, nll, None, seed)
+            marks = None if tasks is None or right is None else questions.accuracy(tasks, right, None)
+            return _quality(digest, scorer, cut, nll, None, marks, seed)
         revision = hub.content_revision(against, progress)
-        known = _reference(against, revision, artifact, cut, threads, progress)
+        known, theirs = _parent(against, revision, artifact, cut, tasks, threads, progress)
         _require_same_tokens(against, known, artifact, scorer, pieces)
         scores = reference.compare(scorer, known, progress)
         distance = distance_of(scores, known.nll, revision=revision, runtime=known.runtime, seed=seed)
-        return _quality(digest, scorer, cut, scores.nll, distance, seed)
+        marks = None if tasks is None or right is None else questions.accuracy(tasks, right, theirs)
+        return _quality(digest, scorer, cut, scores.nll, distance, marks, seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What `measure` is to be given of an artifact."""
+
+    path: Path
+    kv_type: str
+    fingerprints: tuple[str, ...]
+
+
+@contextmanager
+def subject(named: Path, progress: Progress) -> Iterator[Subject]:
+    """An artifact, or the weights of a bundle, unpacked for the time it takes and run with the plan's KV cache.
+
+    Raises NotFound, NoSpace, Untrusted for a bundle that is not what it must be, BadInput for a damaged record.
+    """
+    if not (named.is_file() and named.suffix == ".tar"):
+        yield Subject(path=named, kv_type="f16", fingerprints=_calibrated_on(named))
+        return
+    from edgepack import bundle
+    from edgepack.device import agent
+    from edgepack.plan import Plan
+
+    progress.step(f"verifying {named.name}")
+    found, _ = bundle.verified(named, None)
+    workspace.cache_root().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="quality-") as place:
+        size = next(file["size"] for file in found["files"] if file["path"] == bundle.WEIGHTS)
+        workspace.require_space(Path(place), size)
+        with bundle.translated(named), progress.bar("unpacking", size) as advance:
+            plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+            agent.extract(found, bundle.WEIGHTS, place, advance)
+        yield Subject(path=Path(place) / bundle.WEIGHTS, kv_type=plan.settings.kv_type, fingerprints=())
 
 
 def refuse(
@@ -191,75 +164,35 @@ def distance_of(scores: Scores, parent_nll: Floats, *, revision: str, runtime: s
     )
 
 
-def mean(values: Floats, *, least: float = -math.inf) -> Estimate:
-    """Mean over [windows, tokens] with the t interval of the windows' means; ends below ``least`` cannot be."""
-    means = values.mean(axis=1)
-    center = float(means.mean())
-    half = student_t(len(means) - 1) * float(means.std(ddof=1)) / math.sqrt(len(means))
-    return Estimate(value=center, low=max(least, center - half), high=center + half)
-
-
-def exp(log: Estimate) -> Estimate:
-    return Estimate(value=math.exp(log.value), low=math.exp(log.low), high=math.exp(log.high))
-
-
-def share(hits: NDArray[np.bool_]) -> Estimate:
-    """Share of true values in [windows, tokens]: Wilson's interval at the number of independent tokens.
-
-    That number is the tokens over the design effect, the variance of the windows' shares relative to independent
-    tokens' (Kish 1965); never more than the tokens. So it is no point where all agree.
-    """
-    value = float(hits.mean())
-    independent = value * (1 - value) / hits.shape[1]
-    effect = float(hits.mean(axis=1).var(ddof=1)) / independent if independent else 1.0
-    return wilson(value, hits.size / max(1.0, effect))
-
-
-def wilson(value: float, count: float) -> Estimate:
-    """Interval of a share seen in ``count`` independent cases (Wilson 1927)."""
-    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    center = (value + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(value * (1 - value) / count + (z / (2 * count)) ** 2)
-    return Estimate(value=value, low=max(0.0, center - half), high=min(1.0, center + half))
-
-
-def quantile(values: Floats, at: float, *, seed: int) -> Estimate:
-    """A quantile over all tokens, with the percentile interval of a bootstrap over windows (Efron 1979)."""
-    random = np.random.default_rng(seed)
-    count = len(values)
-    drawn = np.sort([np.quantile(values[random.integers(count, size=count)], at) for _ in range(_RESAMPLES)])
-    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Estimate(value=float(np.quantile(values, at)), low=float(low), high=float(high))
-
-
-def student_t(freedom: int) -> float:
-    """Two-sided quantile of Student's t at LEVEL, to 0.2 % from 5 degrees of freedom on.
-
-    Expansion around the normal quantile (Abramowitz & Stegun 26.7.5).
-    """
-    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return math.fsum(term / freedom**power for power, term in enumerate(terms))
+def _calibrated_on(artifact: Path) -> tuple[str, ...]:
+    known = record.of(artifact) if artifact.exists() else None
+    return known.calibration.fingerprints if known is not None and known.calibration is not None else ()
 
 
 # ── the parent ──
 
 
-def _reference(
-    parent: Path, revision: str, artifact: Path, cut: Cut, threads: int | None, progress: Progress
-) -> Reference:
-    """The parent's reference, from the cache or made now."""
-    name = reference.key(revision, scoring.version_for(parent, artifact), cut)
-    known = reference.find(name)
-    if known is not None:
-        return known
+def _parent(
+    parent: Path,
+    revision: str,
+    artifact: Path,
+    cut: Cut,
+    tasks: Tasks | None,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[Reference, tuple[bool, ...] | None]:
+    """The parent's logits and answers, from the cache or made now; it is loaded at most once."""
+    runtime = scoring.version_for(parent, artifact)
+    name = reference.key(revision, runtime, cut)
+    asked = None if tasks is None else questions.key(revision, runtime, tasks)
+    known, theirs = reference.find(name), None if asked is None else questions.recall(asked)
+    if known is not None and (tasks is None or theirs is not None):
+        return known, theirs
     with _runnable(parent, artifact, progress) as model, scoring.opened(model, threads=threads) as scorer:
-        return reference.make(name, scorer, _windows(scorer, cut), progress)
+        if tasks is not None and asked is not None and theirs is None:
+            theirs = questions.answer(tasks, scorer, progress, title="the parent")
+            questions.remember(asked, theirs)
+        return known or reference.make(name, scorer, _windows(scorer, cut), progress), theirs
 
 
 @contextmanager
@@ -321,7 +254,13 @@ def _likelihoods(scorer: Scorer, pieces: Sequence[Sequence[int]], progress: Prog
 
 
 def _quality(
-    digest: str, scorer: Scorer, cut: Cut, nll: Floats, distance: Distance | None, seed: int
+    digest: str,
+    scorer: Scorer,
+    cut: Cut,
+    nll: Floats,
+    distance: Distance | None,
+    marks: Accuracy | None,
+    seed: int,
 ) -> Quality:
     windows, predicted = nll.shape
     return Quality(
@@ -336,5 +275,6 @@ def _quality(
         ),
         perplexity=exp(mean(nll)),
         parent=distance,
+        tasks=marks,
         seed=seed,
     )

@@ -7,18 +7,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import edgepack.calibration as calibrations
-from edgepack import degradation, heldout, layouts, quality, record, schemes, serde, toolchain, workspace
+from edgepack import degradation, heldout, layouts, quality, record, schemes, toolchain, workspace
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import gguf, quantizers
 from edgepack.calibration import Calibration, Sampling
+from edgepack.calibration.encoder import encoder
 from edgepack.errors import BadInput, Unsupported
+from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
 from edgepack.progress import Progress
-from edgepack.quality import Quality
 from edgepack.record import Calibrated, Record
 from edgepack.units import Bytes
 
@@ -91,9 +91,10 @@ def make(
     text = heldout.read(options.text)
     if data is not None and options.measured:
         sketch = heldout.fingerprints("\n\n".join(data.passages))
-        heldout.require_held_out(text, calibration_sha256=None, known=sketch)
+        heldout.require_held_out(text, sketch)
     artifact = _build(checkpoint, spec, name, data, options, folder, progress)
-    measured, warnings = None, ()
+    measured: Quality | None = None
+    warnings: tuple[str, ...] = ()
     if options.measured and _has_parent(checkpoint, spec):
         measured = quality.measure(
             artifact.path,
@@ -129,7 +130,9 @@ def publish(made: Made, out: Path, progress: Progress) -> Path:
         if known is not None and known.sha256 == made.record.sha256:
             record.write(made.record, out)
             return out
-        raise BadInput(f"{out} is there already and is not overwritten", hint="choose another -o, or remove it")
+        raise BadInput(
+            f"{out} is there already and is not overwritten", hint="choose another -o, or remove it"
+        )
     workspace.require_space(out.parent, made.artifact.bytes)
     with progress.bar(f"writing {out.name}", None):
         if source.is_dir():
@@ -143,18 +146,25 @@ def publish(made: Made, out: Path, progress: Progress) -> Path:
     return out
 
 
+def calibrates(scheme: str) -> bool:
+    """Whether a scheme that is no GGUF's is calibrated."""
+    return quantizers.named(scheme).calibrates(layouts.parse(scheme))
+
+
 def _calibration(
     checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Options
 ) -> Calibration | None:
     """The data that the scheme is calibrated on; None for one that takes none."""
     if options.imatrix is not None and options.calibration:
-        raise BadInput("--imatrix and --calibration exclude each other", hint="a matrix is computed from the data")
+        raise BadInput(
+            "--imatrix and --calibration exclude each other", hint="a matrix is computed from the data"
+        )
     if schemes.is_gguf(scheme):
         wanted = bool(options.calibration)
     else:
         if options.imatrix is not None:
             raise BadInput(f"{scheme} takes no importance matrix", hint="give data with --calibration FILE")
-        wanted = quantizers.named(scheme).calibrates(layouts.parse(scheme))
+        wanted = calibrates(scheme)
         if options.calibration and not wanted:
             raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
     if not wanted:
@@ -202,7 +212,7 @@ def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progres
     """The data as a file of token windows, in the cache."""
     import numpy as np  # here, for plan loads none
 
-    drawn = calibrations.windows(data, calibrations.encoder(checkpoint.path), columns=max(spec.hidden, spec.ffn))
+    drawn = calibrations.windows(data, encoder(checkpoint.path), columns=max(spec.hidden, spec.ffn))
     for warning in drawn.warnings:
         progress.step(f"warning: {warning}")
     digest = hashlib.sha256(drawn.ids.tobytes()).hexdigest()[:16]
@@ -235,7 +245,9 @@ def _share(measured: Quality, limits: Limits) -> float:
     if measured.parent is None:
         return 1.0
     pairs = ((measured.parent.kl, limits.max_kl), (measured.parent.ppl_loss, limits.max_ppl_loss))
-    return min((limit / found.value for found, limit in pairs if limit is not None and found.value > 0), default=1.0)
+    return min(
+        (limit / found.value for found, limit in pairs if limit is not None and found.value > 0), default=1.0
+    )
 
 
 def heavier(spec: ModelSpec, scheme: str, *, imatrix: bool, keep: float) -> str | None:
@@ -285,9 +297,7 @@ def _record(
             seed=data.sampling.seed,
             fingerprints=heldout.fingerprints("\n\n".join(data.passages)),
         )
-    weights = schemes.weights_bytes(
-        spec, artifact.scheme, imatrix=options.weighted, backend=options.backend
-    )
+    weights = schemes.weights_bytes(spec, artifact.scheme, imatrix=options.weighted, backend=options.backend)
     return Record(
         model=spec.name,
         source=checkpoint.source,
@@ -299,5 +309,5 @@ def _record(
         bytes=artifact.bytes,
         tensor_bytes=Bytes(weights),
         calibration=calibrated,
-        quality=None if measured is None else cast(Mapping[str, object], serde.dump(measured)),
+        quality=measured,
     )

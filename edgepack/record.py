@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgepack import serde
+from edgepack.evaluation import Quality
 from edgepack.units import Bytes
 from edgepack.workspace import write_text
 
@@ -45,8 +46,8 @@ class Record:
     tensor_bytes: Bytes
     """Of the weights alone: predicted, and found to be so."""
     calibration: Calibrated | None
-    quality: Mapping[str, object] | None
-    """As `quality.Quality` goes to JSON; None when it was not measured."""
+    quality: Quality | None
+    """None when it was not measured."""
     schema_version: Literal[1] = 1
 
 

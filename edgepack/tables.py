@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def quantized(document: Mapping[str, Any]) -> str:
     """Where the artifact is, what it weighs, on what it was calibrated, and what it lost."""
     record = document["record"]
     if record is None:
-        return _text([f"{document['path']}: {show(document['predicted_tensor_bytes'])} of weights (exact); nothing was made"])
+        weight = show(document["predicted_tensor_bytes"])
+        return _text([f"{document['path']} would hold {weight} of weights (exact); nothing was made"])
     weights, rest = record["tensor_bytes"], record["bytes"] - record["tensor_bytes"]
     lines = [
         document["path"],
@@ -168,6 +170,43 @@ def inspect(document: Mapping[str, Any]) -> str:
         *(f"{name:<44}{value}" for name, value in sorted(document["annotations"].items())),
     ]
     return _text(lines)
+
+
+def quality(name: str, document: Mapping[str, Any]) -> str:
+    """What was measured of an artifact."""
+    return _text([f"{name} on {document['runtime']}", "", *quality_lines(document)])
+
+
+def quality_lines(document: Mapping[str, Any]) -> list[str]:
+    """The figures of a measured quality, one a line, each with its interval."""
+
+    def told(title: str, found: Mapping[str, float], form: str, rest: str = "") -> str:
+        ends = f"[{form.format(found['low'])}, {form.format(found['high'])}]"
+        return f"{title:<18}{form.format(found['value'])} {ends}{rest}"
+
+    text, parent, tasks = document["text"], document["parent"], document["tasks"]
+    lines = [told("perplexity", document["perplexity"], "{:.3f}")]
+    if parent is not None:
+        loss = {end: math.expm1(value) for end, value in parent["log_ratio"].items()}
+        lines += [
+            told("of the parent", parent["perplexity"], "{:.3f}"),
+            told("loss", loss, "{:+.2%}", " of perplexity, on the same tokens"),
+            told("KL to the parent", parent["kl"], "{:.4g}", " nats a token"),
+            told("99 % stay below", parent["kl_p99"], "{:.4g}"),
+            told("same first choice", parent["same_top"], "{:.1%}"),
+        ]
+    if tasks is not None:
+        lines.append(
+            told("accuracy", tasks["accuracy"], "{:.1%}", f" of {tasks['items']} items in {tasks['name']}")
+        )
+        if tasks["parent"] is not None:
+            flips = f", {tasks['lost']} lost and {tasks['gained']} gained"
+            lines.append(told("of the parent", tasks["parent"], "{:.1%}", flips))
+    lines.append(
+        f"{'measured on':<18}{text['tokens']} tokens of {text['name']} in {text['windows']} windows of "
+        f"{text['window']}; {document['level']:.0%} intervals"
+    )
+    return lines
 
 
 def profiles(everything: Iterable[DeviceProfile]) -> str:

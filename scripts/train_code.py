@@ -19,12 +19,26 @@ import torch
 from demo_corpus import Corpus
 from train_demo import Recipe, Shape, Stage, train
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "__pycache__",
+}
 LIMIT = 48_000
 """Characters of one file: a few tables of thousands of lines would be half of the text."""
 
+CALIBRATION = 400_000
+"""Characters of the training text that are put beside the model, for quantizers."""
+
 SHAPE = Shape(ffn=768, layers=4, heads=8, kv_heads=4, head=32)
-RECIPE = Recipe(stages=(Stage(steps=1500, length=256, peak=3e-3, warmup=100, fall=1600),), dropout=0.05, decay=0.1)
+RECIPE = Recipe(
+    stages=(Stage(steps=1500, length=256, peak=3e-3, warmup=100, fall=1600),), dropout=0.05, decay=0.1
+)
 
 
 def library(root: Path) -> Corpus:
@@ -47,13 +61,18 @@ def library(root: Path) -> Corpus:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_path("stdlib")), help="a tree of .py files")
+    parser.add_argument(
+        "--text", type=Path, default=Path(sysconfig.get_path("stdlib")), help="a tree of .py files"
+    )
     parser.add_argument("--work", type=Path, default=Path("run"), help="where checkpoints go")
     parser.add_argument("--out", type=Path, default=Path("code-model"), help="where the trained model goes")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    train(library(given.text), given.work, given.out, SHAPE, RECIPE)
+    text = library(given.text)
+    train(text, given.work, given.out, SHAPE, RECIPE)
+    sample = "\n\n".join(text.training[::7])[:CALIBRATION]
+    (given.out / "calibration.txt").write_text(sample, encoding="utf-8")
 
 
 if __name__ == "__main__":

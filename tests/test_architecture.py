@@ -29,7 +29,7 @@ LEVELS = (
     {"memory", "speed", "degradation"},
     {"plan", "fit"},
     {"choice"},
-    {"artifact"},
+    {"artifact", "evaluation"},
     {"toolchain", "hub", "probe", "calibration", "heldout", "record"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring"},
     {"pipeline", "tables", "run", "calibrate", "quantization"},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import architectures, memory, modelspec, pipeline, plan, profile, schemes
+from edgepack import architectures, memory, modelspec, pipeline, plan, profile, quantization, schemes
 from edgepack.builders import convert
 from edgepack.errors import BadInput, Unsupported
 from edgepack.plan import Request
@@ -223,7 +223,8 @@ def test_a_build_of_it_ends_before_anything_is_fetched() -> None:
     chosen = pipeline.make_plan(Request(profile=device), [pipeline.named("smollm3-3b")])
 
     with pytest.raises(Unsupported, match="plans for and does not convert"):
-        pipeline.build(chosen, pipeline.BuildOptions(out=Path("nowhere")), Silent())
+        options = pipeline.BuildOptions(out=Path("nowhere"), quantization=quantization.Options())
+        pipeline.build(chosen, options, Silent())
 
 
 def test_the_catalog_is_chosen_from_where_it_can_be_built() -> None:

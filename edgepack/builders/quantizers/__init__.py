@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
-from edgepack import errors, layouts
+from edgepack import errors, layouts, record
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders.quantize import import_path
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
@@ -109,7 +109,9 @@ def build(
     quantizer = named(job.scheme)
     versions = installed(quantizer)
     if quantizer.calibrates(scheme) and job.windows is None:
-        raise BadInput(f"{job.scheme} needs calibration data", hint="--calibration FILE; without it the built-in text")
+        raise BadInput(
+            f"{job.scheme} needs calibration data", hint="--calibration FILE; without it the built-in text"
+        )
     predicted = weights_bytes(spec, job.scheme, imatrix=False, backend=job.backend)
     out = folder / f"{_digest(checkpoint, job, calibration, versions)}-{job.scheme}"
     if not out.is_dir():
@@ -135,14 +137,15 @@ def installed(quantizer: Quantizer) -> Mapping[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
             raise MissingTool(
-                f"{name} is not installed", hint=f"pip install 'edgepack[{quantizer.EXTRA}]' (torch first: README)"
+                f"{name} is not installed",
+                hint=f"pip install 'edgepack[{quantizer.EXTRA}]' (torch first: README)",
             ) from error
     return found
 
 
 def files(folder: Path) -> list[Path]:
-    """The files of an artifact, in one order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """The files of an artifact, in one order, without the record that is written of it."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != record.NAME)
 
 
 def folder_sha256(folder: Path) -> str:
