@@ -208,4 +208,8 @@ def _content(value: object, name: str) -> str:
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{name!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name!r} has half of a character (an escape of D800 to DFFF)") from error
     return value
