@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.errors import BadInput, NotFound
+from edgepack.units import GIB, show
 
 _ROLES: Mapping[str, str] = {
     "human": "user",
@@ -27,6 +28,8 @@ _ROLES: Mapping[str, str] = {
 """ShareGPT's names to those of chat templates."""
 
 _SHAPES = '"text", "messages", "conversations" or "instruction" and "output"'
+_MOST = GIB
+"""Bytes of one file: it is held in memory, and about a megabyte of it is used."""
 _LISTED = 20
 """Problems that are written out; the others are counted."""
 
@@ -52,6 +55,10 @@ def read_all(paths: Sequence[Path]) -> list[tuple[list[Document], str]]:
     found = []
     for path in paths:
         try:
+            size = path.stat().st_size
+            if size > _MOST:
+                problems.append(f"{path} has {show(size)}; the limit is {show(_MOST)}: take a sample of it")
+                continue
             raw = path.read_bytes()
         except OSError as error:
             problems.append(f"{path} cannot be read: {error.strerror}")

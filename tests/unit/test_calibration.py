@@ -156,6 +156,15 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
     assert raised.value.message.splitlines()[-1] == "and 10 more"
 
 
+def test_a_file_that_memory_would_not_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.truncate(3 * 1024**3)
+
+    with pytest.raises(BadInput, match=r"a\.jsonl has 3\.00 GiB; the limit is 1\.00 GiB"):
+        read(path)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"no calibration file .*a\.txt, .*b\.txt"):
         read(tmp_path / "a.txt", tmp_path / "b.txt")
