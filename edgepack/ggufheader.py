@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +141,7 @@ class Array:
     count: int
     items: tuple[int, ...] | None = None
     """Its elements, of a list of whole numbers or booleans with a value per layer; else they are skipped."""
-    start: int = 0
+    start: int = field(default=0, compare=False)
     """Byte of the file at which its elements start."""
 
 

@@ -54,7 +54,7 @@ def build(
             f"{name} needs an importance matrix for {spec.name}",
             hint="--calibration FILE computes one, --imatrix FILE gives one made by llama-imatrix",
         )
-    given = _given(imatrix, checkpoint, spec)
+    given = _given(imatrix, checkpoint, spec, progress)
     data = given.sha256 if isinstance(given, Calibration) else None
     matrix_id = sha256_file(given) if isinstance(given, Path) else None
     tool = f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), llama-cpp-python {SDIST_VERSION}"
@@ -97,15 +97,18 @@ def _full_precision(
 
 
 def _given(
-    imatrix: Path | Calibration | None, checkpoint: Checkpoint, spec: ModelSpec
+    imatrix: Path | Calibration | None, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
 ) -> Path | Calibration | None:
     """A file that is no importance matrix is calibration data; a matrix of another model is refused before any work."""
     if not isinstance(imatrix, Path):
         return imatrix
-    if not is_matrix(imatrix):
-        return calibration.of(checkpoint.path, (imatrix,), context=spec.context_train)
-    require_match(imatrix, spec)
-    return imatrix
+    if is_matrix(imatrix):
+        require_match(imatrix, spec)
+        return imatrix
+    data = calibration.of(checkpoint.path, (imatrix,), context=spec.context_train)
+    for warning in data.warnings:
+        progress.step(f"warning: {warning}")
+    return data
 
 
 def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:

@@ -18,6 +18,7 @@ from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder
 from edgepack.calibration.overlap import Fingerprint, fingerprint
 from edgepack.errors import BadInput
+from edgepack.workspace import whole_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,6 +209,14 @@ def windows(calibration: Calibration, encoder: Encoder, *, columns: int = 0) -> 
             "tokenizer hardly knows this kind of text, so the model is hardly meant for it"
         )
     return Windows(ids=ids, warnings=tuple(warnings))
+
+
+def save(found: Windows, path: Path) -> None:
+    """The ids as a .npy that appears whole: what a quantizer's process is given."""
+    import numpy as np
+
+    with whole_file(path) as temporary, temporary.open("wb") as stream:
+        np.save(stream, found.ids, allow_pickle=False)
 
 
 def record(calibration: Calibration) -> Record:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.errors import BadInput, NotFound
+from edgepack.units import GIB, show
 
 _ROLES: Mapping[str, str] = {
     "human": "user",
@@ -27,6 +28,8 @@ _ROLES: Mapping[str, str] = {
 """ShareGPT's names to those of chat templates."""
 
 _SHAPES = '"text", "messages", "conversations" or "instruction" and "output"'
+_MOST = GIB
+"""Bytes of one file: it is held in memory, and about a megabyte of it is used."""
 _LISTED = 20
 """Problems that are written out; the others are counted."""
 
@@ -52,6 +55,10 @@ def read_all(paths: Sequence[Path]) -> list[tuple[list[Document], str]]:
     found = []
     for path in paths:
         try:
+            size = path.stat().st_size
+            if size > _MOST:
+                problems.append(f"{path} has {show(size)}; the limit is {show(_MOST)}: take a sample of it")
+                continue
             raw = path.read_bytes()
         except OSError as error:
             problems.append(f"{path} cannot be read: {error.strerror}")
@@ -208,4 +215,8 @@ def _content(value: object, name: str) -> str:
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{name!r} is {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{name!r} has half of a character (an escape of D800 to DFFF)") from error
     return value

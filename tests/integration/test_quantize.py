@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +283,35 @@ def test_markers_in_the_data_are_one_token_each(whole: Path, tmp_path: Path) -> 
 
     with pytest.raises(BadInput, match="are 60 tokens"):
         compute(whole, data(tmp_path / "a.txt", marker * 60), tmp_path / "m.gguf")
+
+
+class Told:
+    """A progress that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.done: list[int] = []
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+    @contextmanager
+    def bar(self, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        yield self.done.append
+
+
+def test_every_chunk_is_counted_and_too_few_are_said(whole: Path, tmp_path: Path) -> None:
+    text = " ".join(str(number) for number in range(200))
+    told = Told()
+
+    imatrix.compute(
+        whole, data(tmp_path / "a.txt", text), tmp_path / "m.gguf", toolchain=toolchain.find(), progress=told
+    )
+
+    (warning,) = told.steps
+    given = int(re.findall(r"\d+", warning)[0])
+    assert warning.endswith(f"give {given} tokens, and 1024 were asked for")
+    assert sum(told.done) == given / 128 and max(told.done) == 1
 
 
 def test_data_of_less_than_two_chunks_are_refused_with_figures(whole: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_the_wheel_carries_what_the_program_reads(tmp_path: Path) -> None:
     templates = {f"edgepack/_data/templates/{p.relative_to(rendered)}" for p in rendered.rglob("*.j2")}
     assert profiles | templates <= names
     assert {"edgepack/models/demo/model.safetensors", "edgepack/device/agent.py"} <= names
+    assert "edgepack/calibration/builtin.jsonl" in names
     assert any(name.startswith("edgepack/catalog/") and name.endswith(".yaml") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
 

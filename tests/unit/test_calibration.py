@@ -118,6 +118,7 @@ def test_all_problems_of_all_files_are_named_at_once(tmp_path: Path) -> None:
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
         '{"conversations": [{"from": "narrator", "value": "x"}]}',
+        '{"text": "half \\ud83d"}',
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     names = ("empty.txt", "model.bin", "latin.txt", "list.json", "cut.json", "none.jsonl", "rows.jsonl")
@@ -141,6 +142,7 @@ def test_all_problems_of_all_files_are_named_at_once(tmp_path: Path) -> None:
         "rows.jsonl line 8: 'content' has a part of type 'image'; only text is used",
         "rows.jsonl line 9: turn 1 is from 'narrator', not from one of "
         "human, user, gpt, chatgpt, assistant, system, tool",
+        "rows.jsonl line 10: 'text' has half of a character (an escape of D800 to DFFF)",
     ]
     assert raised.value.hint is not None and "jsonl" in raised.value.hint
 
@@ -152,6 +154,15 @@ def test_many_problems_are_counted(tmp_path: Path) -> None:
         read(path)
 
     assert raised.value.message.splitlines()[-1] == "and 10 more"
+
+
+def test_a_file_that_memory_would_not_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as stream:
+        stream.truncate(3 * 1024**3)
+
+    with pytest.raises(BadInput, match=r"a\.jsonl has 3\.00 GiB; the limit is 1\.00 GiB"):
+        read(path)
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -320,6 +331,17 @@ def test_windows_are_packed_with_what_the_tokenizer_puts_around_texts(tmp_path: 
     stream = [*first, 2, 1, *second, 2, 1]
     assert marked.ids.tolist() == [[1, *stream[:4]], [1, *stream[4:8]]]
     assert marked.ids.dtype == np.int32
+
+
+def test_windows_are_written_as_the_ids_they_are(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(200))
+    found = calibration.windows(read(tmp_path / "a.txt"), by_word())
+
+    calibration.save(found, tmp_path / "windows.npy")
+
+    back = np.load(tmp_path / "windows.npy", allow_pickle=False)
+    assert back.dtype == np.int32 and (back == found.ids).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "windows.npy"]
 
 
 def test_no_token_is_used_twice(tmp_path: Path) -> None:

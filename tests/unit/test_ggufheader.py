@@ -68,6 +68,14 @@ def test_what_was_written_is_read(path: Path) -> None:
     assert header.file_bytes == len(whole())
 
 
+def test_the_texts_of_an_array_are_read_when_they_are_asked_for(path: Path) -> None:
+    path.write_bytes(whole())
+    tokens = ggufheader.parse(path).values["tokens"]
+
+    assert isinstance(tokens, Array)
+    assert ggufheader.texts(path, tokens) == ("a", "süß", "<|x|>", "")
+
+
 def test_version_2_is_read_and_other_versions_are_refused(path: Path) -> None:
     data = whole()
     for version, message in ((1, "version 1"), (4, "version 4"), (0x03000000, "big-endian")):
