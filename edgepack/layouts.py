@@ -8,7 +8,7 @@ are one graph. All but ONNX leave embeddings, the output head and norms in 16 bi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -32,15 +32,17 @@ class Scheme:
     activations: int = 16
     """Bits of the activations that the matrices are multiplied with."""
     act_order: bool = False
+    asymmetric: bool = False
+    """A zero of its own for each group, where the layout's default is the middle of the codes."""
     mixed: bool = False
     """Eight bits for the output head and for queries, keys, values and downs of half of the layers (onnxruntime-genai's
     k_quant_mixed)."""
 
 
 EXAMPLES: tuple[str, ...] = (
-    "gptq-int4-g128", "gptq-int8-g128", "gptq-int4-g128-actorder", "awq-int4-g128", "autoround-int4-g128",
-    "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "ct-w4a8-g128", "fp8", "bnb-int8", "bnb-nf4", "onnx-int4", "onnx-int8",
-    "onnx-int4-b128", "onnx-int4-rtn", "onnx-fp16", "bf16",
+    "gptq-int4-g128", "gptq-int8-g128", "gptq-int4-g128-actorder", "gptq-int3-g128-asym", "awq-int4-g128",
+    "autoround-int4-g128", "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "ct-w4a8-g128", "fp8", "bnb-int8", "bnb-nf4",
+    "onnx-int4", "onnx-int8", "onnx-int4-b128", "onnx-int4-rtn", "onnx-fp16", "bf16",
 )  # fmt: skip
 """One name of each kind, for hints; the grammar is in `parse`."""
 
@@ -54,7 +56,7 @@ GRID: tuple[str, ...] = (
 LATER = {"gguf-budget": "a later version builds it"}
 """Names that are reserved, and why they are refused."""
 
-_GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-actorder)?")
+_GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-asym)?(-actorder)?")
 _PACKED = re.compile(r"ct-w([48])a(8|16)(-g128)?")
 _ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-rtn|-k-quant-mixed)?")
 _PLAIN: dict[str, tuple[Family, int]] = {
@@ -76,7 +78,7 @@ _ONNX_BLOCK = 32
 def parse(name: str) -> Scheme:
     """The scheme behind a name that is no GGUF's.
 
-    ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-actorder]``, ``ct-w{4,8}a{8,16}[-g128]``, ``fp8``,
+    ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-asym][-actorder]``, ``ct-w{4,8}a{8,16}[-g128]``, ``fp8``,
     ``bnb-int8``, ``bnb-nf4``, ``onnx-int4[-b{16..256}][-rtn]``, ``onnx-int8[-b{16..256}]``, ``onnx-fp16``, ``bf16``.
     onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn plain
     rounding to nearest. Raises Unsupported for a name that is not known, with the nearest one, and for a combination
@@ -97,7 +99,7 @@ def parse(name: str) -> Scheme:
 
 
 def _grouped(text: str, found: re.Match[str]) -> Scheme:
-    family, bits, group, order = found.groups()
+    family, bits, group, asymmetric, order = found.groups()
     offered = BITS[family]
     if int(bits) not in offered:
         only = ", ".join(str(b) for b in offered)
@@ -105,6 +107,9 @@ def _grouped(text: str, found: re.Match[str]) -> Scheme:
         raise Unsupported(f"{text}: {family} packs {only} bits, not {bits}", hint=f"take {other}")
     if group != "all" and int(group) not in GROUPS:
         raise Unsupported(f"{text}: no kernel reads groups of {group}", hint="groups are 32, 64, 128 or all")
+    if asymmetric and family != "gptq":
+        why = "AWQ always is" if family == "awq" else f"edgepack makes {family} symmetric"
+        raise Unsupported(f"{text}: {why}, so there is no -asym", hint=text.replace(asymmetric, ""))
     if order and family != "gptq":
         raise Unsupported(
             f"{text}: {family} has no act order; its layout has no g_idx", hint=text.removesuffix("-actorder")
@@ -115,6 +120,7 @@ def _grouped(text: str, found: re.Match[str]) -> Scheme:
         bits=int(bits),
         group=None if group == "all" else int(group),
         act_order=order is not None,
+        asymmetric=family == "awq" or asymmetric is not None,
     )
 
 
@@ -194,7 +200,7 @@ def kinds(spec: ModelSpec, name: str, *, backend: Backend) -> tuple[str, ...]:
     if scheme.family == "onnx":
         require_graph(scheme, backend)
         return tuple(_onnx_kinds(spec, scheme, half=backend != "cpu"))
-    kind = _kind(scheme)
+    kind = matrix_kind(scheme)
     result = []
     for tensor in spec.tensors:
         if tensor.name in _NOT_STORED:
@@ -207,7 +213,7 @@ def kinds(spec: ModelSpec, name: str, *, backend: Backend) -> tuple[str, ...]:
     return tuple(result)
 
 
-def _kind(scheme: Scheme) -> str | None:
+def matrix_kind(scheme: Scheme) -> str | None:
     """Kind of a quantized matrix; None when nothing is quantized."""
     group = "ROW" if scheme.group is None else f"G{scheme.group}"
     match scheme.family:
@@ -303,7 +309,8 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
     "F16+ONNX4-G32-F16" is one that is stored twice, as a table and as a matrix.
 
     GPTQ: qweight, qzeros (stored even when symmetric), fp16 scales, g_idx (GPTQModel, nn_modules/qlinear,
-    _register_gptq_buffers); AWQ the same without g_idx (AWQuantLinear), AutoRound too. Compressed-tensors: packed
+    _register_gptq_buffers), whether symmetric or not; AWQ the same without g_idx (AWQuantLinear); AutoRound as GPTQ,
+    whose layout it is written in. Compressed-tensors: packed
     int32 and bf16 scales. bitsandbytes: NF4 with an f32 scale per 64 and no second quantization
     (functional.py, quantize_4bit), int8 with an f32 scale per row. ONNX: MatMulNBits, scales in the graph's floats.
     """
@@ -331,14 +338,26 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
     integers = _INTEGERS.fullmatch(kind)
     if integers is None:
         raise Unsupported(f"how {kind} is stored is not known")
-    family, bits = integers[1], int(integers[2])
+    if integers[1] != "CT":
+        return matrices * sum(size for _, size in packed(kind, columns, rows // matrices).values())
+    bits = int(integers[2])
     groups = columns // int(integers[4]) if integers[4] else 1
-    size = elements * bits // 8 + 2 * groups * rows
-    if family != "CT":
-        size += groups * rows * bits // 8
-    if family == "GPTQ":
-        size += 4 * columns * matrices
-    return size
+    return elements * bits // 8 + 2 * groups * rows
+
+
+def packed(kind: str, columns: int, rows: int) -> Mapping[str, tuple[str, int]]:
+    """The tensors that one matrix of GPTQ, AWQ or AutoRound becomes: name -> type (safetensors' word) and bytes."""
+    integers = _INTEGERS.fullmatch(kind)
+    if integers is None or integers[1] == "CT":
+        raise Unsupported(f"how {kind} is stored is not known")
+    bits = int(integers[2])
+    groups = columns // int(integers[4]) if integers[4] else 1
+    parts = {
+        "qweight": ("I32", columns * rows * bits // 8),
+        "qzeros": ("I32", groups * rows * bits // 8),
+        "scales": ("F16", 2 * groups * rows),
+    }
+    return parts if integers[1] == "AWQ" else {**parts, "g_idx": ("I32", 4 * columns)}
 
 
 @lru_cache(maxsize=1024)
@@ -352,7 +371,7 @@ def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
     scheme = parse(name)
     if scheme.family == "onnx":
         return rope_table_bytes(spec, half=half) + 3_500 + 7_800 * spec.layers
-    per_matrix = {"gptq": 4, "awq": 3, "autoround": 3, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
+    per_matrix = {"gptq": 4, "awq": 3, "autoround": 4, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
     entries = sum(
         (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix[scheme.family] if is_linear(t) else 1)
         for t in spec.tensors

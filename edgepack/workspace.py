@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -66,6 +67,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_dir(path: Path) -> Iterator[Path]:
     """Like whole_file for a folder: it appears under its name only when the block completed."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.part{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -79,6 +81,24 @@ def whole_dir(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what processes that were killed had written of ``path``; one that still runs keeps its own."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.part*"):
+        owner = part.name.rpartition(".part")[2]
+        if owner.isdecimal() and not _runs(int(owner)):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,17 @@ def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> 
         require_space(tmp_path / "deep" / "down", 2**62)
 
     assert "must be written" in caught.value.message
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next_run(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, running = tmp_path / f".x.part{ended.pid}", tmp_path / f".x.part{os.getppid()}"
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "half").write_text("")
+
+    with whole_dir(tmp_path / "x"):
+        pass
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == [running.name, "x"]

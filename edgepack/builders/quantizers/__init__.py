@@ -10,16 +10,20 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from edgepack import errors, layouts, record
 from edgepack.artifact import Artifact, Checkpoint
+from edgepack.builders import safetensors
 from edgepack.builders.quantize import import_path
+from edgepack.builders.safetensors import Stored
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
@@ -28,6 +32,10 @@ from edgepack.schemes import weights_bytes
 from edgepack.shell import run
 from edgepack.units import MIB, Bytes
 from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandbytes", "onnx_genai")
 """The quantizers; adding one is a module here and rows in layouts.py."""
@@ -59,6 +67,8 @@ class Job:
     """Tokens of one sequence in the plan; max_length of an ONNX model."""
     threads: int
     seed: int
+    scratch: Path | None = None
+    """A folder that a killed run leaves and the next run of the same job finds again (set by ``build``)."""
 
 
 class Quantizer(Protocol):
@@ -103,7 +113,8 @@ def build(
     """The artifact that ``job`` describes, in a folder of ``folder`` (``job.out`` is set here), unless it is there.
 
     ``calibration``: sha256 of what ``job.windows`` was made from. Raises MissingTool with the extra to install,
-    BuildFailed with the library's words, NoSpace, and BuildFailed when the tensors' bytes are not those predicted.
+    BadInput for calibration that cannot serve and a source without safetensors, NoSpace, and BuildFailed with the
+    library's words or when a tensor is not the one that was predicted.
     """
     scheme = layouts.parse(job.scheme)
     quantizer = named(job.scheme)
@@ -115,9 +126,16 @@ def build(
     predicted = weights_bytes(spec, job.scheme, imatrix=False, backend=job.backend)
     out = folder / f"{_digest(checkpoint, job, calibration, versions)}-{job.scheme}"
     if not out.is_dir():
+        stored = safetensors.checkpoint(checkpoint.path)
+        if job.windows is not None and quantizer.calibrates(scheme):
+            check_windows(job.windows, spec)
         require_space(folder, predicted + 64 * MIB)
+        scratch = folder / f".{out.name}.scratch"
         with whole_dir(out) as partial:
-            _run(quantizer, replace(job, out=partial), progress)
+            _run(quantizer, replace(job, out=partial, scratch=scratch), progress)
+            if scheme.family != "onnx":
+                verify(partial, stored, spec, job.scheme)
+        shutil.rmtree(scratch, ignore_errors=True)
     return Artifact(
         path=out,
         scheme=job.scheme,
@@ -143,6 +161,85 @@ def installed(quantizer: Quantizer) -> Mapping[str, str]:
     return found
 
 
+def check_windows(path: Path, spec: ModelSpec) -> None:
+    """Raises BadInput for calibration that the model cannot read, or that is too little to quantize by.
+
+    With fewer tokens than a matrix has columns X'X has no inverse, and what is left is damping.
+    """
+    import numpy as np
+
+    try:
+        windows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is no .npy of token ids: {error}") from error
+    if windows.ndim != 2 or windows.dtype != np.int32 or not windows.size:
+        raise BadInput(
+            f"{path} holds {windows.dtype} of shape {windows.shape}",
+            hint="int32 token ids, [windows, tokens]",
+        )
+    length = windows.shape[1]
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= spec.vocab:
+        raise BadInput(
+            f"{path} has token {low if low < 0 else high}, and {spec.name} knows {spec.vocab}",
+            hint="calibrate with the model's own tokenizer",
+        )
+    if length > spec.context_train:
+        raise BadInput(
+            f"{path} has windows of {length} tokens, and {spec.name} was trained on {spec.context_train}",
+            hint=f"cut it into windows of {spec.context_train} or fewer",
+        )
+    widest = max(tensor.shape[0] for tensor in spec.tensors if layouts.is_linear(tensor))
+    if windows.size < widest:
+        raise BadInput(
+            f"{path} has {windows.size} tokens of calibration, and {spec.name} has matrices of {widest} columns",
+            hint=f"give at least {-(-widest // length)} windows of {length}; 128 of 2048 are usual",
+        )
+
+
+def verify(folder: Path, source: Mapping[str, Stored], spec: ModelSpec, scheme: str) -> None:
+    """Raises BuildFailed unless the folder's tensors are the source's, each as it is or packed as predicted, and in all
+    as many bytes as the plan counts with."""
+    made = safetensors.checkpoint(folder)
+    predicted, real = weights_bytes(spec, scheme, imatrix=False), sum(t.bytes for t in made.values())
+    parsed = layouts.parse(scheme)
+    if parsed.family in ("gptq", "awq", "autoround"):
+        _same_tensors(made, source, spec, parsed)
+    if real != predicted:
+        raise _unlike(f"{folder.name} has tensors of {real} bytes, and {predicted} were predicted")
+
+
+def _same_tensors(
+    made: Mapping[str, Stored], source: Mapping[str, Stored], spec: ModelSpec, scheme: layouts.Scheme
+) -> None:
+    kind = layouts.matrix_kind(scheme) or "BF16"
+    expected: dict[str, tuple[str, int]] = {}
+    for name, tensor in source.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.qweight" in made:
+            rows, columns = tensor.shape
+            parts = layouts.packed(kind, columns, rows)
+            expected |= {f"{module}.{part}": like for part, like in parts.items()}
+        elif name in made or not (spec.tied and module == "lm_head"):
+            expected[name] = ("", 2 * math.prod(tensor.shape))
+    if unknown := sorted(made.keys() - expected.keys()):
+        raise _unlike(f"{unknown[0]} is in the artifact and in no prediction")
+    for name, (dtype, size) in expected.items():
+        if name not in made:
+            raise _unlike(f"{name} is not in the artifact")
+        got = made[name]
+        if got.bytes != size or got.dtype not in ((dtype,) if dtype else ("F16", "BF16")):
+            raise _unlike(
+                f"{name} has {got.bytes} bytes of {got.dtype}; predicted are {size} of {dtype or '16 bits'}"
+            )
+
+
+def _unlike(what: str) -> BuildFailed:
+    return BuildFailed(
+        what, hint="this is a bug in edgepack or in the library; report it with the model's config.json"
+    )
+
+
 def files(folder: Path) -> list[Path]:
     """The files of an artifact, in one order, without the record that is written of it."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != record.NAME)
@@ -152,6 +249,31 @@ def folder_sha256(folder: Path) -> str:
     """sha256 over the names and digests of the files, in the form that sha256sum prints."""
     lines = (f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files(folder))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def report(done: int, total: int) -> None:
+    """Tells the parent of a quantizer's process how far it is; on a line of its own whatever a library printed."""
+    sys.stdout.write(f"\nprogress {done} {total}\n")
+    sys.stdout.flush()
+
+
+def read_windows(job: Job) -> NDArray[np.int32]:
+    """The calibration's token ids, [windows, tokens], in the order in which they were given."""
+    import numpy as np
+
+    if job.windows is None:
+        raise BadInput(f"{job.scheme} needs calibration data", hint="--calibration FILE")
+    windows: NDArray[np.int32] = np.load(job.windows, allow_pickle=False)
+    return windows
+
+
+def float_type(source: Path) -> str:
+    """torch's name of the type in which what stays unquantized is kept: the source's own, bfloat16 for 32 bits.
+
+    A library that is not told loads and saves in float32, which doubles embeddings and head.
+    """
+    types = {stored.dtype for stored in safetensors.checkpoint(source).values()}
+    return "float16" if types == {"F16"} else "bfloat16"
 
 
 def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions: Mapping[str, str]) -> str:
@@ -224,6 +346,8 @@ def to_json(job: Job) -> str:
 
 def from_json(text: str) -> Job:
     fields = json.loads(text)
-    paths = {name: Path(fields[name]) for name in ("source", "out")}
-    windows = None if fields["windows"] is None else Path(fields["windows"])
-    return Job(**{**fields, **paths, "windows": windows})
+    paths = {
+        name: None if fields[name] is None else Path(fields[name])
+        for name in ("source", "out", "windows", "scratch")
+    }
+    return Job(**{**fields, **paths})
