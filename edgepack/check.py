@@ -15,6 +15,7 @@ from edgepack import serde, toolchain, workspace
 from edgepack.bundle.sbom import commit
 from edgepack.device import agent
 from edgepack.errors import EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
+from edgepack.evaluation import Quality
 from edgepack.memory import Part
 from edgepack.plan import Plan
 from edgepack.progress import Progress
@@ -326,7 +327,12 @@ class CheckReport:
 
 
 def evaluate(
-    plan: Plan, facts: Facts, *, strict_device: bool = False, notes: tuple[str, ...] = ()
+    plan: Plan,
+    facts: Facts,
+    *,
+    strict_device: bool = False,
+    measured: Quality | None = None,
+    notes: tuple[str, ...] = (),
 ) -> CheckReport:
     """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
     same_device = all(row.status != "fail" for row in facts.match)
@@ -346,6 +352,7 @@ def evaluate(
         *_paging(plan, facts),
         *_speed(judged),
         *_turns(facts),
+        *_measured(measured),
         *_quality(facts),
     )
     return CheckReport(
@@ -749,6 +756,17 @@ def _turns(facts: Facts) -> Iterator[Item]:
     )
 
 
+def _measured(quality: Quality | None) -> Iterator[Item]:
+    """What the artifact lost when it was made: the drift on this device, in the row below, comes on top of it."""
+    if quality is None:
+        return
+    parent = quality.parent
+    told = f"perplexity {quality.perplexity.value:.2f}"
+    if parent is not None:
+        told = f"KL {parent.kl.value:.4f} nats to the parent, {told} ({parent.ppl_loss.value:+.2%})"
+    yield Item(name="quality at build", status="note", expected=told, measured="")
+
+
 def _quality(facts: Facts) -> Iterator[Item]:
     quality = facts.quality
     if quality is None:
@@ -862,6 +880,7 @@ def check(
     progress.step(f"verifying {bundle.name}")
     found, signature = bundles.verified(bundle, allowed_signers)
     verified = signature["state"] == "verified"
+    measured = bundles.quality_in(found, bundle)
     with bundles.translated(bundle):
         plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
     carried = agent.find_file(found, bundles.SERVER) is not None
@@ -883,7 +902,7 @@ def check(
         if finished.returncode not in (0, 5):
             raise _broken(finished.returncode, finished.stdout)
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
-    return evaluate(plan, facts, strict_device=strict_device, notes=notes)
+    return evaluate(plan, facts, strict_device=strict_device, measured=measured, notes=notes)
 
 
 def _broken(status: int, output: str) -> EdgepackError:

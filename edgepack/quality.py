@@ -20,7 +20,7 @@ from edgepack.errors import BadInput, QualityTooLow
 from edgepack.evaluation import Accuracy, Distance, Evaluated, Quality
 from edgepack.heldout import Text
 from edgepack.progress import Progress
-from edgepack.scoring import Scorer, reference
+from edgepack.scoring import Model, reference
 from edgepack.scoring import tasks as questions
 from edgepack.scoring.intervals import Floats, exp, mean, quantile, share
 from edgepack.scoring.reference import Cut, Reference, Scores
@@ -213,7 +213,7 @@ def _runnable(parent: Path, artifact: Path, progress: Progress) -> Iterator[Path
         yield convert.convert(parent, Path(folder) / "parent.gguf", outtype=outtype, progress=progress)
 
 
-def _windows(scorer: Scorer, cut: Cut) -> list[list[int]]:
+def _windows(scorer: Model, cut: Cut) -> list[list[int]]:
     """Windows of the text in the model's own tokens. Raises BadInput when the text is too short for an interval."""
     size = min(cut.window, scorer.facts.context)
     tokens = scorer.tokenize(cut.text.content)
@@ -228,7 +228,7 @@ def _windows(scorer: Scorer, cut: Cut) -> list[list[int]]:
 
 
 def _require_same_tokens(
-    parent: Path, known: Reference, artifact: Path, scorer: Scorer, pieces: list[list[int]]
+    parent: Path, known: Reference, artifact: Path, scorer: Model, pieces: list[list[int]]
 ) -> None:
     width = known.codes.shape[2]
     if width != scorer.facts.vocabulary:
@@ -243,7 +243,7 @@ def _require_same_tokens(
         )
 
 
-def _likelihoods(scorer: Scorer, pieces: Sequence[Sequence[int]], progress: Progress) -> Floats:
+def _likelihoods(scorer: Model, pieces: Sequence[Sequence[int]], progress: Progress) -> Floats:
     found = np.empty((len(pieces), len(pieces[0]) - 1))
     with progress.bar("scoring the artifact", len(pieces)) as advance:
         for at, piece in enumerate(pieces):
@@ -255,7 +255,7 @@ def _likelihoods(scorer: Scorer, pieces: Sequence[Sequence[int]], progress: Prog
 
 def _quality(
     digest: str,
-    scorer: Scorer,
+    scorer: Model,
     cut: Cut,
     nll: Floats,
     distance: Distance | None,

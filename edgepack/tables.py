@@ -169,6 +169,8 @@ def inspect(document: Mapping[str, Any]) -> str:
         "",
         *(f"{name:<44}{value}" for name, value in sorted(document["annotations"].items())),
     ]
+    if document["quality"] is not None:
+        lines += ["", *quality_lines(document["quality"])]
     return _text(lines)
 
 

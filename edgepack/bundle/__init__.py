@@ -18,6 +18,7 @@ from edgepack.bundle.provenance import provenance
 from edgepack.bundle.render import image_for, render
 from edgepack.bundle.sbom import sbom
 from edgepack.errors import BadInput, CheckFailed, MissingTool, NoSpace, NotFound, Untrusted
+from edgepack.evaluation import Quality
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import llama_cpp
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
+QUALITY = "quality.json"
 AGENT = Path(__file__).parents[1] / "device" / "agent.py"
 _MORE_SPACE = "free some space, or set EDGEPACK_CACHE to another disk"
 
@@ -55,12 +57,14 @@ def write(
     runtime: Path | None = None,
     sequence: int = 1,
     image_digest: str | None = None,
+    quality: Quality | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Writes the bundle to the file ``out``; the same inputs give the same bytes.
 
     ``selftest``: what the model answered here, for the check on the device. ``runtime``: a static
-    llama-server for the device. ``sequence``: the release's number, which a device never lets fall.
+    llama-server for the device. ``quality``: what was measured of the artifact, shown by inspect and check.
+    ``sequence``: the release's number, which a device never lets fall.
     Without ``key`` the bundle is unsigned, and the caller must say so. Raises BadInput, NoSpace, Untrusted,
     and what `sign.usable_key` raises.
     """
@@ -69,7 +73,7 @@ def write(
     if key is not None:
         sign.usable_key(key)
     plan, checkpoint = _portable(plan, checkpoint)
-    layers = _layers(plan, artifact, checkpoint, selftest, runtime, image_digest)
+    layers = _layers(plan, artifact, checkpoint, selftest, quality, runtime, image_digest)
     image = oci.Image(
         name=_reference_name(plan),
         config=_config(plan, artifact, checkpoint, layers),
@@ -141,6 +145,7 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     is demanded by ``allowed_signers`` and there is no ssh-keygen.
     """
     found, signature = verified(path, allowed_signers)
+    measured = quality_in(found, path)
     return {
         "schema_version": 1,
         "path": str(path),
@@ -149,10 +154,21 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
         "manifest_digest": found["manifest_digest"],
         "signature": signature,
         "annotations": found["annotations"],
+        "quality": None if measured is None else serde.dump(measured),
         "files": [
             {"path": file["path"], "bytes": file["size"], "digest": file["digest"]} for file in found["files"]
         ],
     }
+
+
+def quality_in(found: agent.Bundle, path: Path) -> Quality | None:
+    """What was measured of the artifact in a verified bundle; None when nothing was. Raises Untrusted, BadInput."""
+    from edgepack.device import agent
+
+    if agent.find_file(found, QUALITY) is None:
+        return None
+    with translated(path):
+        return serde.load(Quality, agent.read_document(found, QUALITY), source=f"{path}: {QUALITY}")
 
 
 def unpack(
@@ -196,6 +212,7 @@ def _layers(
     artifact: Artifact,
     checkpoint: Checkpoint,
     selftest: Mapping[str, object],
+    quality: Quality | None,
     runtime: Path | None,
     image_digest: str | None,
 ) -> tuple[oci.Layer, ...]:
@@ -209,6 +226,8 @@ def _layers(
         oci.text_layer("selftest.json", "weight.config", _pretty(selftest)),
         *(oci.text_layer(name, "code", text) for name, text in rendered.items()),
     ]
+    if quality is not None:
+        small.append(oci.text_layer(QUALITY, "weight.config", serde.to_json(quality)))
     server = [] if runtime is None else [_file_layer(SERVER, "code", runtime)]
     weights = oci.Layer(
         filepath=WEIGHTS,

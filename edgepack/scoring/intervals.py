@@ -51,10 +51,17 @@ def wilson(value: float, count: float) -> Estimate:
 def quantile(values: Floats, at: float, *, seed: int) -> Estimate:
     """A quantile over all tokens, with the percentile interval of a bootstrap over windows (Efron 1979)."""
     random = np.random.default_rng(seed)
-    count = len(values)
-    drawn = np.sort([np.quantile(values[random.integers(count, size=count)], at) for _ in range(_RESAMPLES)])
-    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Estimate(value=float(np.quantile(values, at)), low=float(low), high=float(high))
+    count, each = values.shape
+    order = values.argsort(axis=None)
+    ordered, owner = values.ravel()[order], order // each
+
+    def drawn(copies: NDArray[np.int64]) -> float:
+        """The quantile when each window is there so many times."""
+        return float(ordered[np.searchsorted(copies[owner].cumsum(), at * values.size)])
+
+    every = [drawn(random.multinomial(count, np.full(count, 1 / count))) for _ in range(_RESAMPLES)]
+    low, high = np.quantile(every, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return Estimate(value=drawn(np.ones(count, dtype=np.int64)), low=float(low), high=float(high))
 
 
 def student_t(freedom: int) -> float:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edgepack import heldout, workspace
 from edgepack.errors import BadInput, BuildFailed
 from edgepack.progress import Progress
-from edgepack.scoring import Logits, Scorer
+from edgepack.scoring import Logits, Model
 from edgepack.units import GIB, show
 
 LIMIT = 4 * GIB
@@ -99,7 +99,7 @@ def find(name: str) -> Reference | None:
     )
 
 
-def make(name: str, parent: Scorer, windows: list[list[int]], progress: Progress) -> Reference:
+def make(name: str, parent: Model, windows: list[list[int]], progress: Progress) -> Reference:
     """Scores the windows with the parent and keeps what it says; the folder appears whole.
 
     Raises BadInput for more than LIMIT, NoSpace, and what the parent's runtime raises.
@@ -138,7 +138,7 @@ def make(name: str, parent: Scorer, windows: list[list[int]], progress: Progress
     return found
 
 
-def compare(scorer: Scorer, reference: Reference, progress: Progress) -> Scores:
+def compare(scorer: Model, reference: Reference, progress: Progress) -> Scores:
     """Scores the reference's windows with another model, one window in memory at a time."""
     shape = reference.top.shape
     nll, kl = np.empty(shape), np.empty(shape)

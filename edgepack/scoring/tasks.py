@@ -19,7 +19,7 @@ from edgepack import workspace
 from edgepack.errors import BadInput, NotFound
 from edgepack.evaluation import Accuracy
 from edgepack.progress import Progress
-from edgepack.scoring import Scorer
+from edgepack.scoring import Model
 from edgepack.scoring.intervals import wilson
 from edgepack.scoring.reference import likelihood
 
@@ -83,7 +83,7 @@ def read(path: Path) -> Tasks:
     return Tasks(name=path.name, sha256=hashlib.sha256(raw).hexdigest(), items=tuple(items))
 
 
-def answer(tasks: Tasks, scorer: Scorer, progress: Progress, *, title: str) -> tuple[bool, ...]:
+def answer(tasks: Tasks, scorer: Model, progress: Progress, *, title: str) -> tuple[bool, ...]:
     """Whether the model answers each item right. Raises BadInput with every item longer than the model's context."""
     found, problems = [], []
     with progress.bar(f"asking {title}", len(tasks.items)) as advance:
@@ -137,7 +137,7 @@ class _Wrong(ValueError):
     """What is wrong with an item."""
 
 
-def _right(item: Item, scorer: Scorer) -> bool:
+def _right(item: Item, scorer: Model) -> bool:
     match item:
         case Choice():
             scores = [_score(item.question, choice, scorer) for choice in item.choices]
@@ -146,7 +146,7 @@ def _right(item: Item, scorer: Scorer) -> bool:
             return _tidy(_greedy(item, scorer)) == _tidy(item.answer)
 
 
-def _score(question: str, choice: str, scorer: Scorer) -> float:
+def _score(question: str, choice: str, scorer: Model) -> float:
     """Log-likelihood of a choice after its question, nats a byte."""
     prompt, rest = f"{question}\nAnswer:", f" {choice}"
     start = [] if scorer.facts.bos is None else [scorer.facts.bos]
@@ -161,7 +161,7 @@ def _score(question: str, choice: str, scorer: Scorer) -> float:
     return -float(nll.sum()) / len(rest.encode())
 
 
-def _greedy(item: Exact, scorer: Scorer) -> str:
+def _greedy(item: Exact, scorer: Model) -> str:
     """The likeliest continuation, token by token: its first line, or as much of it as may be right."""
     start = [] if scorer.facts.bos is None else [scorer.facts.bos]
     tokens = [*start, *scorer.tokenize(item.prompt)]
@@ -184,7 +184,7 @@ def _tidy(text: str) -> str:
     return text.strip().removesuffix(".").rstrip()
 
 
-def _require_room(tokens: int, scorer: Scorer) -> None:
+def _require_room(tokens: int, scorer: Model) -> None:
     if tokens > scorer.facts.context:
         raise _Wrong(f"takes {tokens} tokens, the model's context has {scorer.facts.context}")
 

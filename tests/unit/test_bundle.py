@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgepack import bundle
+from edgepack import bundle, serde, tables
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle
 from edgepack.device import agent
@@ -21,6 +21,7 @@ from edgepack.errors import BadInput, CheckFailed, EdgepackError, MissingTool, N
 from edgepack.plan import Plan
 from edgepack.units import Bytes
 from tests.plans import PROFILES, example_plan
+from tests.scorers import measured
 
 SELFTEST: Mapping[str, object] = {"schema_version": 1, "text": "It was the best of times"}
 
@@ -59,6 +60,27 @@ def write(folder: Path, out: Path, *, runtime: Path | None = None, sequence: int
         runtime=runtime,
         sequence=sequence,
     )
+
+
+def test_what_was_measured_travels_with_the_bundle(tmp_path: Path) -> None:
+    given = measured(kl=(0.02, 0.018, 0.022))
+    bundle.write(
+        local_plan(tmp_path), artifact_in(tmp_path), tmp_path / "b.tar", checkpoint=checkpoint_at(tmp_path),
+        selftest=SELFTEST, quality=given,
+    )  # fmt: skip
+
+    shown = bundle.inspect(tmp_path / "b.tar")
+
+    assert shown["quality"] == serde.dump(given)
+    assert "KL to the parent  0.02 [0.018, 0.022] nats a token" in tables.inspect(shown)
+    found, _ = bundle.verified(tmp_path / "b.tar", None)
+    assert bundle.quality_in(found, tmp_path / "b.tar") == given
+
+
+def test_a_bundle_that_was_not_measured_says_so(tmp_path: Path) -> None:
+    write(tmp_path, tmp_path / "b.tar")
+
+    assert bundle.inspect(tmp_path / "b.tar")["quality"] is None
 
 
 @pytest.mark.parametrize("name", PROFILES)

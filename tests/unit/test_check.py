@@ -18,6 +18,7 @@ from edgepack.plan import Plan
 from edgepack.schemes import Provenance
 from edgepack.units import MIB, Bytes
 from tests.plans import example_plan
+from tests.scorers import measured
 
 CASES = Path(__file__).parents[1] / "cases"
 RECORDED = json.loads((CASES / "check" / "qwen2.5-0.5b-q8_0.facts.json").read_text(encoding="utf-8"))
@@ -177,6 +178,19 @@ def test_the_table_says_what_failed_and_why() -> None:
     assert "FAILED: paging" in text
     assert "the memory is not enough" in text
     assert check.table(judged({})).endswith("\npassed\n")
+
+
+def test_what_was_measured_at_build_stands_above_the_drift_that_comes_on_top() -> None:
+    facts = check.facts_from(changed({}), source="facts")
+
+    report = check.evaluate(recorded_plan(), facts, measured=measured(kl=(0.02, 0.018, 0.022)))
+
+    names = [item.name for item in report.items]
+    row = report.items[names.index("quality at build")]
+    assert row.expected == "KL 0.0200 nats to the parent, perplexity 12.00 (+1.01%)"
+    assert row.status == "note"
+    assert names[names.index("quality at build") + 1 :] == ["quality"]
+    assert "quality at build" not in {item.name for item in check.evaluate(recorded_plan(), facts).items}
 
 
 def test_facts_of_another_shape_are_refused() -> None:
