@@ -178,8 +178,10 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
     folder = workspace.cache_root() / "artifacts"
     how = replace(options.quantization, backend=exact.profile.backend, kv_type=exact.settings.kv_type)
-    made_artifact = quantization.make(checkpoint, spec, exact.scheme, how, folder, progress)
-    artifact = made_artifact.artifact
+    weights = quantization.make(checkpoint, spec, exact.scheme, how, folder, progress)
+    artifact = weights.artifact
+    for warning in weights.warnings:
+        progress.step(f"warning: {warning}")
     _same_size(exact, artifact)
     progress.step("probe    recording what the artifact answers, to be compared on the device")
     answers = selftest.record(artifact, exact, tools, folder, progress)
@@ -194,6 +196,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
         sequence=options.sequence,
         image_digest=options.image_digest,
         selftest=answers,
+        quality=weights.quality,
         checkpoint=checkpoint,
         progress=progress,
     )

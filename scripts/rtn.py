@@ -25,7 +25,7 @@ _BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", 
 
 
 def write(source: Path, out: Path, *, bits: int, group: int | None, symmetric: bool) -> None:
-    """``source``: a Hugging Face folder of 16-bit weights; ``out`` appears whole. Norms, embeddings and head are kept."""
+    """``source``: a Hugging Face folder of 16-bit weights; ``out`` appears whole. Norms and tables are kept."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in reference.tensors(source).items():
         module, _, part = name.rpartition(".")

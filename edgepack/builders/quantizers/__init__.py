@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -305,12 +306,14 @@ def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
             "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
         }  # fmt: skip
-        ended = run(
-            [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
-            env=environment,
-            on_line=on_line,
-            check=False,
-        )
+        with tempfile.TemporaryDirectory(prefix="edgepack-") as place:  # for what libraries write where they stand
+            ended = run(
+                [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
+                cwd=Path(place),
+                env=environment,
+                on_line=on_line,
+                check=False,
+            )
     if ended.returncode == 0:
         return
     if free_bytes(job.out) < MIB:
@@ -341,7 +344,7 @@ def _log(job: Job, said: list[str]) -> Path:
 
 
 def to_json(job: Job) -> str:
-    return json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(job).items()})
+    return json.dumps({n: str(v.resolve()) if isinstance(v, Path) else v for n, v in asdict(job).items()})
 
 
 def from_json(text: str) -> Job:
