@@ -105,7 +105,7 @@ def _given(
     if is_matrix(imatrix):
         require_match(imatrix, spec)
         return imatrix
-    data = calibration.of(checkpoint.path, (imatrix,), context=spec.context_train)
+    data = calibration.of(checkpoint.path, spec, (imatrix,))
     for warning in data.warnings:
         progress.step(f"warning: {warning}")
     return data

@@ -99,13 +99,20 @@ def compute(
     two chunks, BuildFailed with llama.cpp's words.
     """
     wanted = calibration.sampling
+    text = calibrations.as_text(calibration, _between(model))
+    size = len(text.encode())
+    if size < 2 * wanted.length:
+        raise BadInput(
+            f"the calibration data are {size} bytes, at most as many tokens; an importance matrix needs "
+            f"{2 * wanted.length} tokens",
+            hint=f"{wanted.tokens} are a good amount",
+        )
     done = 0
     with (
         whole_file(out) as temporary,
         tempfile.TemporaryDirectory(dir=out.parent, prefix=".calibration-") as folder,
         progress.bar("importance matrix", wanted.windows) as advance,
     ):
-        text = calibrations.as_text(calibration, _between(model))
         (Path(folder) / _TEXT).write_text(text, encoding="utf-8")
 
         def on_line(line: str) -> None:
@@ -136,10 +143,15 @@ def compute(
                 f"the calibration data are {short.group(1)} tokens; an importance matrix needs {2 * wanted.length}",
                 hint=f"{wanted.tokens} are a good amount",
             )
+        counted = _COUNTED.search(ended.stdout)
         if ended.returncode != 0:
             tail = "\n".join(ended.stdout.strip().splitlines()[-12:])
-            raise BuildFailed(f"llama-imatrix ended with status {ended.returncode}:\n{tail}")
-        counted = _COUNTED.search(ended.stdout)
+            # Its log is written by a thread, which an exit can cut off before it has said why.
+            short_of = f"it needs {2 * wanted.length} tokens, and the data are {size} bytes"
+            raise BuildFailed(
+                f"llama-imatrix ended with status {ended.returncode}:\n{tail}",
+                hint=None if counted else f"are the calibration data too short? {short_of}",
+            )
         if counted is None:
             raise BuildFailed("llama-imatrix did not say how many chunks it took")
         for warning in calibrations.shortage(int(counted.group(1)) * wanted.length, wanted):

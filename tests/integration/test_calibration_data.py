@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import calibration
+from edgepack import calibration, modelspec
 from edgepack.calibration import Sampling, chat
 from edgepack.calibration.encoder import encoder
 
@@ -83,7 +83,7 @@ def test_windows_hold_the_tokens_that_transformers_reads(model: Path, tmp_path: 
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     data = calibration.of(
-        model, (tmp_path / "a.jsonl",), context=512, sampling=Sampling(windows=1, length=256)
+        model, modelspec.read(model), (tmp_path / "a.jsonl",), sampling=Sampling(windows=1, length=256)
     )
     found = calibration.windows(data, encoder(model))
 

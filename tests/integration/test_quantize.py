@@ -221,7 +221,7 @@ def test_a_text_is_turned_into_a_matrix(tiny: Path, tmp_path: Path) -> None:
     made = build(tiny, "IQ2_XS", tmp_path / "out", matrix=text)
 
     assert (made.bytes, "exact") == schemes.file_bytes(spec_of(tiny), "IQ2_XS", imatrix=True)
-    read = calibration.of(tiny, (text,), context=spec_of(tiny).context_train)
+    read = calibration.of(tiny, spec_of(tiny), (text,))
     assert (made.calibration_sha256, made.imatrix_sha256) == (read.sha256, None)
 
 
@@ -278,13 +278,6 @@ def test_a_backslash_and_a_letter_reach_the_model_as_two_characters(whole: Path,
     assert one.read_bytes() != other.read_bytes()
 
 
-def test_markers_in_the_data_are_one_token_each(whole: Path, tmp_path: Path) -> None:
-    marker = chat.gguf_tokens(whole)["eos_token"]
-
-    with pytest.raises(BadInput, match="are 60 tokens"):
-        compute(whole, data(tmp_path / "a.txt", marker * 60), tmp_path / "m.gguf")
-
-
 class Told:
     """A progress that keeps what it is told."""
 
@@ -314,8 +307,21 @@ def test_every_chunk_is_counted_and_too_few_are_said(whole: Path, tmp_path: Path
     assert sum(told.done) == given / 128 and max(told.done) == 1
 
 
+def test_markers_in_the_data_are_one_token_each(whole: Path, tmp_path: Path) -> None:
+    """360 tokens and a line end each 36 are two chunks; spelled out they would be eight and more."""
+    marker = chat.gguf_tokens(whole)["eos_token"]
+    told = Told()
+
+    given = data(tmp_path / "a.txt", (marker * 36 + "\n") * 10)
+    imatrix.compute(whole, given, tmp_path / "m.gguf", toolchain=toolchain.find(), progress=told)
+
+    assert sum(told.done) == 2
+
+
 def test_data_of_less_than_two_chunks_are_refused_with_figures(whole: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"are \d+ tokens; an importance matrix needs 256"):
+    with pytest.raises(
+        BadInput, match=r"are 12 bytes, at most as many tokens; an importance matrix needs 256"
+    ):
         compute(whole, data(tmp_path / "a.txt", "Well, Prince"), tmp_path / "m.gguf")
 
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

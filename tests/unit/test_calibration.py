@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepack import calibration, serde
+from edgepack import calibration, modelspec, serde
 from edgepack.calibration import Calibration, Sampling, chat, overlap, scripts
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder, encoder
@@ -319,6 +319,23 @@ def test_a_text_without_line_ends_is_cut_all_the_same(tmp_path: Path) -> None:
 # ── windows ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_windows_fit_the_model_s_context_and_are_more_for_wide_layers(tmp_path: Path) -> None:
+    spec = modelspec.read(DEMO)
+    wide = [
+        replace(t, shape=(20_000, *t.shape[1:])) if t.name == "blk.0.ffn_down.weight" else t
+        for t in spec.tensors
+    ]
+    (tmp_path / "a.txt").write_text(prose(2000))
+
+    def sampled(like: modelspec.ModelSpec, sampling: Sampling | None = None) -> Sampling:
+        return calibration.of(DEMO, like, (tmp_path / "a.txt",), sampling=sampling).sampling
+
+    assert sampled(spec) == Sampling(windows=128, length=512)
+    assert sampled(replace(spec, context_train=256)) == Sampling(windows=128, length=256)
+    assert sampled(replace(spec, tensors=tuple(wide))) == Sampling(windows=157, length=512)
+    assert sampled(replace(spec, tensors=tuple(wide)), Sampling(windows=4)) == Sampling(windows=4)
+
+
 def test_windows_are_packed_with_what_the_tokenizer_puts_around_texts(tmp_path: Path) -> None:
     path = rows(tmp_path / "a.jsonl", {"text": "word1 word2 word3"}, {"text": "word4 word5 word6 word7"})
     data = read(path, windows=3, length=5)
@@ -378,9 +395,10 @@ def test_less_than_a_window_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_built_in_text_fills_the_default_and_is_no_heldout_text() -> None:
-    data = calibration.of(DEMO, (), context=512)
+    spec = modelspec.read(DEMO)
+    data = calibration.of(DEMO, spec, ())
 
-    found = calibration.windows(data, encoder(DEMO), columns=1024)
+    found = calibration.windows(data, encoder(DEMO), columns=calibration.widest(spec))
     shared = overlap.overlap(
         overlap.fingerprint(data.passages), (DEMO / "heldout.txt").read_text(encoding="utf-8")
     )
@@ -396,7 +414,7 @@ def test_a_tokenizer_that_does_not_know_the_text_is_noticed(tmp_path: Path) -> N
     path = tmp_path / "a.txt"
     path.write_text("什么是量化？量化是把模型的权重换成更少位数的整数。\n" * 100)
 
-    found = calibration.windows(calibration.of(DEMO, (path,), context=16), encoder(DEMO))
+    found = calibration.windows(calibration.of(DEMO, modelspec.read(DEMO), (path,)), encoder(DEMO))
 
     assert any("100% of the calibration data have fewer than 2 bytes per token" in w for w in found.warnings)
 
