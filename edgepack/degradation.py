@@ -295,7 +295,11 @@ def format_of(scheme: layouts.Scheme) -> Format:
             return Format(method="rtn", bits=bits, group=group, activations=scheme.activations)
         case method:
             return Format(
-                method=method, bits=bits, group=group, symmetric=not scheme.asymmetric, actorder=scheme.act_order
+                method=method,
+                bits=bits,
+                group=group,
+                symmetric=not scheme.asymmetric,
+                actorder=scheme.act_order,
             )
 
 

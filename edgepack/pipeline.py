@@ -279,9 +279,10 @@ def quantization_options(options: Mapping[str, Any], *, backend: Backend = "cpu"
     from edgepack import quality, quantization
     from edgepack.calibration import Sampling
 
-    sampling = Sampling(seed=options["seed"])
+    sampling = Sampling(seed=options["seed"]) if options["seed"] else None
     if options["calibration_tokens"]:
-        sampling = replace(sampling, windows=-(-options["calibration_tokens"] // sampling.length))
+        drawn = sampling or Sampling()
+        sampling = replace(drawn, windows=-(-options["calibration_tokens"] // drawn.length))
     return quantization.Options(
         calibration=tuple(options["calibration_files"]),
         sampling=sampling,

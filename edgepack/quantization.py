@@ -19,7 +19,7 @@ from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
 from edgepack.progress import Progress
-from edgepack.record import Calibrated, Record
+from edgepack.record import Record
 from edgepack.units import Bytes
 
 PRESETS: Mapping[str, str] = {"article": "gptq-int4-g128", "article-better": "gptq-int4-g64-actorder"}
@@ -46,7 +46,8 @@ class Options:
 
     calibration: tuple[Path, ...] = ()
     """Files; without any a quantizer that must have data takes the built-in text."""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Sampling | None = None
+    """How much of it; None: more for a model of wide layers."""
     imatrix: Path | None = None
     """An importance matrix for a GGUF, instead of calibration data."""
     backend: Backend = "cpu"
@@ -86,12 +87,13 @@ def make(
     """
     name = schemes.canonical(scheme)
     data = _calibration(checkpoint, spec, name, options)
+    if data is not None and data.builtin:
+        progress.step("calibrating on the built-in text; give your own data with --calibration FILE")
     for warning in () if data is None else data.warnings:
         progress.step(f"warning: {warning}")
     text = heldout.read(options.text)
     if data is not None and options.measured:
-        sketch = heldout.fingerprints("\n\n".join(data.passages))
-        heldout.require_held_out(text, sketch)
+        heldout.require_held_out(text, calibrations.record(data).fingerprints)
     artifact = _build(checkpoint, spec, name, data, options, folder, progress)
     measured: Quality | None = None
     warnings: tuple[str, ...] = ()
@@ -169,9 +171,7 @@ def _calibration(
             raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
     if not wanted:
         return None
-    return calibrations.of(
-        checkpoint.path, options.calibration, context=spec.context_train, sampling=options.sampling
-    )
+    return calibrations.of(checkpoint.path, spec, options.calibration, sampling=options.sampling)
 
 
 def _build(
@@ -202,7 +202,7 @@ def _build(
         backend=options.backend,
         context=options.context,
         threads=options.threads,
-        seed=options.sampling.seed,
+        seed=0 if data is None else data.sampling.seed,
     )
     sha256 = None if data is None else data.sha256
     return quantizers.build(checkpoint, spec, job, folder, calibration=sha256, progress=progress)
@@ -210,16 +210,13 @@ def _build(
 
 def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progress: Progress) -> Path:
     """The data as a file of token windows, in the cache."""
-    import numpy as np  # here, for plan loads none
-
-    drawn = calibrations.windows(data, encoder(checkpoint.path), columns=max(spec.hidden, spec.ffn))
+    drawn = calibrations.windows(data, encoder(checkpoint.path), columns=calibrations.widest(spec))
     for warning in drawn.warnings:
         progress.step(f"warning: {warning}")
     digest = hashlib.sha256(drawn.ids.tobytes()).hexdigest()[:16]
     path = workspace.cache_root() / "calibration" / f"{digest}-{'x'.join(map(str, drawn.ids.shape))}.npy"
     if not path.is_file():
-        with workspace.whole_file(path) as partial, partial.open("wb") as stream:
-            np.save(stream, drawn.ids, allow_pickle=False)
+        calibrations.save(drawn, path)
     return path
 
 
@@ -287,16 +284,6 @@ def _record(
     options: Options,
     measured: Quality | None,
 ) -> Record:
-    calibrated = None
-    if data is not None:
-        calibrated = Calibrated(
-            sha256=data.sha256,
-            sources={source.name: source.sha256 for source in data.sources},
-            windows=data.sampling.windows,
-            length=data.sampling.length,
-            seed=data.sampling.seed,
-            fingerprints=heldout.fingerprints("\n\n".join(data.passages)),
-        )
     weights = schemes.weights_bytes(spec, artifact.scheme, imatrix=options.weighted, backend=options.backend)
     return Record(
         model=spec.name,
@@ -308,6 +295,6 @@ def _record(
         sha256=artifact.sha256,
         bytes=artifact.bytes,
         tensor_bytes=Bytes(weights),
-        calibration=calibrated,
+        calibration=None if data is None else calibrations.record(data),
         quality=measured,
     )

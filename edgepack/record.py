@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import edgepack.calibration as calibrations
 from edgepack import serde
 from edgepack.evaluation import Quality
 from edgepack.units import Bytes
 from edgepack.workspace import write_text
 
 NAME = "edgepack.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibrated:
-    """On what an artifact was calibrated."""
-
-    sha256: str
-    """Over the passages and how they were drawn."""
-    sources: Mapping[str, str]
-    """sha256 of each file, by its name; "built-in" for the text that comes with edgepack."""
-    windows: int
-    length: int
-    """Tokens of a window."""
-    seed: int
-    fingerprints: tuple[str, ...]
-    """A sketch of the text (heldout.fingerprints), so that quality is never measured on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +29,7 @@ class Record:
     """Of the file or all the folder's files."""
     tensor_bytes: Bytes
     """Of the weights alone: predicted, and found to be so."""
-    calibration: Calibrated | None
+    calibration: calibrations.Record | None
     quality: Quality | None
     """None when it was not measured."""
     schema_version: Literal[1] = 1

@@ -61,10 +61,11 @@ def quantized(document: Mapping[str, Any]) -> str:
     ]
     calibrated = record["calibration"]
     if calibrated is not None:
-        names = ", ".join(calibrated["sources"])
+        names = ", ".join(source["name"] for source in calibrated["sources"])
+        drawn = calibrated["sampling"]
         lines.append(
-            f"calibrated on {calibrated['windows']} windows of {calibrated['length']} tokens at most from {names}, "
-            f"seed {calibrated['seed']}"
+            f"calibrated on {drawn['windows']} windows of {drawn['length']} tokens at most of {names}, "
+            f"seed {drawn['seed']}"
         )
     if record["quality"] is None:
         lines.append("quality: not measured")

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepack import heldout
 from edgepack.calibration import chat, formats, scripts
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder
-from edgepack.calibration.overlap import Fingerprint, fingerprint
 from edgepack.errors import BadInput
 from edgepack.modelspec import ModelSpec
 from edgepack.workspace import whole_file
@@ -98,8 +98,8 @@ class Record:
     sampling: Sampling
     sources: tuple[Source, ...]
     builtin: bool
-    fingerprint: Fingerprint
-    """Tells whether a text that quality is to be measured on was calibrated on (overlap.py)."""
+    fingerprints: tuple[str, ...]
+    """A sketch of the text (heldout.py), so that quality is never measured on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,7 +243,7 @@ def record(calibration: Calibration) -> Record:
         sampling=calibration.sampling,
         sources=calibration.sources,
         builtin=calibration.builtin,
-        fingerprint=fingerprint(calibration.passages),
+        fingerprints=heldout.fingerprints(as_text(calibration)),
     )
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgepack import calibration, modelspec, serde
-from edgepack.calibration import Calibration, Sampling, chat, overlap, scripts
+from edgepack import calibration, heldout, modelspec, serde
+from edgepack.calibration import Calibration, Sampling, chat, scripts
 from edgepack.calibration.chat import ChatTemplate
 from edgepack.calibration.encoder import Encoder, encoder
 from edgepack.errors import BadInput, EdgepackError, NotFound
@@ -399,14 +399,12 @@ def test_the_built_in_text_fills_the_default_and_is_no_heldout_text() -> None:
     data = calibration.of(DEMO, spec, ())
 
     found = calibration.windows(data, encoder(DEMO), columns=calibration.widest(spec))
-    shared = overlap.overlap(
-        overlap.fingerprint(data.passages), (DEMO / "heldout.txt").read_text(encoding="utf-8")
-    )
+    shared = heldout.shared(heldout.read().content, calibration.record(data).fingerprints)
 
     assert data.builtin and data.warnings == () and found.warnings == ()
     assert found.ids.shape == (128, 512)
     assert found.ids.min() >= 0 and found.ids.max() < 2048
-    assert shared.share == 0 and shared.high < 0.005
+    assert shared == 0
     assert {"Latin", "Han", "Cyrillic", "Kana"} <= set(scripts.found("".join(data.passages)))
 
 
@@ -501,48 +499,3 @@ def test_the_warning_says_which_letters() -> None:
     assert warning == (
         "the calibration data are 82% Cyrillic, and the model's card says en: 18% of the letters are Latin"
     )
-
-
-# ── overlap ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@given(st.integers(0, 4), st.integers(0, 10_000))
-@settings(max_examples=20)
-def test_the_shared_part_lies_in_the_interval_that_is_stated(fifths: int, seed: int) -> None:
-    known = prose(20_000, seed=seed)
-    inside, outside = known.split()[: 400 * fifths], prose(2000, seed=seed + 20_000).split()
-    text = " ".join(inside + outside[: 400 * (5 - fifths)])
-
-    found = overlap.overlap(overlap.fingerprint([known]), text)
-
-    # 95 % intervals of 20 examples: this is four times as wide.
-    wider = 3 * (found.high - found.low) / 2 + 0.01
-    assert found.low - wider <= fifths / 5 <= found.high + wider
-    assert found.sampled > 100
-
-
-def test_case_punctuation_and_line_ends_hide_nothing() -> None:
-    text = prose(300)
-    other = text.replace(" ", ", ").replace("\n", "! ").upper()
-
-    assert overlap.overlap(overlap.fingerprint([text]), other).share == 1
-
-
-def test_chinese_is_compared_by_characters() -> None:
-    text = "山不在高有仙则名水不在深有龙则灵斯是陋室惟吾德馨苔痕上阶绿草色入帘青"
-    known = overlap.fingerprint([text])
-
-    assert overlap.overlap(known, f"他说：{text}。").share > 0.8
-    assert overlap.overlap(known, text[::-1]).share == 0
-
-
-def test_a_fingerprint_is_bounded_and_one_shared_paragraph_is_found() -> None:
-    known = prose(60_000)
-    paragraph = " ".join(known.split()[30_000:30_120])
-
-    found = overlap.fingerprint([known])
-
-    assert len(found.hashes) == overlap.MOST and list(found.hashes) == sorted(set(found.hashes))
-    assert overlap.overlap(found, paragraph + " " + prose(5000, seed=1)).share > 0
-    assert overlap.overlap(found, prose(5000, seed=1)).share == 0
-    assert overlap.overlap(found, "") == overlap.Overlap(share=0.0, low=0.0, high=1.0, sampled=0)

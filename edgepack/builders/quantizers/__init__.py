@@ -306,7 +306,9 @@ def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
             "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
         }  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="edgepack-") as place:  # for what libraries write where they stand
+        with tempfile.TemporaryDirectory(
+            prefix="edgepack-"
+        ) as place:  # for what libraries write where they stand
             ended = run(
                 [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
                 cwd=Path(place),
