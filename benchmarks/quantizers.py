@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edgepack import calibration, heldout, hub, pipeline, quality, quantization, scoring
+from edgepack.calibration import Sampling
 from edgepack.evaluation import Estimate
 from edgepack.progress import Silent, Terminal
 from edgepack.schemes import GGUF
@@ -32,6 +33,9 @@ SCHEMES = (
 )  # fmt: skip
 """+imatrix: a GGUF rounded with an importance matrix of the same calibration data as the others."""
 TOKENS = 16384
+"""Measured on."""
+WINDOWS = 64
+"""Calibrated on, each of 512 tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +69,7 @@ def rows(model: Path, schemes: Sequence[str], work: Path) -> Iterator[Row]:
         gguf = scheme in GGUF
         options = quantization.Options(
             calibration=(data,) if weighted or (not gguf and quantization.calibrates(scheme)) else (),
+            sampling=Sampling(windows=WINDOWS),
             context=spec.context_train,
             measured=False,
             threads=1,
