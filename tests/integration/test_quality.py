@@ -10,19 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgepack import heldout, quality, scoring, serde, toolchain
+from edgepack import bundle, heldout, quality, record, scoring, serde, toolchain
+from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import convert, quantize
 from edgepack.catalog import built_in_folder
 from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.evaluation import Quality
 from edgepack.progress import Silent
 from edgepack.scoring import llama_cpp, reference
+from edgepack.units import Bytes
+from edgepack.workspace import sha256_file
+from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
 
@@ -228,6 +233,50 @@ def test_killed_in_the_middle_nothing_half_is_left_and_a_rerun_ends(models: Path
 
     assert told["text"]["windows"] == 128
     assert list(reference.folder().glob(".*.part*")) == []
+
+
+def test_a_bundle_is_measured_as_it_is_served(models: Path, tmp_path: Path) -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    plan = replace(plan, settings=replace(plan.settings, kv_type="q8_0"))
+    weights = models / "Q4_K_M.gguf"
+    artifact = Artifact(
+        path=weights, scheme="Q4_K_M", sha256=sha256_file(weights), bytes=Bytes(weights.stat().st_size),
+        imatrix_sha256=None, tool="llama.cpp",
+    )  # fmt: skip
+    checkpoint = Checkpoint(path=DEMO, source="demo", revision="sha256:" + "12" * 32, license="Apache-2.0")
+    bundle.write(plan, artifact, tmp_path / "b.tar", checkpoint=checkpoint, selftest={"schema_version": 1})
+
+    with quality.subject(tmp_path / "b.tar", Silent()) as subject:
+        found = measured(subject.path, kv_type=subject.kv_type)
+        place = subject.path
+
+    assert not place.exists()
+    assert found.artifact == artifact.sha256
+    assert "KV cache q8_0" in found.runtime
+    assert found == measured(weights, kv_type="q8_0")
+
+
+def test_an_artifact_is_not_measured_on_what_its_record_says_it_was_calibrated_on(
+    models: Path, tmp_path: Path
+) -> None:
+    artifact = tmp_path / "m.gguf"
+    artifact.symlink_to(models / "Q2_K.gguf")
+    sketch = heldout.fingerprints(heldout.read().content)
+    calibrated = record.Calibrated(
+        sha256="0" * 64, sources={"a.txt": "1" * 64}, windows=1, length=1, seed=0, fingerprints=sketch
+    )
+    record.write(
+        record.Record(
+            model="m", source="m", revision="r", license="l", scheme="Q2_K", tool="t", sha256="2" * 64,
+            bytes=Bytes(1), tensor_bytes=Bytes(1), calibration=calibrated, quality=None,
+        ),
+        artifact,
+    )  # fmt: skip
+
+    ended = edgepack("quality", artifact, check=False)
+
+    assert ended.returncode == 2
+    assert "the text that the artifact was calibrated on" in ended.stderr
 
 
 def test_the_command_measures_tasks_and_writes_what_it_prints(models: Path, tmp_path: Path) -> None:
