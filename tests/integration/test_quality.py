@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgepack import bundle, heldout, quality, record, scoring, serde, toolchain
+from edgepack import bundle, heldout, quality, scoring, serde, toolchain
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import convert, quantize
 from edgepack.catalog import built_in_folder
@@ -103,10 +103,16 @@ def test_schemes_lose_in_the_order_of_their_bits(models: Path) -> None:
 def test_measuring_again_gives_the_same_value_without_the_parent(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = measured(models / "Q4_K_M.gguf")
+    first = measured(models / "Q4_K_M.gguf", seed=1)
     monkeypatch.setattr(reference, "make", lambda *_: pytest.fail("the parent was scored again"))
 
-    assert measured(models / "Q4_K_M.gguf") == first
+    other = measured(models / "Q4_K_M.gguf", seed=2)
+
+    assert other.parent is not None
+    assert first.parent is not None
+    assert replace(other.parent, kl_p99=first.parent.kl_p99) == first.parent
+    monkeypatch.setattr(scoring, "opened", lambda *_, **__: pytest.fail("the artifact was loaded again"))
+    assert measured(models / "Q4_K_M.gguf", seed=2) == other
 
 
 def test_the_cache_of_the_plan_is_part_of_what_is_measured(models: Path) -> None:
@@ -256,27 +262,11 @@ def test_a_bundle_is_measured_as_it_is_served(models: Path, tmp_path: Path) -> N
     assert found == measured(weights, kv_type="q8_0")
 
 
-def test_an_artifact_is_not_measured_on_what_its_record_says_it_was_calibrated_on(
-    models: Path, tmp_path: Path
-) -> None:
-    artifact = tmp_path / "m.gguf"
-    artifact.symlink_to(models / "Q2_K.gguf")
-    sketch = heldout.fingerprints(heldout.read().content)
-    calibrated = record.Calibrated(
-        sha256="0" * 64, sources={"a.txt": "1" * 64}, windows=1, length=1, seed=0, fingerprints=sketch
-    )
-    record.write(
-        record.Record(
-            model="m", source="m", revision="r", license="l", scheme="Q2_K", tool="t", sha256="2" * 64,
-            bytes=Bytes(1), tensor_bytes=Bytes(1), calibration=calibrated, quality=None,
-        ),
-        artifact,
-    )  # fmt: skip
-
-    ended = edgepack("quality", artifact, check=False)
-
-    assert ended.returncode == 2
-    assert "the text that the artifact was calibrated on" in ended.stderr
+def test_an_artifact_is_not_measured_on_what_it_was_calibrated_on(models: Path) -> None:
+    with pytest.raises(BadInput, match="the text that the artifact was calibrated on"):
+        measured(
+            models / "Q2_K.gguf", fingerprints=heldout.fingerprints(heldout.read().content[30_000:50_000])
+        )
 
 
 def test_the_command_measures_tasks_and_writes_what_it_prints(models: Path, tmp_path: Path) -> None:
