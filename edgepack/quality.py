@@ -6,18 +6,18 @@ independent units: tokens of one window share their context, so that an interval
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from edgepack import heldout, hub, record, scoring, serde, workspace
 from edgepack.errors import BadInput, QualityTooLow
-from edgepack.evaluation import Accuracy, Distance, Evaluated, Quality
+from edgepack.evaluation import Distance, Evaluated, Quality
 from edgepack.heldout import Text
 from edgepack.progress import Progress
 from edgepack.scoring import Model, reference
@@ -28,6 +28,8 @@ from edgepack.scoring.tasks import Tasks
 
 TOKENS = 8192
 WINDOW = 256
+_RECIPE = 1
+"""Raised when the same inputs are measured otherwise, so that old figures are not taken for new ones."""
 LEAST_WINDOWS = 8
 """An interval from fewer says nothing."""
 
@@ -49,28 +51,27 @@ def measure(
     """Runs the artifact over held-out text, and compares it with its parent when there is one.
 
     ``artifact``: a .gguf file or the folder of any format. ``against``: the model that it was made from, a folder
-    or a .gguf; what it says is computed once and kept in the cache. ``fingerprints``: of the text that the artifact
-    was calibrated on (heldout.fingerprints). ``kv_type``: KV cache of a GGUF artifact.
+    or a .gguf; what it says is computed once and kept in the cache, and so is the result. ``fingerprints``: of the
+    text that the artifact was calibrated on (heldout.fingerprints). ``kv_type``: KV cache of a GGUF artifact.
     Raises BadInput for a text that is too short, a text that the artifact was calibrated on, and a parent with
     another vocabulary, and what `scoring.opened` raises.
     """
     heldout.require_held_out(text, fingerprints)
-    digest = digest_of(artifact)
-    cut = Cut(text=text, tokens=tokens, window=window)
-    with scoring.opened(artifact, kv_type=kv_type, threads=threads) as scorer:
-        pieces = _windows(scorer, cut)
-        right = None if tasks is None else questions.answer(tasks, scorer, progress, title="the artifact")
-        if against is None:
-            nll = _likelihoods(scorer, pieces, progress)
-            marks = None if tasks is None or right is None else questions.accuracy(tasks, right, None)
-            return _quality(digest, scorer, cut, nll, None, marks, seed)
-        revision = hub.content_revision(against, progress)
-        known, theirs = _parent(against, revision, artifact, cut, tasks, threads, progress)
-        _require_same_tokens(against, known, artifact, scorer, pieces)
-        scores = reference.compare(scorer, known, progress)
-        distance = distance_of(scores, known.nll, revision=revision, runtime=known.runtime, seed=seed)
-        marks = None if tasks is None or right is None else questions.accuracy(tasks, right, theirs)
-        return _quality(digest, scorer, cut, scores.nll, distance, marks, seed)
+    asked = _Asked(
+        artifact=artifact,
+        digest=digest_of(artifact),
+        parent=against,
+        revision="" if against is None else hub.content_revision(against, progress),
+        cut=Cut(text=text, tokens=tokens, window=window),
+        tasks=tasks,
+        kv_type=kv_type,
+        threads=threads,
+        seed=seed,
+    )
+    kept = workspace.cache_root() / "measured" / f"{asked.name}.json"
+    if not kept.is_file():
+        workspace.write_text(kept, serde.to_json(_measured(asked, progress)))
+    return serde.load_json(Quality, kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +149,65 @@ def digest_of(artifact: Path) -> str:
     return workspace.sha256_file(artifact) if artifact.is_file() else folder_sha256(artifact)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """One measurement."""
+
+    artifact: Path
+    digest: str
+    parent: Path | None
+    revision: str
+    cut: Cut
+    tasks: Tasks | None
+    kv_type: str
+    threads: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Different for every input that changes the figures; threads change only in what order sums are added."""
+        tasks = None if self.tasks is None else (self.tasks.name, self.tasks.sha256)
+        runtime = scoring.version_of(self.artifact)
+        cut = (self.cut.text.name, self.cut.text.sha256, self.cut.tokens, self.cut.window)
+        inputs = (self.digest, self.revision, runtime, self.kv_type, *cut, tasks, self.seed, _RECIPE)
+        return hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
+
+
+def _measured(asked: _Asked, progress: Progress) -> Quality:
+    tasks = asked.tasks
+    with scoring.opened(asked.artifact, kv_type=asked.kv_type, threads=asked.threads) as scorer:
+        pieces = _windows(scorer, asked.cut)
+        right = () if tasks is None else questions.answer(tasks, scorer, progress, title="the artifact")
+        theirs: tuple[bool, ...] | None = None
+        distance = None
+        if asked.parent is None:
+            nll = _likelihoods(scorer, pieces, progress)
+        else:
+            known, theirs = _references(asked, asked.parent, progress)
+            _require_same_tokens(asked.parent, known, asked.artifact, scorer, pieces)
+            scores = reference.compare(scorer, known, progress)
+            nll = scores.nll
+            distance = distance_of(
+                scores, known.nll, revision=asked.revision, runtime=known.runtime, seed=asked.seed
+            )
+        windows, predicted = nll.shape
+        return Quality(
+            artifact=asked.digest,
+            runtime=scorer.facts.runtime,
+            text=Evaluated(
+                name=asked.cut.text.name,
+                sha256=asked.cut.text.sha256,
+                tokens=windows * (predicted + 1),
+                windows=windows,
+                window=predicted + 1,
+            ),
+            perplexity=exp(mean(nll)),
+            parent=distance,
+            tasks=None if tasks is None else questions.accuracy(tasks, right, theirs),
+            seed=asked.seed,
+        )
+
+
 # ── numbers: pure ──
 
 
@@ -172,27 +232,22 @@ def _calibrated_on(artifact: Path) -> tuple[str, ...]:
 # ── the parent ──
 
 
-def _parent(
-    parent: Path,
-    revision: str,
-    artifact: Path,
-    cut: Cut,
-    tasks: Tasks | None,
-    threads: int | None,
-    progress: Progress,
-) -> tuple[Reference, tuple[bool, ...] | None]:
+def _references(asked: _Asked, parent: Path, progress: Progress) -> tuple[Reference, tuple[bool, ...] | None]:
     """The parent's logits and answers, from the cache or made now; it is loaded at most once."""
-    runtime = scoring.version_for(parent, artifact)
-    name = reference.key(revision, runtime, cut)
-    asked = None if tasks is None else questions.key(revision, runtime, tasks)
-    known, theirs = reference.find(name), None if asked is None else questions.recall(asked)
-    if known is not None and (tasks is None or theirs is not None):
+    tasks, runtime = asked.tasks, scoring.version_for(parent, asked.artifact)
+    name = reference.key(asked.revision, runtime, asked.cut)
+    items = None if tasks is None else questions.key(asked.revision, runtime, tasks)
+    known, theirs = reference.find(name), None if items is None else questions.recall(items)
+    if known is not None and (items is None or theirs is not None):
         return known, theirs
-    with _runnable(parent, artifact, progress) as model, scoring.opened(model, threads=threads) as scorer:
-        if tasks is not None and asked is not None and theirs is None:
+    with (
+        _runnable(parent, asked.artifact, progress) as model,
+        scoring.opened(model, threads=asked.threads) as scorer,
+    ):
+        if tasks is not None and items is not None and theirs is None:
             theirs = questions.answer(tasks, scorer, progress, title="the parent")
-            questions.remember(asked, theirs)
-        return known or reference.make(name, scorer, _windows(scorer, cut), progress), theirs
+            questions.remember(items, theirs)
+        return known or reference.make(name, scorer, _windows(scorer, asked.cut), progress), theirs
 
 
 @contextmanager
@@ -206,11 +261,11 @@ def _runnable(parent: Path, artifact: Path, progress: Progress) -> Iterator[Path
         return
     from edgepack.builders import convert
 
-    # llama.cpp rounds a matrix's inputs to the matrix's type: harmless in F16, while BF16 is off by 1e-5 nats.
-    outtype: Literal["F16", "F32"] = "F16" if convert.stored_type(parent) == "F16" else "F32"
+    # llama.cpp rounds a matrix's inputs to the matrix's type: F16 is off by 1e-7 nats from F32, BF16 by 5e-6, and a
+    # BF16 checkpoint's weights are the same in F16 but for those below 6e-5, which are off by 3e-8 at most.
     workspace.cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="parent-") as folder:
-        yield convert.convert(parent, Path(folder) / "parent.gguf", outtype=outtype, progress=progress)
+        yield convert.convert(parent, Path(folder) / "parent.gguf", outtype="F16", progress=progress)
 
 
 def _windows(scorer: Model, cut: Cut) -> list[list[int]]:
@@ -251,30 +306,3 @@ def _likelihoods(scorer: Model, pieces: Sequence[Sequence[int]], progress: Progr
             found[at] = reference.likelihood(logits, np.asarray(piece[1:], dtype=np.int32))
             advance(1)
     return found
-
-
-def _quality(
-    digest: str,
-    scorer: Model,
-    cut: Cut,
-    nll: Floats,
-    distance: Distance | None,
-    marks: Accuracy | None,
-    seed: int,
-) -> Quality:
-    windows, predicted = nll.shape
-    return Quality(
-        artifact=digest,
-        runtime=scorer.facts.runtime,
-        text=Evaluated(
-            name=cut.text.name,
-            sha256=cut.text.sha256,
-            tokens=windows * (predicted + 1),
-            windows=windows,
-            window=predicted + 1,
-        ),
-        perplexity=exp(mean(nll)),
-        parent=distance,
-        tasks=marks,
-        seed=seed,
-    )

@@ -36,11 +36,11 @@ class Drawn:
 
 
 class Scripted(Drawn):
-    """Knows some texts by heart: the next letter of each is far the likeliest."""
+    """Knows some texts by heart: the next letter of each is likelier than any other by ``margin`` nats."""
 
-    def __init__(self, *texts: str) -> None:
+    def __init__(self, *texts: str, margin: float = 20.0) -> None:
         super().__init__(vocabulary=128, context=200)
-        self._texts = texts
+        self._texts, self._margin = texts, margin
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> NDArray[np.float32]:
         said = self.text(tokens)
@@ -48,7 +48,7 @@ class Scripted(Drawn):
         for at in range(len(tokens)):
             for known in self._texts:
                 if known.startswith(said[: at + 1]) and len(known) > at + 1:
-                    found[at, ord(known[at + 1])] = 20.0
+                    found[at, ord(known[at + 1])] = self._margin
         return found[first:]
 
 

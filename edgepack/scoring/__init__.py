@@ -123,11 +123,29 @@ def runtime_of(artifact: Path) -> str:
     )
 
 
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "transformers": ("transformers", "torch", "GPTQModel", "compressed-tensors", "bitsandbytes"),
+    "onnx_genai": ("onnxruntime-genai", "onnxruntime"),
+}
+"""Distributions that compute a runtime's logits."""
+
+
 def version_for(parent: Path, artifact: Path) -> str:
     """What computes a parent's logits when it is compared with an artifact: part of the reference's name."""
-    if runtime_of(artifact) == "llama_cpp" or runtime_of(parent) == "llama_cpp":
+    on_llama = "llama_cpp" in (runtime_of(artifact), runtime_of(parent))
+    return _version("llama_cpp" if on_llama else "transformers")
+
+
+def version_of(artifact: Path) -> str:
+    """What computes an artifact's logits, before it is loaded: part of the name under which its figures are kept."""
+    return _version(runtime_of(artifact))
+
+
+def _version(module: str) -> str:
+    if module == "llama_cpp":
         return f"llama.cpp {COMMIT}"
-    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch"))
+    there = {found.name: found.version for found in importlib.metadata.distributions()}
+    return ", ".join(f"{name} {there[name]}" for name in _PACKAGES[module] if name in there)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from edgepack.runtimes.llama_cpp import split_types
 from edgepack.scoring import Facts, Logits, Options, serve
 from edgepack.toolchain import COMMIT, LLAMA_VERSION, load_bindings
 
-UBATCH = 128
-"""Tokens computed at once: bounds the logits that llama.cpp holds to 128 rows, 78 MB for a vocabulary of 152,000."""
+UBATCH = 256
+"""Tokens computed at once: the weights are read once for so many, and llama.cpp holds as many rows of logits, 156 MB
+for a vocabulary of 152,000."""
 
 _ROOM = 256
 """A context is made for so many tokens or a multiple of it."""

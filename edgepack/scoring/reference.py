@@ -201,7 +201,10 @@ def _shifted(logits: Logits) -> Logits:
     """Rows whose largest is 0. Raises BuildFailed when one is not finite."""
     shifted: Logits = logits - logits.max(axis=1, keepdims=True)
     if not np.isfinite(shifted).all():
-        raise BuildFailed("the runtime gave logits that are not finite", hint="the artifact is damaged")
+        raise BuildFailed(
+            "the runtime gave logits that are not finite",
+            hint="the artifact is damaged, or its activations overflow 16 bits",
+        )
     return shifted
 
 

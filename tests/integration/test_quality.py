@@ -10,19 +10,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgepack import heldout, quality, scoring, serde, toolchain
+from edgepack import bundle, heldout, quality, scoring, serde, toolchain
+from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import convert, quantize
 from edgepack.catalog import built_in_folder
 from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.evaluation import Quality
 from edgepack.progress import Silent
 from edgepack.scoring import llama_cpp, reference
+from edgepack.units import Bytes
+from edgepack.workspace import sha256_file
+from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
 
@@ -98,10 +103,16 @@ def test_schemes_lose_in_the_order_of_their_bits(models: Path) -> None:
 def test_measuring_again_gives_the_same_value_without_the_parent(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = measured(models / "Q4_K_M.gguf")
+    first = measured(models / "Q4_K_M.gguf", seed=1)
     monkeypatch.setattr(reference, "make", lambda *_: pytest.fail("the parent was scored again"))
 
-    assert measured(models / "Q4_K_M.gguf") == first
+    other = measured(models / "Q4_K_M.gguf", seed=2)
+
+    assert other.parent is not None
+    assert first.parent is not None
+    assert replace(other.parent, kl_p99=first.parent.kl_p99) == first.parent
+    monkeypatch.setattr(scoring, "opened", lambda *_, **__: pytest.fail("the artifact was loaded again"))
+    assert measured(models / "Q4_K_M.gguf", seed=2) == other
 
 
 def test_the_cache_of_the_plan_is_part_of_what_is_measured(models: Path) -> None:
@@ -228,6 +239,34 @@ def test_killed_in_the_middle_nothing_half_is_left_and_a_rerun_ends(models: Path
 
     assert told["text"]["windows"] == 128
     assert list(reference.folder().glob(".*.part*")) == []
+
+
+def test_a_bundle_is_measured_as_it_is_served(models: Path, tmp_path: Path) -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    plan = replace(plan, settings=replace(plan.settings, kv_type="q8_0"))
+    weights = models / "Q4_K_M.gguf"
+    artifact = Artifact(
+        path=weights, scheme="Q4_K_M", sha256=sha256_file(weights), bytes=Bytes(weights.stat().st_size),
+        imatrix_sha256=None, tool="llama.cpp",
+    )  # fmt: skip
+    checkpoint = Checkpoint(path=DEMO, source="demo", revision="sha256:" + "12" * 32, license="Apache-2.0")
+    bundle.write(plan, artifact, tmp_path / "b.tar", checkpoint=checkpoint, selftest={"schema_version": 1})
+
+    with quality.subject(tmp_path / "b.tar", Silent()) as subject:
+        found = measured(subject.path, kv_type=subject.kv_type)
+        place = subject.path
+
+    assert not place.exists()
+    assert found.artifact == artifact.sha256
+    assert "KV cache q8_0" in found.runtime
+    assert found == measured(weights, kv_type="q8_0")
+
+
+def test_an_artifact_is_not_measured_on_what_it_was_calibrated_on(models: Path) -> None:
+    with pytest.raises(BadInput, match="the text that the artifact was calibrated on"):
+        measured(
+            models / "Q2_K.gguf", fingerprints=heldout.fingerprints(heldout.read().content[30_000:50_000])
+        )
 
 
 def test_the_command_measures_tasks_and_writes_what_it_prints(models: Path, tmp_path: Path) -> None:

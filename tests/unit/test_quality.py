@@ -335,7 +335,8 @@ def test_what_a_model_knows_is_answered_right(tmp_path: Path) -> None:
 
 
 def test_a_long_choice_is_no_handicap() -> None:
-    model = Scripted("Which\nAnswer: a fairly long and certain answer")
+    # Every letter of the long one costs 1.2 nats, and the z alone 5.2.
+    model = Scripted("Which\nAnswer: a fairly long and certain answer", margin=4.0)
     item = tasks.Choice(line=1, question="Which", choices=("z", "a fairly long and certain answer"), answer=1)
 
     right = tasks.answer(tasks.Tasks(name="t", sha256="", items=(item,)), model, Silent(), title="it")
@@ -353,8 +354,9 @@ def test_items_longer_than_the_context_are_named() -> None:
 def test_accuracy_counts_what_was_lost_and_gained() -> None:
     all_of_it = tasks.Tasks(name="t", sha256="s", items=())
 
-    found = tasks.accuracy(all_of_it, (True, False, False, True), (True, True, False, False))
+    found = tasks.accuracy(all_of_it, (True, False, False, True), (True, True, True, False))
 
-    assert (found.right, found.lost, found.gained) == (2, 1, 1)
+    assert (found.right, found.lost, found.gained) == (2, 2, 1)
     assert found.accuracy == intervals.wilson(0.5, 4)
+    assert found.parent == intervals.wilson(0.75, 4)
     assert tasks.accuracy(all_of_it, (True,), None).lost is None
