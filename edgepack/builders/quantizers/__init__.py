@@ -11,14 +11,16 @@ import importlib
 import importlib.metadata
 import json
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from edgepack import errors, layouts
 from edgepack.artifact import Artifact, Checkpoint
+from edgepack.builders import safetensors
 from edgepack.builders.quantize import import_path
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
 from edgepack.modelspec import ModelSpec
@@ -28,6 +30,10 @@ from edgepack.schemes import weights_bytes
 from edgepack.shell import run
 from edgepack.units import MIB, Bytes
 from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir, write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandbytes", "onnx_genai")
 """The quantizers; adding one is a module here and rows in layouts.py."""
@@ -149,6 +155,46 @@ def folder_sha256(folder: Path) -> str:
     """sha256 over the names and digests of the files, in the form that sha256sum prints."""
     lines = (f"{sha256_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files(folder))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def report(done: int, total: int) -> None:
+    """Tells the parent of a quantizer's process how far it is; on a line of its own whatever a library printed."""
+    sys.stdout.write(f"\nprogress {done} {total}\n")
+    sys.stdout.flush()
+
+
+def read_windows(job: Job) -> NDArray[np.int32]:
+    """The calibration's token ids, [windows, tokens], in the order in which they were given."""
+    import numpy as np
+
+    if job.windows is None:
+        raise BadInput(f"{job.scheme} needs calibration data", hint="--calibration FILE")
+    windows: NDArray[np.int32] = np.load(job.windows, allow_pickle=False)
+    return windows
+
+
+def float_type(source: Path) -> str:
+    """torch's name of the type in which what stays unquantized is kept: the source's own, bfloat16 for 32 bits.
+
+    A library that is not told loads and saves in float32, which doubles embeddings and head.
+    """
+    types = {stored.dtype for stored in safetensors.checkpoint(source).values()}
+    return "float16" if types == {"F16"} else "bfloat16"
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def copy_tokenizer(job: Job) -> None:
+    """Copies what goes with the weights, as it is, and makes every file readable for all, as the rest of them is."""
+    for name in TOKENIZER_FILES:
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, job.out / name)
+    for path in job.out.iterdir():
+        path.chmod(0o644)  # safetensors' writer leaves some to their owner alone
 
 
 def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions: Mapping[str, str]) -> str:
