@@ -7,6 +7,7 @@ are one graph. All but ONNX leave embeddings, the output head and norms in 16 bi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Scheme:
 
 EXAMPLES: tuple[str, ...] = (
     "gptq-int4-g128", "gptq-int8-g128", "gptq-int4-g128-actorder", "gptq-int3-g128-asym", "awq-int4-g128",
-    "autoround-int4-g128", "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "ct-w4a8-g128", "fp8", "bnb-int8", "bnb-nf4",
-    "onnx-int4", "onnx-int8", "onnx-int4-b128", "onnx-int4-rtn", "onnx-fp16", "bf16",
+    "autoround-int4-g128", "ct-w4a16-g128", "ct-w8a16", "ct-w8a8", "fp8", "bnb-int8", "bnb-nf4", "onnx-int4",
+    "onnx-int8", "onnx-int4-b128", "onnx-int4-rtn", "onnx-fp16", "bf16",
 )  # fmt: skip
 """One name of each kind, for hints; the grammar is in `parse`."""
 
@@ -78,9 +79,9 @@ _ONNX_BLOCK = 32
 def parse(name: str) -> Scheme:
     """The scheme behind a name that is no GGUF's.
 
-    ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-asym][-actorder]``, ``ct-w{4,8}a{8,16}[-g128]``, ``fp8``,
-    ``bnb-int8``, ``bnb-nf4``, ``onnx-int4[-b{16..256}][-rtn]``, ``onnx-int8[-b{16..256}]``, ``onnx-fp16``, ``bf16``.
-    onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn plain
+    ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-asym][-actorder]``, ``ct-w{4,8}a16[-g128]``, ``ct-w8a8``,
+    ``fp8``, ``bnb-int8``, ``bnb-nf4``, ``onnx-int4[-b{16..256}][-rtn]``, ``onnx-int8[-b{16..256}]``, ``onnx-fp16``,
+    ``bf16``. onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn plain
     rounding to nearest. Raises Unsupported for a name that is not known, with the nearest one, and for a combination
     that does not exist, with the reason.
     """
@@ -126,6 +127,11 @@ def _grouped(text: str, found: re.Match[str]) -> Scheme:
 
 def _packed(text: str, found: re.Match[str]) -> Scheme:
     weights, activations, group = found.groups()
+    if weights == "4" and activations == "8":
+        raise Unsupported(
+            f"{text}: llmcompressor stores these 4 bits in a byte each, as large as W8A8 and as coarse as W4A16",
+            hint="take ct-w8a8 or ct-w4a16-g128",
+        )
     if group and activations == "8" and weights == "8":
         raise Unsupported(
             f"{text}: W8A8 has one scale per output channel, no groups", hint=text.removesuffix(group)
@@ -198,8 +204,13 @@ def kinds(spec: ModelSpec, name: str, *, backend: Backend) -> tuple[str, ...]:
             f"which matrices of {spec.architecture} {scheme.name} changes is not known", hint="take bf16"
         )
     if scheme.family == "onnx":
-        require_graph(scheme, backend)
+        _require_graph(spec, scheme, backend)
         return tuple(_onnx_kinds(spec, scheme, half=backend != "cpu"))
+    if scheme.family == "bnb" and spec.experts:
+        raise Unsupported(
+            f"{scheme.name}: bitsandbytes quantizes Linear layers only, and experts are none in transformers 5",
+            hint="take ct-w4a16-g128 or a GGUF scheme",
+        )
     kind = matrix_kind(scheme)
     result = []
     for tensor in spec.tensors:
@@ -223,6 +234,8 @@ def matrix_kind(scheme: Scheme) -> str | None:
             return "FP8"
         case "bnb":
             return "NF4" if scheme.bits == 4 else "LLM.INT8"
+        case "ct" if scheme.activations == 8:
+            return "INT8"
         case _:
             return f"{scheme.family.upper()}{scheme.bits}-{group}"
 
@@ -248,11 +261,24 @@ def shares_table(spec: ModelSpec, scheme: Scheme) -> bool:
     return spec.tied and not (scheme.family == "onnx" and scheme.bits == 8)
 
 
-def require_graph(scheme: Scheme, backend: Backend) -> None:
-    """Raises Unsupported for a precision that onnxruntime-genai's builder has no working graph of on this backend."""
+ONNX_DECODERS: tuple[str, ...] = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "granite")
+"""Architectures of which onnxruntime-genai 0.18's builder was seen to write working graphs."""
+
+_NO_GRAPH = {
+    "gemma3": "onnxruntime-genai 0.18's builder ends with KeyError 'rope_type' when transformers 5 read its config",
+    "smollm3": "onnxruntime-genai 0.18's builder ends with KeyError 'position_ids'",
+}
+"""Architectures that the builder lists and fails on (tests/integration/test_upstream_bugs.py)."""
+
+
+def _require_graph(spec: ModelSpec, scheme: Scheme, backend: Backend) -> None:
+    """Raises Unsupported for what the builder makes no working graph of on this backend."""
+    if spec.family not in ONNX_DECODERS:
+        reason = _NO_GRAPH.get(spec.family, "onnxruntime-genai 0.18's builder does not know it")
+        raise Unsupported(f"{spec.family} cannot become {scheme.name}: {reason}", hint="take a GGUF scheme")
     if backend not in ("cpu", "cuda"):
         raise Unsupported(
-            f"{scheme.name}: graphs are built for cpu and cuda, not for {backend}", hint="take a GGUF"
+            f"{scheme.name}: graphs are built for cpu and cuda, not for {backend}", hint="take a GGUF scheme"
         )
     if scheme.bits == 16 and backend == "cpu":
         raise Unsupported(
@@ -262,7 +288,8 @@ def require_graph(scheme: Scheme, backend: Backend) -> None:
 
 
 def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]:
-    """Embedding and norms in the graph's floats; every matrix in blocks, the head too."""
+    """Embedding and norms in the graph's floats, but Gemma's norms in f32; every matrix in blocks, the head too."""
+    norms = "F32" if spec.family.startswith("gemma") else "F16" if half else "F32"
     floats = "F16" if half else "F32"
     zeros = "-ZP" if scheme.mixed else ""  # k_quant is asymmetric, the default symmetric
 
@@ -282,7 +309,7 @@ def _onnx_kinds(spec: ModelSpec, scheme: Scheme, *, half: bool) -> Iterator[str]
             wide = scheme.mixed and part in _MIXED and mixed_layer(int(layer), spec.layers)
             yield matrix(8 if wide else scheme.bits)
         else:
-            yield floats
+            yield norms if "norm" in tensor.name else floats
 
 
 _MIXED = ("attn_q.weight", "attn_k.weight", "attn_v.weight", "attn_qkv.weight", "ffn_down.weight")
@@ -310,9 +337,10 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
     GPTQ: qweight, qzeros (stored even when symmetric), fp16 scales, g_idx (GPTQModel, nn_modules/qlinear,
     _register_gptq_buffers), whether symmetric or not; AWQ the same without g_idx (AWQuantLinear); AutoRound as GPTQ,
-    whose layout it is written in. Compressed-tensors: packed
-    int32 and bf16 scales. bitsandbytes: NF4 with an f32 scale per 64 and no second quantization
-    (functional.py, quantize_4bit), int8 with an f32 scale per row. ONNX: MatMulNBits, scales in the graph's floats.
+    whose layout it is written in. Compressed-tensors: 16-bit scales, integers packed into int32 with two int64 for the
+    shape, but those of W8A8 and FP8 one to a byte. bitsandbytes: NF4 with an f32 scale per 64 and no second
+    quantization (functional.py, quantize_4bit), its 16 values in f32 and a JSON record; int8 with an f32 scale per row
+    and a byte that names the format. ONNX: MatMulNBits, scales in the graph's floats.
     """
     if "+" in kind:
         return sum(kind_bytes(one, shape) for one in kind.split("+"))
@@ -323,12 +351,15 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
         return elements * _FLOATS[kind]
     columns, rows = shape[0], elements // shape[0]
     matrices = elements // (columns * shape[1])
-    if kind == "FP8":
-        return elements + 4 * matrices  # one scale per matrix (modelopt)
+    if kind in ("FP8", "INT8"):
+        return elements + 2 * rows
     if kind == "NF4":
-        return -(-elements // 2) + 4 * -(-elements // _NF4_BLOCK)
+        record = json.dumps(
+            {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [shape[1], columns]}
+        )
+        return -(-elements // 2) + 4 * -(-elements // _NF4_BLOCK) + matrices * (4 * 16 + len(record))
     if kind == "LLM.INT8":
-        return elements + 4 * rows
+        return elements + 4 * rows + matrices
     blocks = _BLOCKS.fullmatch(kind)
     if blocks:
         bits, block, floats, zeros = int(blocks[1]), int(blocks[2]), int(blocks[3]), blocks[4]
@@ -342,7 +373,7 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
         return matrices * sum(size for _, size in packed(kind, columns, rows // matrices).values())
     bits = int(integers[2])
     groups = columns // int(integers[4]) if integers[4] else 1
-    return elements * bits // 8 + 2 * groups * rows
+    return rows * 4 * -(-columns * bits // 32) + 2 * groups * rows + 16 * matrices
 
 
 def packed(kind: str, columns: int, rows: int) -> Mapping[str, tuple[str, int]]:
@@ -360,21 +391,24 @@ def packed(kind: str, columns: int, rows: int) -> Mapping[str, tuple[str, int]]:
     return parts if integers[1] == "AWQ" else {**parts, "g_idx": ("I32", 4 * columns)}
 
 
+_ENTRIES = {"GPTQ": 4, "AUTOROUND": 4, "AWQ": 3, "CT": 3, "FP8": 2, "INT8": 2, "LLM": 3, "NF4": 4}
+"""Tensors that a file holds for each matrix, by the start of its kind."""
+
+
 @lru_cache(maxsize=1024)
 def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
     """Bytes of a file that are no tensor of the model, estimated.
 
     A safetensors header of about 110 bytes for each tensor of a checkpoint (its name, type, shape and offsets), or of
-    an ONNX graph its table of cosines and sines and its nodes: 34.7 KB for 4 layers and 66.0 KB for 8
-    (scripts/measure_onnx_genai.py).
+    an ONNX graph its table of cosines and sines, and its nodes.
     """
     scheme = parse(name)
     if scheme.family == "onnx":
-        return rope_table_bytes(spec, half=half) + 3_500 + 7_800 * spec.layers
-    per_matrix = {"gptq": 4, "awq": 3, "autoround": 4, "ct": 3, "fp8": 3, "bnb": 4, "bf16": 1, "onnx": 1}
+        return rope_table_bytes(spec, half=half) + _node_bytes(spec, scheme, half=half)
+    kind = matrix_kind(scheme) or "BF16"
+    per_matrix = next((count for start, count in _ENTRIES.items() if kind.startswith(start)), 1)
     entries = sum(
-        (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix[scheme.family] if is_linear(t) else 1)
-        for t in spec.tensors
+        (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix if is_linear(t) else 1) for t in spec.tensors
     )
     return 8 + 110 * entries
 
@@ -382,3 +416,22 @@ def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
 def rope_table_bytes(spec: ModelSpec, *, half: bool) -> int:
     """Bytes of the cosines and sines in an ONNX graph: 2 x positions trained on x half a head, in its floats."""
     return 2 * spec.context_train * (spec.head_dim // 2) * (2 if half else 4)
+
+
+def _node_bytes(spec: ModelSpec, scheme: Scheme, *, half: bool) -> int:
+    """Bytes of model.onnx itself, fitted: within 2 KB for models of 4 to 8 layers of six architectures.
+
+    Zero points and blocks are named tensors and attributes of each matrix; a bias is a node of its own (those of
+    queries, keys and values together), so are norms beyond two a layer, and on a CPU the norms of queries and keys.
+    """
+    parts = {t.name.split(".", 2)[2] for t in spec.tensors if t.name.startswith("blk.")}
+    biases = len({"attn_qkv.bias" if p in _QKV_BIASES else p for p in parts if p.endswith(".bias")})
+    norms = len([p for p in parts if p.endswith("_norm.weight") and p not in _HEAD_NORMS]) - 2
+    layer = (5_500 if scheme.bits == 16 else 8_600 if scheme.mixed else 7_400) + 425 * biases + 575 * norms
+    if "attn_q_norm.weight" in parts:
+        layer += 1_100 if half else 3_200
+    return 3_400 + layer * spec.layers
+
+
+_QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+_HEAD_NORMS = ("attn_q_norm.weight", "attn_k_norm.weight")

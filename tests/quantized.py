@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from edgepack.profile import Backend
 from edgepack.progress import Silent
 
 DEMO = catalog.built_in_folder()
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def build(
@@ -38,6 +43,58 @@ def build(
     )
 
 
+def copied(source: Path, folder: Path) -> Path:
+    """The same model elsewhere, so that paths in an artifact show."""
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def windows(folder: Path, *, count: int, tokens: int) -> Path:
+    """Calibration windows from the end of the held-out text, [count, tokens]; tests of answers read its start."""
+    path = folder / "windows.npy"
+    np.save(path, heldout()[-count * tokens :].reshape(count, tokens))
+    return path
+
+
+_RELOAD = """
+import sys
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+ids = torch.from_numpy(np.load(sys.argv[1]))[None]
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    with torch.inference_mode():
+        np.save(folder + ".logits.npy", model(ids).logits[0].float().numpy())
+"""
+
+
+def reloaded(artifacts: Mapping[str, Artifact], *, tokens: int) -> dict[str, Floats]:
+    """What a fresh process with plain transformers says of the first tokens of the held-out text, [tokens, vocabulary].
+
+    That process has never seen the weights from which the artifacts were made.
+    """
+    folders = [str(artifact.path) for artifact in artifacts.values()]
+    ids = Path(f"{folders[0]}.ids.npy")
+    np.save(ids, heldout()[:tokens].astype(np.int64))
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _RELOAD, ids, *folders], check=True, capture_output=True
+    )
+    return {scheme: np.load(f"{artifact.path}.logits.npy") for scheme, artifact in artifacts.items()}
+
+
+def quantize_here(scheme: str, folder: Path, *, source: Path, windows: Path | None = None) -> str:
+    """Quantizes in this very process, and returns the digest of the folder."""
+    folder.mkdir(parents=True)
+    job = Job(
+        source=source, out=folder, scheme=scheme, windows=windows, backend="cpu", context=256, threads=1, seed=0
+    )  # fmt: skip
+    quantizers.named(scheme).quantize(job)
+    return quantizers.folder_sha256(folder)
+
+
 @lru_cache(maxsize=1)
 def heldout() -> np.ndarray[Any, np.dtype[np.int32]]:
     """Token ids of the text that the built-in model was not trained on."""
@@ -49,7 +106,7 @@ def heldout() -> np.ndarray[Any, np.dtype[np.int32]]:
 
 
 @lru_cache(maxsize=8)
-def logits(source: Path, start: int, length: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def logits(source: Path, start: int, length: int) -> Floats:
     """What the unquantized model says in f32 of so many tokens of the held-out text, [length, vocabulary]."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -57,13 +114,11 @@ def logits(source: Path, start: int, length: int) -> np.ndarray[Any, np.dtype[np
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.inference_mode():
         ids = torch.from_numpy(heldout()[None, start : start + length].astype(np.int64))
-        said: np.ndarray[Any, np.dtype[np.float32]] = model(ids).logits[0].numpy()
+        said: Floats = model(ids).logits[0].numpy()
     return said
 
 
-def divergence(
-    reference: np.ndarray[Any, np.dtype[np.float32]], other: np.ndarray[Any, np.dtype[np.float32]]
-) -> float:
+def divergence(reference: Floats, other: Floats) -> float:
     """Mean over the tokens of KL(reference || other), in nats."""
     p, q = (
         x - x.max(axis=-1, keepdims=True) for x in (reference.astype(np.float64), other.astype(np.float64))

@@ -35,7 +35,7 @@ class Kernel:
     """One row: schemes that a runtime computes with on one kind of machine."""
 
     schemes: tuple[str, ...]
-    """Families of layouts.py, or whole names ("ct-w4a8"), or "gguf"."""
+    """Families of layouts.py, or starts of names ("ct-w8a8"), or "gguf"."""
     backend: Backend
     at_least: tuple[int, int] | None = None
     """Lowest compute capability."""

@@ -28,14 +28,14 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     return {scheme: build(scheme, folder) for scheme in ("onnx-int8", "onnx-int4", "onnx-int4-rtn")}
 
 
-def say(artifact: Artifact) -> np.ndarray[Any, np.dtype[np.float32]]:
+def say(artifact: Artifact) -> quantized.Floats:
     """Logits of the first tokens of the held-out text, [tokens, vocabulary]."""
     import onnxruntime_genai as og
 
     model = og.Model(str(artifact.path))
     generator = og.Generator(model, og.GeneratorParams(model))
     generator.append_tokens(quantized.heldout()[None, :TOKENS])
-    said: np.ndarray[Any, np.dtype[np.float32]] = generator.get_output("logits")[0]
+    said: quantized.Floats = generator.get_output("logits")[0]
     return said
 
 
@@ -102,12 +102,9 @@ def test_the_cache_is_as_long_as_the_plan_says(artifacts: dict[str, Artifact]) -
 def test_the_same_job_gives_the_same_bytes_wherever_it_is_done(
     artifacts: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    elsewhere = tmp_path / "copy of the model"
-    elsewhere.mkdir()
-    for file in DEMO.iterdir():
-        (elsewhere / file.name).write_bytes(file.read_bytes())
-
-    again = build("onnx-int4", tmp_path / "out", source=elsewhere)
+    again = build(
+        "onnx-int4", tmp_path / "out", source=quantized.copied(DEMO, tmp_path / "copy of the model")
+    )
 
     assert again.sha256 == artifacts["onnx-int4"].sha256
 

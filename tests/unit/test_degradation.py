@@ -168,7 +168,7 @@ def test_a_family_is_read_from_the_name_only_where_its_losses_are_published(
         ("awq-int4-g128", "rtn-int4-g128"),
         ("rtn-int4-g32", "rtn-int4-g64", "rtn-int4-g128", "rtn-int4-gall"),
         ("rtn-int4-g128-asym", "rtn-int4-g128-sym"),
-        ("ct-w8a16", "ct-w8a8", "ct-w4a16-g128", "ct-w4a8-g128"),
+        ("ct-w8a16", "ct-w8a8", "ct-w4a16-g128"),
         ("bf16", "bnb-int8", "fp8", "bnb-nf4"),
         ("onnx-int8", "onnx-int4", "onnx-int4-rtn"),
     ],

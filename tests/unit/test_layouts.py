@@ -30,10 +30,12 @@ def bits(kind: str, shape: tuple[int, ...] = WIDE) -> float:
         ("GPTQ3-G32", 3 + 3 / 32 + 16 / 32 + 32 / 4096),
         ("AWQ4-G128", 4.15625),
         ("AUTOROUND2-G128", 2 + 2 / 128 + 16 / 128 + 32 / 4096),
-        ("CT4-G128", 4.125),
-        ("CT8-ROW", 8 + 16 / 4096),
-        ("NF4", 4.5),
-        ("LLM.INT8", 8 + 32 / 4096),
+        ("CT4-G128", 4.125 + 128 / 4096**2),
+        ("CT8-ROW", 8 + 16 / 4096 + 128 / 4096**2),
+        ("INT8", 8 + 16 / 4096),
+        ("FP8", 8 + 16 / 4096),
+        ("NF4", 4.5 + (64 + 82) * 8 / 4096**2),
+        ("LLM.INT8", 8 + 32 / 4096 + 8 / 4096**2),
         ("ONNX4-G32-F16", 4.5),
         ("ONNX4-G32-F32", 5.0),
         ("ONNX4-G32-F32-ZP", 5.125),
@@ -156,6 +158,7 @@ def test_experts_are_matrices_of_their_own() -> None:
         ("autoround-int4-g128-actorder", "autoround has no act order"),
         ("gptq-int5-g128", "gptq packs 2, 3, 4, 8 bits, not 5"),
         ("ct-w8a8-g128", "one scale per output channel"),
+        ("ct-w4a8-g128", "as large as W8A8 and as coarse as W4A16"),
         ("onnx-int8-k-quant-mixed", "mixes 8 bits into 4"),
         ("onnx-int8-b64-rtn", "8 bits are always rounded to nearest"),
         ("onnx-bf16", "did you mean 'onnx-fp16'"),
@@ -177,7 +180,7 @@ def test_what_does_not_exist_is_refused_with_the_reason(name: str, reason: str) 
 @pytest.mark.parametrize(
     "name",
     [
-        *layouts.EXAMPLES, "gptq-int2-gall", "gptq-int3-g64-actorder", "ct-w4a8", "onnx-int8-b64", "onnx-int4-b64-rtn",
+        *layouts.EXAMPLES, "gptq-int2-gall", "gptq-int3-g64-actorder", "ct-w4a16", "onnx-int8-b64", "onnx-int4-b64-rtn",
     ],
 )  # fmt: skip
 def test_names_come_back_as_they_are_from_any_case(name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as config
 from hypothesis import strategies as st
 
@@ -287,7 +287,6 @@ def test_onnx_genai_on_a_cpu_takes_what_was_measured(
         ("vllm", "Q4_K_M", "rtx-4060-8gb", "through a plugin only"),
         ("vllm", "fp8", "jetson-orin", "it needs 8.9, the device has compute capability 8.7"),
         ("vllm", "bnb-nf4", "rtx-4060-8gb", "does not read bnb-nf4"),
-        ("vllm", "ct-w4a8-g128", "rtx-4060-8gb", "does not read ct-w4a8-g128"),
         ("vllm", "gptq-int4-g128", "jetson-xavier-nx", "it needs 7.5, the device has compute capability 7.2"),
         ("vllm", "bf16", "steam-deck", "no official wheel for vulkan"),
         ("transformers", "bnb-int8", "jetson-orin", "sm_87"),
@@ -388,6 +387,8 @@ def test_parts_add_up_and_more_context_or_slots_never_take_less(
 ) -> None:
     runtime, device, scheme = run
     where = profile.load(device)
+    unable = {"onnx-genai": ("gemma-3-4b", "qwen3-8-experts"), "transformers": ("qwen3-8-experts",)}
+    assume(scheme == "bf16" or name not in unable.get(runtime.NAME, ()))
 
     def estimate(tokens: int, users: int) -> memory.MemoryEstimate:
         return try_it(name, scheme, where, runtime, context=tokens, slots=users).estimate

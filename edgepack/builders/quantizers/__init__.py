@@ -277,6 +277,21 @@ def float_type(source: Path) -> str:
     return "float16" if types == {"F16"} else "bfloat16"
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+
+
+def copy_tokenizer(job: Job) -> None:
+    """Copies what goes with the weights, as it is, and makes every file readable for all, as the rest of them is."""
+    for name in TOKENIZER_FILES:
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, job.out / name)
+    for path in job.out.iterdir():
+        path.chmod(0o644)  # safetensors' writer leaves some to their owner alone
+
+
 def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions: Mapping[str, str]) -> str:
     inputs = (
         checkpoint.revision, job.scheme, calibration or "", job.backend, str(job.context), str(job.seed), str(RECIPE),

@@ -8,12 +8,11 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from io import TextIOBase
 from pathlib import Path
-from typing import TextIO
 
 from edgepack import layouts, modelspec
 from edgepack.builders.quantizers import Job
+from edgepack.builders.quantizers.listen import Listener
 from edgepack.errors import BadInput
 from edgepack.modelspec import ModelSpec
 
@@ -49,7 +48,11 @@ def quantize(job: Job) -> None:
         precision = f"int{scheme.bits}"
         words = [f"block_size={scheme.group}", f"algo_config={_MIXED if scheme.mixed else _PLAIN}"]
     source, out = str(job.source), str(job.out)
-    with tempfile.TemporaryDirectory() as cache, redirect_stdout(_Steps(sys.stdout, spec.layers)):
+    steps = {
+        re.compile(r"Reading layer (\d+)"): lambda layer: 50 * (layer + 1) // spec.layers,
+        re.compile(r"Progress: \[[# ]*\] (\d+)"): lambda percent: 50 + percent // 2,
+    }
+    with tempfile.TemporaryDirectory() as cache, redirect_stdout(Listener(sys.stdout, steps)):
         options = builder.parse_extra_options("", source, out, precision, job.backend, cache, words)
         builder.create_model("", source, out, precision, job.backend, cache, **options)
     _set_length(job.out / "genai_config.json", job.context)
@@ -68,29 +71,3 @@ def _set_length(path: Path, context: int) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["search"] |= {"max_length": context, "past_present_share_buffer": True}
     path.write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-
-
-class _Steps(TextIOBase):
-    """What the builder prints, and after it our own lines of progress: half for reading, half for rounding."""
-
-    _READ = re.compile(r"Reading layer (\d+)")
-    _ROUNDED = re.compile(r"Progress: \[[# ]*\] (\d+)")
-
-    def __init__(self, out: TextIO, layers: int) -> None:
-        self._out, self._layers = out, layers
-
-    def write(self, text: str) -> int:
-        self._out.write(text)
-        read, rounded = self._READ.search(text), self._ROUNDED.search(text)
-        if read is not None:
-            self._say(50 * (int(read.group(1)) + 1) // self._layers)
-        if rounded is not None:
-            self._say(50 + int(rounded.group(1)) // 2)
-        return len(text)
-
-    def flush(self) -> None:
-        self._out.flush()
-
-    def _say(self, percent: int) -> None:
-        self._out.write(f"\nprogress {percent} 100\n")
-        self._out.flush()
