@@ -55,7 +55,7 @@ def main() -> None:
                 [sys.executable, "-c", BARE, str(options.model), str(folder), options.scheme], {}
             )
             build = ["build", "--profile", "jetson-orin", "--model", str(options.model), "--scheme", options.scheme,
-                     "--min-tokens-per-second", "0", "-q", "-o", str(folder / "out")]  # fmt: skip
+                     "--min-tokens-per-second", "0", "--no-quality", "-q", "-o", str(folder / "out")]  # fmt: skip
             command = [sys.executable, "-m", "edgepack", *build]
             whole, peak = timed(command, {"EDGEPACK_CACHE": str(cache)})
             forget_all_but_answers(cache)

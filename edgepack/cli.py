@@ -169,7 +169,7 @@ def _quality_options(command: Command) -> Command:
         click.option("--no-quality", is_flag=True, help="Do not measure what the artifact lost."),
         click.option("--quality-text", type=click.Path(path_type=Path), metavar="FILE",
                      help="Held-out text to measure on (default: a built-in one)."),
-        click.option("--quality-tokens", type=click.IntRange(1), metavar="N", help="Tokens of it (default 8192)."),
+        click.option("--quality-tokens", type=click.IntRange(1), metavar="N", help="Tokens of it (default 4096)."),
         click.option("--max-ppl-loss", metavar="X", help="Refuse an artifact that raises perplexity by more, e.g. 2%."),
         click.option("--max-kl", type=click.FloatRange(0), metavar="X",
                      help="Refuse an artifact that diverges more from its parent (mean KL, nats a token)."),
@@ -390,7 +390,7 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
               help="Held-out text, or jsonl of texts (default: a built-in one).")  # fmt: skip
 @click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
               help="jsonl of multiple-choice or exact-match items, for accuracy.")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Tokens to measure on (default 8192).")
+@click.option("--tokens", type=click.IntRange(1), metavar="N", help="Tokens to measure on (default 4096).")
 @click.option(
     "--window", type=click.IntRange(2), metavar="N", help="Tokens that are read together (default 256)."
 )

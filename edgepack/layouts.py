@@ -81,9 +81,9 @@ def parse(name: str) -> Scheme:
 
     ``{gptq|awq|autoround}-int{2,3,4,8}-g{32,64,128,all}[-asym][-actorder]``, ``ct-w{4,8}a16[-g128]``, ``ct-w8a8``,
     ``fp8``, ``bnb-int8``, ``bnb-nf4``, ``onnx-int4[-b{16..256}][-rtn]``, ``onnx-int8[-b{16..256}]``, ``onnx-fp16``,
-    ``bf16``. onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn plain
-    rounding to nearest. Raises Unsupported for a name that is not known, with the nearest one, and for a combination
-    that does not exist, with the reason.
+    ``bf16``. onnx-int4 is what onnxruntime-genai's builder calls k_quant_mixed (that name is taken too), and with -rtn
+    plain rounding to nearest. Raises Unsupported for a name that is not known, with the nearest one, and for a
+    combination that does not exist, with the reason.
     """
     text = name.lower()
     if text in LATER:

@@ -26,7 +26,7 @@ from edgepack.scoring.intervals import Floats, exp, mean, quantile, share
 from edgepack.scoring.reference import Cut, Reference, Scores
 from edgepack.scoring.tasks import Tasks
 
-TOKENS = 8192
+TOKENS = 4096
 WINDOW = 256
 _RECIPE = 1
 """Raised when the same inputs are measured otherwise, so that old figures are not taken for new ones."""

@@ -267,6 +267,7 @@ def test_ctrl_c_leaves_nothing_half_written_and_the_rerun_resumes(cache: Path, t
         str(wide),
         "--scheme",
         "Q4_K_M",
+        "--no-quality",
         "-o",
         str(tmp_path / "out"),
     ]
