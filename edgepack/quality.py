@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,17 +174,20 @@ class _Asked:
 
 
 def _measured(asked: _Asked, progress: Progress) -> Quality:
-    tasks = asked.tasks
-    with scoring.opened(asked.artifact, kv_type=asked.kv_type, threads=asked.threads) as scorer:
+    """The parent first, so that the memory needed is that of one model at a time."""
+    tasks, known, theirs, distance = asked.tasks, None, None, None
+    if asked.parent is not None:
+        known, theirs = _references(asked, asked.parent, progress)
+    with _opened(asked) as scorer:
         pieces = _windows(scorer, asked.cut)
+        if known is not None:
+            _require_same(
+                asked, known.windows.tolist(), known.codes.shape[2], pieces, scorer.facts.vocabulary
+            )
         right = () if tasks is None else questions.answer(tasks, scorer, progress, title="the artifact")
-        theirs: tuple[bool, ...] | None = None
-        distance = None
-        if asked.parent is None:
+        if known is None:
             nll = _likelihoods(scorer, pieces, progress)
         else:
-            known, theirs = _references(asked, asked.parent, progress)
-            _require_same_tokens(asked.parent, known, asked.artifact, scorer, pieces)
             scores = reference.compare(scorer, known, progress)
             nll = scores.nll
             distance = distance_of(
@@ -240,14 +243,22 @@ def _references(asked: _Asked, parent: Path, progress: Progress) -> tuple[Refere
     known, theirs = reference.find(name), None if items is None else questions.recall(items)
     if known is not None and (items is None or theirs is not None):
         return known, theirs
+    with _opened(asked) as scorer:  # what cannot be compared is found out before the parent is scored
+        pieces, vocabulary = _windows(scorer, asked.cut), scorer.facts.vocabulary
     with (
         _runnable(parent, asked.artifact, progress) as model,
         scoring.opened(model, threads=asked.threads) as scorer,
     ):
+        own = _windows(scorer, asked.cut)
+        _require_same(asked, own, scorer.facts.vocabulary, pieces, vocabulary)
         if tasks is not None and items is not None and theirs is None:
             theirs = questions.answer(tasks, scorer, progress, title="the parent")
             questions.remember(items, theirs)
-        return known or reference.make(name, scorer, _windows(scorer, asked.cut), progress), theirs
+        return known or reference.make(name, scorer, own, progress), theirs
+
+
+def _opened(asked: _Asked) -> AbstractContextManager[Model]:
+    return scoring.opened(asked.artifact, kv_type=asked.kv_type, threads=asked.threads)
 
 
 @contextmanager
@@ -282,19 +293,24 @@ def _windows(scorer: Model, cut: Cut) -> list[list[int]]:
     return found
 
 
-def _require_same_tokens(
-    parent: Path, known: Reference, artifact: Path, scorer: Model, pieces: list[list[int]]
+def _require_same(
+    asked: _Asked,
+    theirs: list[list[int]],
+    their_vocabulary: int,
+    ours: list[list[int]],
+    our_vocabulary: int,
 ) -> None:
-    width = known.codes.shape[2]
-    if width != scorer.facts.vocabulary:
+    """Raises BadInput when logits of the parent's and the artifact's are not of the same tokens."""
+    names = f"{asked.artifact.name} and {asked.parent}"
+    if theirs != ours:
         raise BadInput(
-            f"{artifact.name} has a vocabulary of {scorer.facts.vocabulary}, {parent.name} one of {width}",
-            hint="compare it with the model that it was made from",
-        )
-    if pieces != known.windows.tolist():
-        raise BadInput(
-            f"{artifact.name} and {parent.name} cut the text into different tokens",
+            f"{names} cut the text into different tokens",
             hint="compare it with the model that it was made from, or with the tokenizer of this version of it",
+        )
+    if their_vocabulary != our_vocabulary:
+        raise BadInput(
+            f"{names} have vocabularies of {our_vocabulary} and {their_vocabulary}",
+            hint="compare it with the model that it was made from",
         )
 
 
