@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -125,6 +125,9 @@ def dialog(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) 
             yield Dialog(process, heard)
         finally:
             process.terminate()
+            if process.stdin is not None:
+                with suppress(BrokenPipeError):  # what a program that has ended did not read
+                    process.stdin.close()
 
 
 def _shown(process: subprocess.Popen[bytes]) -> Sequence[str]:

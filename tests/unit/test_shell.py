@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from edgepack.errors import BuildFailed, MissingTool
-from edgepack.shell import run
+from edgepack.shell import dialog, run
 
 
 def test_output_and_status_come_back() -> None:
@@ -51,3 +51,51 @@ def test_a_child_does_not_outlive_an_interrupted_parent() -> None:
 
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(caught.value)), 0)
+
+
+ECHO = """
+import sys
+for line in sys.stdin:
+    text = line.strip().encode()
+    sys.stdout.buffer.write(b"%d\\n" % len(text) + text)
+    sys.stdout.buffer.flush()
+    if text == b"break":
+        sys.exit("it broke")
+"""
+
+
+def test_a_dialog_answers_in_lines_and_bytes() -> None:
+    with dialog([sys.executable, "-c", ECHO]) as process:
+        for word in ("one", "three"):
+            process.send(word)
+            size = int(process.line())
+
+            assert process.read(size) == word.encode()
+
+
+def test_a_program_that_ends_within_a_dialog_is_told_with_its_last_words() -> None:
+    with dialog([sys.executable, "-c", ECHO]) as process:
+        process.send("break")
+        process.read(int(process.line()))
+
+        with pytest.raises(BuildFailed, match="ended with status 1:\nit broke"):
+            process.line()
+        with pytest.raises(BuildFailed, match="it broke"):
+            process.send("more")
+
+
+def test_a_program_that_gives_less_than_it_said_is_an_error() -> None:
+    with (
+        dialog([sys.executable, "-c", "print('half')"]) as process,
+        pytest.raises(BuildFailed, match="ended with status 0"),
+    ):
+        process.read(100)
+
+
+def test_a_program_to_talk_to_ends_with_the_block() -> None:
+    code = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with dialog([sys.executable, "-c", code]) as process:
+        number = int(process.line())
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
