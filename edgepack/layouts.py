@@ -377,18 +377,22 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 
 def packed(kind: str, columns: int, rows: int) -> Mapping[str, tuple[str, int]]:
-    """The tensors that one matrix of GPTQ, AWQ or AutoRound becomes: name -> type (safetensors' word) and bytes."""
+    """The tensors that one matrix of GPTQ, AWQ or AutoRound becomes: name -> type (safetensors' word) and bytes.
+
+    "" is the model's own type of 16 bits, which AWQ's scales have.
+    """
     integers = _INTEGERS.fullmatch(kind)
     if integers is None or integers[1] == "CT":
         raise Unsupported(f"how {kind} is stored is not known")
     bits = int(integers[2])
     groups = columns // int(integers[4]) if integers[4] else 1
+    awq = integers[1] == "AWQ"
     parts = {
         "qweight": ("I32", columns * rows * bits // 8),
         "qzeros": ("I32", groups * rows * bits // 8),
-        "scales": ("F16", 2 * groups * rows),
+        "scales": ("" if awq else "F16", 2 * groups * rows),
     }
-    return parts if integers[1] == "AWQ" else {**parts, "g_idx": ("I32", 4 * columns)}
+    return parts if awq else {**parts, "g_idx": ("I32", 4 * columns)}
 
 
 _ENTRIES = {"GPTQ": 4, "AUTOROUND": 4, "AWQ": 3, "CT": 3, "FP8": 2, "INT8": 2, "LLM": 3, "NF4": 4}
@@ -397,10 +401,10 @@ _ENTRIES = {"GPTQ": 4, "AUTOROUND": 4, "AWQ": 3, "CT": 3, "FP8": 2, "INT8": 2, "
 
 @lru_cache(maxsize=1024)
 def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
-    """Bytes of a file that are no tensor of the model, estimated.
+    """Bytes of a file that are no tensor of the model: of a checkpoint at most, of an ONNX graph estimated.
 
-    A safetensors header of about 110 bytes for each tensor of a checkpoint (its name, type, shape and offsets), or of
-    an ONNX graph its table of cosines and sines, and its nodes.
+    A safetensors header has 100 to 130 bytes for each tensor (its name, type, shape and offsets, which grow with the
+    model); an ONNX graph its table of cosines and sines, and its nodes.
     """
     scheme = parse(name)
     if scheme.family == "onnx":
@@ -410,7 +414,7 @@ def container_bytes(spec: ModelSpec, name: str, *, half: bool = False) -> int:
     entries = sum(
         (t.shape[2] if len(t.shape) > 2 else 1) * (per_matrix if is_linear(t) else 1) for t in spec.tensors
     )
-    return 8 + 110 * entries
+    return 8 + 136 * entries
 
 
 def rope_table_bytes(spec: ModelSpec, *, half: bool) -> int:

@@ -317,7 +317,9 @@ def _try(
     limit = spec.context_train * request.slots
     if schemes.requires_imatrix(spec, scheme) and not request.imatrix:
         reason = f"{scheme} is unusable without an importance matrix"
-        return _reject(candidate, scheme, kv_type, context, reason, hint="build --calibration FILE computes one")
+        return _reject(
+            candidate, scheme, kv_type, context, reason, hint="build --calibration FILE computes one"
+        )
 
     def settings(tokens: int) -> Settings:
         return runtime.settings_for(

@@ -1,6 +1,6 @@
 """Rounds a checkpoint to nearest and writes it as GPTQ stores it, so that other quantizers have something to beat.
 
-    python scripts/rtn.py SOURCE OUT --bits 3 [--group 128] [--asymmetric]
+    python -m scripts.rtn SOURCE OUT --bits 3 [--group 128] [--asymmetric]
 
 The same layout and the same matrices as edgepack's gptq schemes; transformers, gptqmodel and vLLM read it.
 """
@@ -16,8 +16,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from edgepack.workspace import whole_dir
 from tests import quantizers_reference as reference
 
@@ -25,7 +23,7 @@ _BESIDE = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", 
 
 
 def write(source: Path, out: Path, *, bits: int, group: int | None, symmetric: bool) -> None:
-    """``source``: a Hugging Face folder of 16-bit weights; ``out`` appears whole. Norms and tables are kept."""
+    """``source``: a Hugging Face folder of 16-bit weights, of which norms, embeddings and head are kept."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in reference.tensors(source).items():
         module, _, part = name.rpartition(".")

@@ -158,7 +158,7 @@ def awq_scales(
 def pack(values: Tensor, bits: int) -> Tensor:
     """Integers [n, m] in words of 32 bits [n x bits / 32, m]: a stream of bits down each column, low bits first."""
     count, width = values.shape
-    stream = ((values[:, None, :] >> torch.arange(bits)[None, :, None]) & 1).view(
+    stream = ((values[:, None, :] >> torch.arange(bits)[None, :, None]) & 1).reshape(
         count * bits // 32, 32, width
     )
     words = (stream << torch.arange(32)[None, :, None]).sum(1)
@@ -167,7 +167,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int) -> Tensor:
     """The inverse of ``pack``, int64."""
-    stream = ((words.long()[:, None, :] >> torch.arange(32)[None, :, None]) & 1).view(
+    stream = ((words.long()[:, None, :] >> torch.arange(32)[None, :, None]) & 1).reshape(
         -1, bits, words.shape[1]
     )
     return (stream << torch.arange(bits)[None, :, None]).sum(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeGuard
 
 from edgepack.errors import BadInput, Unsupported
+from edgepack.workspace import whole_file
 
 ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
 """The storage types that are converted, and the bytes of one element."""
@@ -18,6 +19,8 @@ _OTHER_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
+_PIECE = 1 << 22
+"""Bytes that are copied at a time."""
 _LARGEST_HEADER = 100_000_000
 """The limit of the reference implementation (safetensors, src/tensor.rs, MAX_HEADER_SIZE)."""
 
@@ -66,6 +69,37 @@ def checkpoint(folder: Path) -> Mapping[str, Stored]:
     return tensors
 
 
+def rewrite(folder: Path) -> None:
+    """Puts a checkpoint into one model.safetensors in one order, whatever files and order its writer chose.
+
+    Wide types first, then by name, so that every tensor is aligned; the file appears whole and the old ones go.
+    """
+    tensors = sorted(checkpoint(folder).values(), key=lambda t: (-(_item_bytes(t.dtype) or 0), t.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        span = [at, at + tensor.bytes]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        at += tensor.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_file(folder / "model.safetensors") as temporary, temporary.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            with tensor.file.open("rb") as stream:
+                stream.seek(tensor.offset)
+                left = tensor.bytes
+                while left:
+                    piece = stream.read(min(left, _PIECE))
+                    if not piece:
+                        raise BadInput(f"{tensor.file} ends within {tensor.name}", hint="fetch it again")
+                    out.write(piece)
+                    left -= len(piece)
+    for path in {t.file for t in tensors} | {folder / "model.safetensors.index.json"}:
+        if path.name != "model.safetensors":
+            path.unlink(missing_ok=True)
+
+
 def read_header(path: Path) -> Mapping[str, Stored]:
     """The tensors of one safetensors file, by name, in the order of their data.
 
@@ -112,7 +146,7 @@ def _entry(name: str, entry: object, path: Path, start: int) -> tuple[int, Store
     if not isinstance(entry, dict):
         raise BadInput(f"{path}: tensor {name} is described by {entry!r}, not by an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    item = ITEM_BYTES.get(str(dtype)) or _OTHER_BYTES.get(str(dtype))
+    item = _item_bytes(str(dtype))
     if item is None:
         raise Unsupported(f"{path}: tensor {name} has the unknown type {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
@@ -130,6 +164,10 @@ def _entry(name: str, entry: object, path: Path, start: int) -> tuple[int, Store
         name=name, dtype=str(dtype), shape=tuple(shape), file=path, offset=start + begin, bytes=end - begin
     )
     return begin, stored
+
+
+def _item_bytes(dtype: str) -> int | None:
+    return ITEM_BYTES.get(dtype) or _OTHER_BYTES.get(dtype)
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:

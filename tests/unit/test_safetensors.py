@@ -159,3 +159,28 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
 def test_a_folder_without_weights_says_so(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"no model\.safetensors"):
         safetensors.checkpoint(tmp_path)
+
+
+def test_a_rewritten_checkpoint_has_the_same_tensors_in_one_order_whatever_files_they_came_in(
+    tmp_path: Path,
+) -> None:
+    one, several = tmp_path / "one", tmp_path / "several"
+    one.mkdir()
+    several.mkdir()
+    written(
+        one / "model.safetensors", {"b": entry([4], 0, 8, "BF16"), "a": entry([2], 8, 16)}, bytes(range(16))
+    )
+    written(several / "x.safetensors", {"a": entry([2], 0, 8)}, bytes(range(8, 16)))
+    written(several / "y.safetensors", {"b": entry([4], 0, 8, "BF16")}, bytes(range(8)))
+    index = {"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}
+    (several / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    for folder in (one, several):
+        safetensors.rewrite(folder)
+
+    assert [path.name for path in several.iterdir()] == ["model.safetensors"]
+    assert (one / "model.safetensors").read_bytes() == (several / "model.safetensors").read_bytes()
+    found = safetensors.checkpoint(one)
+    assert list(found) == ["a", "b"], "wide types first"
+    assert (one / "model.safetensors").read_bytes()[found["a"].offset :] == bytes([*range(8, 16), *range(8)])
+    assert found["a"].offset % 8 == 0

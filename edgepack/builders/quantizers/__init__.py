@@ -14,7 +14,6 @@ import math
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,8 +67,6 @@ class Job:
     """Tokens of one sequence in the plan; max_length of an ONNX model."""
     threads: int
     seed: int
-    scratch: Path | None = None
-    """A folder that a killed run leaves and the next run of the same job finds again (set by ``build``)."""
 
 
 class Quantizer(Protocol):
@@ -88,7 +85,10 @@ class Quantizer(Protocol):
         ...
 
     def quantize(self, job: Job) -> None:
-        """Writes the artifact into ``job.out``; prints lines ``progress DONE TOTAL`` on stdout."""
+        """Writes the artifact into ``job.out`` and ``report``s how far it is.
+
+        The working directory is its own: what a killed run leaves there the next run of the same job finds again.
+        """
         ...
 
 
@@ -130,10 +130,11 @@ def build(
         stored = safetensors.checkpoint(checkpoint.path)
         if job.windows is not None and quantizer.calibrates(scheme):
             check_windows(job.windows, spec)
-        require_space(folder, predicted + 64 * MIB)
+        # Twice as much is set aside by libraries that work by layers.
+        require_space(folder, 3 * predicted + 64 * MIB)
         scratch = folder / f".{out.name}.scratch"
         with whole_dir(out) as partial:
-            _run(quantizer, replace(job, out=partial, scratch=scratch), progress)
+            _run(quantizer, _at_home(job, partial), scratch, progress)
             if scheme.family != "onnx":
                 verify(partial, stored, spec, job.scheme)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -300,9 +301,10 @@ def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions:
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 
-def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
-    """Runs the quantizer's process to its end, its words kept for when it fails."""
+def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> None:
+    """Runs the quantizer's process in ``scratch`` to its end, its words kept for when it fails."""
     module = str(quantizer.__name__)  # type: ignore[attr-defined]  # a module has one
+    scratch.mkdir(exist_ok=True)
     tail: list[str] = []
     done = 0
     with progress.bar(f"quantizing to {job.scheme}", 100) as advance:
@@ -321,16 +323,13 @@ def _run(quantizer: Quantizer, job: Job, progress: Progress) -> None:
             "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
         }  # fmt: skip
-        with tempfile.TemporaryDirectory(
-            prefix="edgepack-"
-        ) as place:  # for what libraries write where they stand
-            ended = run(
-                [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
-                cwd=Path(place),
-                env=environment,
-                on_line=on_line,
-                check=False,
-            )
+        ended = run(
+            [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
+            cwd=scratch,
+            env=environment,
+            on_line=on_line,
+            check=False,
+        )
     if ended.returncode == 0:
         return
     if free_bytes(job.out) < MIB:
@@ -360,14 +359,19 @@ def _log(job: Job, said: list[str]) -> Path:
     return path
 
 
+def _at_home(job: Job, out: Path) -> Job:
+    """The job with paths that do not depend on where its process runs."""
+    windows = None if job.windows is None else job.windows.resolve()
+    return replace(job, source=job.source.resolve(), out=out.resolve(), windows=windows)
+
+
 def to_json(job: Job) -> str:
-    return json.dumps({n: str(v.resolve()) if isinstance(v, Path) else v for n, v in asdict(job).items()})
+    return json.dumps({name: str(v) if isinstance(v, Path) else v for name, v in asdict(job).items()})
 
 
 def from_json(text: str) -> Job:
     fields = json.loads(text)
     paths = {
-        name: None if fields[name] is None else Path(fields[name])
-        for name in ("source", "out", "windows", "scratch")
+        name: None if fields[name] is None else Path(fields[name]) for name in ("source", "out", "windows")
     }
     return Job(**{**fields, **paths})

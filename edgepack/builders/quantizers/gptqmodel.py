@@ -12,7 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgepack import layouts
+from edgepack import layouts, modelspec
+from edgepack.builders import safetensors
 from edgepack.builders.quantizers import Job, float_type, read_windows, report
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def quantize(job: Job) -> None:
     from gptqmodel.looper.checkpoint_store import CheckpointConfig
 
     scheme = layouts.parse(job.scheme)
-    scratch = job.scratch or job.out / ".scratch"
+    done, resume = Path.cwd() / "layers", Path.cwd() / "resume"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = _config(scheme, device, scratch / "layers")
+    experts = modelspec.read(job.source).experts > 0
+    config = _config(scheme, device, done, experts=experts)
     torch.manual_seed(job.seed)
     model: Any = GPTQModel.load(str(job.source), config, dtype=getattr(torch, float_type(job.source)))
     layers = model.model.config.num_hidden_layers
@@ -57,16 +59,17 @@ def quantize(job: Job) -> None:
     backend = BACKEND.AWQ_TORCH if scheme.family == "awq" and device == "cpu" else BACKEND.AUTO
     resumable = model.model.config.model_type in _RESUMABLE
     if not resumable:
-        shutil.rmtree(scratch, ignore_errors=True)
-    checkpoint = CheckpointConfig(path=scratch / "resume") if resumable else None
+        shutil.rmtree(done, ignore_errors=True)
+    checkpoint = CheckpointConfig(path=resume) if resumable else None
     model.quantize(rows, batch_size=1, calibration_sort=None, backend=backend, checkpoint=checkpoint)
     model.save(str(job.out))
-    shutil.rmtree(scratch)
+    for folder in (done, resume):
+        shutil.rmtree(folder, ignore_errors=True)
     tidy(job.out)
 
 
-def _config(scheme: layouts.Scheme, device: str, offloaded: Path) -> GPTQConfig | AWQConfig:
-    from gptqmodel.quantization.config import AWQConfig, GPTQConfig
+def _config(scheme: layouts.Scheme, device: str, offloaded: Path, *, experts: bool) -> GPTQConfig | AWQConfig:
+    from gptqmodel.quantization.config import AWQConfig, Fallback, GPTQConfig
 
     common: dict[str, Any] = {
         "bits": scheme.bits,
@@ -83,8 +86,9 @@ def _config(scheme: layouts.Scheme, device: str, offloaded: Path) -> GPTQConfig 
         desc_act=scheme.act_order,
         # The columns ordered inside their groups, which costs a reader nothing (arXiv 2505.14638).
         act_group_aware=scheme.group is not None and not scheme.act_order,
-        # The library's answer to a matrix that it cannot factor: to round it and all that follow, and say nothing.
-        fallback=None,
+        # To round an expert that calibration hardly reached. Elsewhere the library would answer a matrix that it cannot
+        # factor by rounding it and all that follow, and say nothing.
+        fallback=Fallback() if experts else None,
     )
 
 
@@ -96,6 +100,7 @@ _TIMINGS = "quant_log.csv"
 def tidy(folder: Path) -> None:
     """Leaves what readers need, the same bytes for the same job: no timings, no paths of this machine."""
     (folder / _TIMINGS).unlink(missing_ok=True)
+    safetensors.rewrite(folder)  # a job that was killed and went on has written the tensors in another order
     for name in ("config.json", "quantize_config.json"):
         values = json.loads((folder / name).read_text(encoding="utf-8"))
         meta = values.get("quantization_config", values).get("meta", {})
