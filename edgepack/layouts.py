@@ -43,9 +43,6 @@ EXAMPLES: tuple[str, ...] = (
 )  # fmt: skip
 """One name of each kind, for hints; the grammar is in `parse`."""
 
-LATER = {"gguf-budget": "a later version builds it"}
-"""Names that are reserved, and why they are refused."""
-
 _GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-actorder)?")
 _PACKED = re.compile(r"ct-w([48])a(8|16)(-g128)?")
 _ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-k-quant-mixed)?")
@@ -72,8 +69,6 @@ def parse(name: str) -> Scheme:
     that is not known, with the nearest one, and for a combination that does not exist, with the reason.
     """
     text = name.lower()
-    if text in LATER:
-        raise Unsupported(f"scheme {text} is not built yet", hint=LATER[text])
     if text in _PLAIN:
         family, bits = _PLAIN[text]
         return Scheme(name=text, family=family, bits=bits, activations=8 if text == "fp8" else 16)
@@ -81,7 +76,7 @@ def parse(name: str) -> Scheme:
         found = pattern.fullmatch(text)
         if found is not None:
             return read(text, found)
-    near = serde.did_you_mean(text, (*EXAMPLES, *LATER))
+    near = serde.did_you_mean(text, EXAMPLES)
     raise Unsupported(f"scheme {name!r} is not known{near}", hint=f"beside GGUF's: {', '.join(EXAMPLES)}")
 
 

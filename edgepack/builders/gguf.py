@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from edgepack import schemes
@@ -51,24 +52,36 @@ def build(
             f"{name} needs an importance matrix for {spec.name}",
             hint="give one with --imatrix FILE: a GGUF made by llama-imatrix, or a text to make it from",
         )
-    matrix_id = _imatrix_id(imatrix, spec)
+    matrix_id = imatrix_id(imatrix, spec)
     tool = f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), llama-cpp-python {SDIST_VERSION}"
-    out = out_dir / f"{_stage(spec, checkpoint, name, matrix_id or '')}.gguf"
+    types = recipe_types(spec) if schemes.is_budget(name) else None
+    also = matrix_id or ""
+    out = (
+        out_dir / f"{stage(spec, checkpoint, name, also if types is None else also + json.dumps(types))}.gguf"
+    )
     if name in _FLOATS and spec.gguf_types is None:
         if not out.is_file():
             convert.convert(checkpoint.path, out, outtype=_FLOATS[name], progress=progress)
         return _artifact(out, name, None, "edgepack's converter", progress)
     if not out.is_file():
-        whole = _full_precision(checkpoint, spec, name, out_dir, imatrix is not None, progress)
+        whole = full_precision(checkpoint, spec, name, out_dir, imatrix is not None, progress)
         matrix = _matrix(imatrix, whole, out_dir / f"{out.stem}.imatrix.gguf", toolchain, progress)
         with whole_file(out) as temporary:
-            quantize(whole, temporary, name, imatrix=matrix, toolchain=toolchain, progress=progress)
+            quantize(
+                whole, temporary, name, imatrix=matrix, types=types, toolchain=toolchain, progress=progress
+            )
         if whole != checkpoint.path:
             whole.unlink()
     return _artifact(out, name, matrix_id, tool, progress)
 
 
-def _full_precision(
+def recipe_types(spec: ModelSpec) -> dict[str, str]:
+    """The type that the model's recipe gives to each tensor that llama-quantize may change."""
+    types = schemes.tensor_types(spec, schemes.BUDGET, imatrix=True)
+    return {t.name: kind for t, kind in zip(spec.tensors, types, strict=True) if schemes.quantizable(t)}
+
+
+def full_precision(
     checkpoint: Checkpoint, spec: ModelSpec, name: str, out_dir: Path, imatrix: bool, progress: Progress
 ) -> Path:
     """The GGUF to quantize from: the given one, or the checkpoint converted without loss where possible."""
@@ -77,7 +90,7 @@ def _full_precision(
         require_space(out_dir, final)
         return checkpoint.path
     outtype = convert.stored_type(checkpoint.path)
-    whole = out_dir / f"{_stage(spec, checkpoint, outtype, 'to-quantize')}.gguf"
+    whole = out_dir / f"{stage(spec, checkpoint, outtype, 'to-quantize')}.gguf"
     if not whole.is_file():
         size, _ = schemes.file_bytes(spec, outtype, imatrix=False)
         require_space(out_dir, final + size)
@@ -86,7 +99,7 @@ def _full_precision(
     return whole
 
 
-def _imatrix_id(imatrix: Path | None, spec: ModelSpec) -> str | None:
+def imatrix_id(imatrix: Path | None, spec: ModelSpec) -> str | None:
     """sha256 of the importance file or text; a matrix of another model is refused before any work."""
     if imatrix is None:
         return None
@@ -109,7 +122,7 @@ def _matrix(
     return out if out.is_file() else compute(whole, imatrix, out, toolchain=toolchain, progress=progress)
 
 
-def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
+def stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
     """Name of a stage's file: readable, and different for every input that changes its bytes."""
     inputs = (checkpoint.revision, spec.architecture, scheme, also, SDIST_VERSION, COMMIT, str(_RECIPE))
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
