@@ -104,19 +104,20 @@ def planned(
         left = memory_left(estimate.parts, room, place)
     header = int(spec.header_bytes or schemes.header_estimate(spec))
     if size is None:
-        best, _ = used(item[-1] for item in all_of_them)
-        bounds = (best, left, None if disk is None else disk - header)
-        least, _ = used(item[0] for item in all_of_them)
+        most, _ = used(best(all_of_them))
+        least, _ = used(min(item, key=attrgetter("file")) for item in all_of_them)
+        # What lies elsewhere than in the memory that is filled comes on top of it.
+        elsewhere = sum(max(option.file - option.memory for option in item) for item in all_of_them)
+        bounds = (most, None if left is None else left + elsewhere, None if disk is None else disk - header)
         size = header + max(least, min(n for n in bounds if n is not None))
     limits = Limits(file=size - header, memory=left)
     chosen = greedy(all_of_them, limits)
     file, held = used(chosen)
+    most, at_best = used(best(all_of_them))
     slack = min(
-        size - header - file,
-        math.inf if left is None else left - held,
-        sum(i[-1].memory for i in all_of_them) - held,
+        size - header - file, at_best - held, *(() if left is None else (left - held,)), max(most - file, 0)
     )
-    return recipe(spec, chosen, measured=False, slack=max(0, int(slack))), schemes.budget_name(size)
+    return recipe(spec, chosen, measured=False, slack=max(0, slack)), schemes.budget_name(size)
 
 
 def memory_left(parts: Iterable[Part], room: Budget, place: Place) -> int:
@@ -157,6 +158,11 @@ def used(chosen: Iterable[Option]) -> tuple[int, int]:
         file += option.file
         held += option.memory
     return file, held
+
+
+def best(all_of_them: Iterable[Item]) -> list[Option]:
+    """Of each tensor the option that costs least quality, whatever it takes."""
+    return [min(item, key=attrgetter("loss")) for item in all_of_them]
 
 
 def lost(chosen: Iterable[Option]) -> float:
@@ -212,7 +218,7 @@ def greedy(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
             return chosen
     if limits.file is not None:
         return _greedy(all_of_them, limits.file, attrgetter("file"))
-    return [min(item, key=attrgetter("loss")) for item in all_of_them]
+    return best(all_of_them)
 
 
 def _greedy(all_of_them: Sequence[Item], room: int, size: Callable[[Option], int]) -> list[Option]:
@@ -267,12 +273,11 @@ def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
     One binary variable an option, one of each item is 1. Raises Unsupported when the smallest types take more than the
     limits, MissingTool without highspy, BuildFailed when the solver gives up.
     """
-    smallest = [item[0] for item in all_of_them]
-    file, held = used(smallest)
-    for need, limit, where in ((file, limits.file, "the file"), (held, limits.memory, "memory")):
-        if limit is not None and need > limit:
+    for limit, where in ((limits.file, "file"), (limits.memory, "memory")):
+        least = sum(min(getattr(option, where) for option in item) for item in all_of_them)
+        if limit is not None and least > limit:
             raise Unsupported(
-                f"the smallest types take {show(need)} of {where}, and {show(limit)} are left for the weights",
+                f"the smallest types take {show(least)} of {where}, and {show(limit)} are left for the weights",
                 hint="a larger budget, a shorter context or a smaller model",
             )
     try:
@@ -282,7 +287,12 @@ def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
     worth = [_undominated(item) for item in all_of_them]
     options = [option for item in worth for option in item]
     largest = max((option.loss for option in options), default=0.0) or 1.0
-    solver = highspy.Highs()
+
+    class Solver(highspy.Highs):
+        def enableCallbacks(self) -> None:  # highspy's name
+            """None are needed, and setting them prints a banner before any option can forbid it."""
+
+    solver = Solver()
     for name, value in _SOLVER.items():
         solver.setOptionValue(name, value)
     solver.addVars(len(options), [0.0] * len(options), [1.0] * len(options))

@@ -76,12 +76,10 @@ def build(
     progress.step(
         f"budget   {used:.2%} of it is used; predicted divergence {allocation.lost(chosen):.5f} nats a token"
     )
-    if used < llama_cpp.FILLED and allocation.lost(chosen) > allocation.lost(item[-1] for item in items):
-        progress.step("budget   no other choice of types that fits is better, though some of it is left")
+    if used < llama_cpp.FILLED and chosen == allocation.best(items):
+        progress.step(f"budget   the best types everywhere take {show(file)}: a larger model would use the rest")
     elif used < llama_cpp.FILLED:
-        progress.step(
-            f"budget   the best types everywhere take {show(file)}: a larger model would use the rest"
-        )
+        progress.step("budget   what is left of it is too little for any better choice of types")
     spec = allocation.recipe(spec, chosen, measured=True)
     artifact = gguf.build(
         checkpoint, spec, plan.scheme, folder, imatrix=matrix, toolchain=toolchain, progress=progress

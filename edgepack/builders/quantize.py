@@ -40,7 +40,8 @@ def quantize(
 ) -> None:  # fmt: skip
     """Writes ``source`` (an F16, BF16 or F32 GGUF) quantized to ``scheme`` to ``out``.
 
-    ``imatrix`` is a GGUF of importances. ``types``: the type of each tensor, where the scheme does not say. Peak anonymous memory is about twice `_BUFFER` plus the header.
+    ``imatrix`` is a GGUF of importances. ``types``: the type of each tensor, where the scheme does not say. Peak
+    anonymous memory is about twice `_BUFFER` plus the header.
     Raises BuildFailed with llama.cpp's words, NoSpace when the disk ran full meanwhile.
     """
     threads = str(len(os.sched_getaffinity(0)))
@@ -131,7 +132,7 @@ def importances(llama: Any, path: Path) -> Any:
 def overrides(llama: Any, types: Mapping[str, str]) -> Any:
     """The array of llama_model_tensor_override for these types, ended by one without a pattern.
 
-    The quantizer takes a pattern's first match anywhere in a tensor's name (src/llama-quant.cpp, llama_tensor_get_type).
+    The quantizer searches a tensor's name for each pattern in turn (src/llama-quant.cpp, llama_tensor_get_type).
     """
     array = (llama.llama_model_tensor_override * (len(types) + 1))()
     for entry, (name, kind) in zip(array, types.items(), strict=False):

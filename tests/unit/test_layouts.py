@@ -161,7 +161,7 @@ def test_experts_are_matrices_of_their_own() -> None:
         ("gptq-int5-g128", "gptq packs 2, 3, 4, 8 bits, not 5"),
         ("ct-w8a8-g128", "one scale per output channel"),
         ("onnx-int8-k-quant-mixed", "mixes 8 bits into 4"),
-        ("gguf-budget", "not built yet"),
+        ("gguf-bugdet", "did you mean 'gguf-budget'"),
         ("gptq-int4-g129", "no kernel reads groups of 129"),
         ("awq-4-g128", "did you mean 'awq-int4-g128'"),
         ("bnb-nf5", "did you mean 'bnb-nf4'"),
