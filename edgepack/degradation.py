@@ -230,6 +230,13 @@ def family_of(name: str) -> str | None:
     return next((family for prefix, family in _FAMILIES if start.startswith(prefix)), None)
 
 
+def importance(tensor: str) -> float:
+    """How much more an error in this tensor matters than in others of as many weights."""
+    if "attn_v." in tensor:
+        return FITTED.values
+    return FITTED.downs if "ffn_down" in tensor else 1.0
+
+
 @lru_cache(maxsize=4096)
 def of_scheme(spec: ModelSpec, scheme: str, *, imatrix: bool, family: str | None) -> Loss:
     """What a model keeps in this scheme, GGUF or not. Raises Unsupported for one whose cost is not known."""

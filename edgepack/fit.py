@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from edgepack import memory, runtimes, schemes
+from edgepack import allocation, memory, runtimes, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
@@ -85,6 +85,8 @@ def fit(
     ``settings.gpu_layers`` says so. Raises Unsupported for a scheme or KV type the model cannot have, and for a
     scheme that ``runtime`` does not run on this device.
     """
+    if schemes.is_budget(scheme):
+        spec, scheme = _filled(spec, profile, session, scheme, settings)
     case = _Case(spec, profile, session, schemes.canonical(scheme), settings, imatrix, runtime)
     refused = case.refusal()
     if refused is not None:
@@ -130,6 +132,17 @@ def fit(
         runtime=runtime,
         start_up=start_up,
     )
+
+
+def _filled(
+    spec: ModelSpec, profile: DeviceProfile | None, session: Session, scheme: str, settings: Settings
+) -> tuple[ModelSpec, str]:
+    machine = Machine.of(profile) if profile else Machine(backend="cuda" if settings.gpu_layers else "cpu")
+    room = budget(profile, session) if profile else None
+    place = allocation.Place(
+        settings=settings, backend=machine.backend, arch=machine.arch, unified=room is None or room.unified
+    )
+    return allocation.planned(spec, scheme, place, room=room, disk=profile.disk if profile else None)
 
 
 def excess(estimate: MemoryEstimate, room: Budget) -> int:

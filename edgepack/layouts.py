@@ -54,9 +54,6 @@ GRID: tuple[str, ...] = (
 )  # fmt: skip
 """What is proposed instead of a scheme that loses too much."""
 
-LATER = {"gguf-budget": "a later version builds it"}
-"""Names that are reserved, and why they are refused."""
-
 _GROUPED = re.compile(r"(gptq|awq|autoround)-int(\d+)-g(\d+|all)(-asym)?(-actorder)?")
 _PACKED = re.compile(r"ct-w([48])a(8|16)(-g128)?")
 _ONNX = re.compile(r"onnx-int([48])(?:-b(16|32|64|128|256))?(-rtn|-k-quant-mixed)?")
@@ -86,8 +83,6 @@ def parse(name: str) -> Scheme:
     combination that does not exist, with the reason.
     """
     text = name.lower()
-    if text in LATER:
-        raise Unsupported(f"scheme {text} is not built yet", hint=LATER[text])
     if text in _PLAIN:
         family, bits = _PLAIN[text]
         return Scheme(name=text, family=family, bits=bits, activations=8 if text == "fp8" else 16)
@@ -95,7 +90,7 @@ def parse(name: str) -> Scheme:
         found = pattern.fullmatch(text)
         if found is not None:
             return read(text, found)
-    near = serde.did_you_mean(text, (*EXAMPLES, *LATER))
+    near = serde.did_you_mean(text, EXAMPLES)
     raise Unsupported(f"scheme {name!r} is not known{near}", hint=f"beside GGUF's: {', '.join(EXAMPLES)}")
 
 

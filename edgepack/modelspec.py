@@ -24,6 +24,17 @@ CONVERTED: tuple[str, ...] = get_args(_Converted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A type for every tensor of a model, in its order, chosen for a byte budget."""
+
+    types: tuple[str, ...]
+    measured: bool
+    """From data; else a plan's guess, which a build replaces."""
+    slack: int = 0
+    """Bytes of the budget that the guess leaves and a build may yet fill."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     name: str
     """What the user called it, or the folder's or catalog's name."""
@@ -64,6 +75,8 @@ class ModelSpec:
     """Name of that GGUF's file type, e.g. Q4_K_M."""
     file_bytes: Bytes | None = None
     """Size of that GGUF on disk."""
+    recipe: Recipe | None = None
+    """Type of each tensor in a GGUF that fills a byte budget; None until it is decided (allocation.py)."""
 
     def __hash__(self) -> int:
         """Cheap, since specs are keys of caches and hold hundreds of tensors; equality compares all."""

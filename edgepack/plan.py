@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from edgepack import degradation, memory, runtimes, schemes, serde, speed
+from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
 from edgepack.errors import BadInput, Unsupported
 from edgepack.fit import binding, excess, longest, tightest
 from edgepack.memory import MemoryEstimate
@@ -83,6 +83,8 @@ class Request:
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
     runtime: str | None = None
     """None: llama.cpp, or the runtimes that run the scheme asked for."""
+    budgeted: bool = False
+    """Whether a GGUF that fills the budget is considered too: calibration data to choose its types by will be there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +190,7 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
     tried = [
         (runtime, scheme, kv_type)
         for runtime in _runtimes(request, machine)
-        for scheme in ((request.scheme,) if request.scheme else runtime.SCHEMES)
+        for scheme in _schemes(request, runtime)
         for kv_type in ((request.kv_type,) if request.kv_type else runtime.kv_types(machine))
     ]
     refused = {(r.NAME, scheme): r.refusal(scheme, machine) for r, scheme, _ in tried}
@@ -223,6 +225,12 @@ def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
     if request.scheme is not None and not schemes.is_gguf(request.scheme):
         return runtimes.reading(request.scheme, machine)
     return (llama_cpp,)
+
+
+def _schemes(request: Request, runtime: Runtime) -> tuple[str, ...]:
+    if request.scheme is not None:
+        return (request.scheme,)
+    return (*runtime.SCHEMES, *((schemes.BUDGET,) if request.budgeted and runtime is llama_cpp else ()))
 
 
 def _license_problem(request: Request, model: ModelRef) -> str:
@@ -312,6 +320,8 @@ def _try(
     scheme: str,
     kv_type: str,
 ) -> Plan | Rejection:
+    if schemes.is_budget(scheme):
+        request, candidate, scheme = _filled(request, room, candidate, runtime, scheme, kv_type)
     spec = candidate.spec
     context = request.context or _default_context(request, spec)
     limit = spec.context_train * request.slots
@@ -398,6 +408,28 @@ def _try(
         quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
         warnings=tuple(warnings),
     )
+
+
+def _filled(
+    request: Request, room: Budget, candidate: Candidate, runtime: Runtime, scheme: str, kv_type: str
+) -> tuple[Request, Candidate, str]:
+    """The model with types that fill what this context leaves, and the scheme's name with the size of the file.
+
+    Such types are always chosen with an importance matrix.
+    """
+    limit = candidate.spec.context_train * request.slots
+    context = min(request.context or _default_context(request, candidate.spec), limit)
+    place = allocation.Place(
+        settings=runtime.settings_for(
+            request.profile, context=context, slots=request.slots, kv_type=kv_type, ubatch=request.ubatch
+        ),
+        backend=request.profile.backend,
+        arch=request.profile.arch,
+        unified=room.unified,
+    )
+    disk = request.disk if request.disk is not None else request.profile.disk
+    spec, name = allocation.planned(candidate.spec, scheme, place, room=room, disk=disk)
+    return replace(request, imatrix=True), replace(candidate, spec=spec), name
 
 
 def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, imatrix: bool) -> Quality:

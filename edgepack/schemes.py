@@ -19,7 +19,7 @@ from edgepack.ggufheader import ALIGNMENT, BLOCKS
 from edgepack.modelspec import ModelSpec, Tensor, llama_order
 from edgepack.parts import Provenance as Provenance
 from edgepack.profile import Backend
-from edgepack.units import Bytes, pad
+from edgepack.units import Bytes, pad, parse_bytes
 
 _BASE: Mapping[str, str] = {
     "F32": "F32",
@@ -74,29 +74,53 @@ _NEEDY_TYPES = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 _NEEDS_IMATRIX = (*_NEEDY_TYPES, "IQ3_XS", "IQ2_M", "Q2_K_S")
 
 
+BUDGET = "gguf-budget"
+"""A GGUF whose tensors each get the type that serves a byte budget best (allocation.py): the name alone for what a
+plan leaves, ``gguf-budget-3GiB`` for a file of at most that size. What every tensor gets is in the model's recipe."""
+
+
 def canonical(scheme: str) -> str:
     """The scheme's own name, from any spelling; every name on the command line comes through here.
 
     GGUF's names are upper-case, as llama-quantize takes them; the others are lower-case (layouts.parse), so BF16 is
-    a GGUF and bf16 a checkpoint. Raises Unsupported for a name that is not known, with the nearest one, and for
-    combinations that do not exist.
+    a GGUF and bf16 a checkpoint. A budget is named in bytes. Raises Unsupported for a name that is not known, with the
+    nearest one, and for combinations that do not exist.
     """
     name = scheme.upper()
     name = ALIASES.get(name, name)
     if name in _BASE and scheme != SAFETENSORS_BF16:
         return name
-    if scheme.lower().partition("-")[0] in (*layouts.FAMILIES, "gguf"):
+    if is_budget(scheme):
+        size = budget_of(scheme)
+        return BUDGET if size is None else budget_name(size)
+    if scheme.lower().partition("-")[0] in layouts.FAMILIES:
         return layouts.parse(scheme).name
-    near = serde.did_you_mean(scheme, (*GGUF, *layouts.EXAMPLES))
+    near = serde.did_you_mean(scheme, (*GGUF, BUDGET, *layouts.EXAMPLES))
     raise Unsupported(
         f"scheme {scheme!r} is not known{near}",
-        hint=f"known schemes: {', '.join(GGUF)}; and {', '.join(layouts.EXAMPLES)}",
+        hint=f"known schemes: {', '.join(GGUF)}, {BUDGET}; and {', '.join(layouts.EXAMPLES)}",
     )
 
 
 def is_gguf(scheme: str) -> bool:
-    """Whether the scheme is a file type of llama-quantize."""
-    return canonical(scheme) in _BASE
+    """Whether the scheme is a GGUF's: a file type of llama-quantize, or a budget."""
+    name = canonical(scheme)
+    return name in _BASE or is_budget(name)
+
+
+def is_budget(scheme: str) -> bool:
+    """Whether the scheme is a GGUF that fills a byte budget, of whatever size."""
+    return scheme[: len(BUDGET)].lower() == BUDGET and scheme[len(BUDGET) : len(BUDGET) + 1] in ("", "-")
+
+
+def budget_of(scheme: str) -> int | None:
+    """Bytes of the file that a budget's name allows; None for all that a plan leaves. Raises BadInput for no size."""
+    text = scheme[len(BUDGET) + 1 :]
+    return int(parse_bytes(text)) if text else None
+
+
+def budget_name(size: int) -> str:
+    return f"{BUDGET}-{size}"
 
 
 def needs_imatrix(scheme: str) -> bool:
@@ -105,6 +129,11 @@ def needs_imatrix(scheme: str) -> bool:
     These are the schemes whose own type must have one (llama-quant.cpp, tensor_requires_imatrix).
     """
     return canonical(scheme) in _NEEDS_IMATRIX
+
+
+def requires_importances(kind: str) -> bool:
+    """Whether llama.cpp refuses to store a matrix of a block as this type without an importance matrix."""
+    return kind in _NEEDY_TYPES
 
 
 @lru_cache(maxsize=4096)
@@ -145,6 +174,13 @@ def tensor_types(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backen
     Unsupported for requantizing and for shapes that the quantizer itself refuses.
     """
     name = canonical(scheme)
+    if is_budget(name):
+        if spec.recipe is None:
+            raise Unsupported(
+                f"which types {name} gives the tensors of {spec.name} is not decided yet",
+                hint="plan it for a device, or give a size",
+            )
+        return spec.recipe.types
     if name not in _BASE:
         return layouts.kinds(spec, name, backend=backend)
     return _gguf_types(spec, name, imatrix)
@@ -175,11 +211,11 @@ def _walk(spec: ModelSpec) -> tuple[tuple[int, Tensor, str], ...]:
     prepare_tensors).
     """
     order = sorted(range(len(spec.tensors)), key=lambda at: llama_order(spec.tensors[at]))
-    sources = spec.gguf_types or tuple(_unquantized(t) for t in spec.tensors)
+    sources = spec.gguf_types or tuple(unquantized(t) for t in spec.tensors)
     return tuple((at, spec.tensors[at], "" if quantizable(spec.tensors[at]) else sources[at]) for at in order)
 
 
-def _unquantized(tensor: Tensor) -> str:
+def unquantized(tensor: Tensor) -> str:
     """Type in a converted file of a tensor that llama-quantize leaves alone."""
     half = tensor.name.endswith("weight") and len(tensor.shape) > 1 and any(p in tensor.name for p in _HALF)
     return "F16" if half else "F32"
@@ -190,7 +226,7 @@ def groups(
     spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend = "cpu"
 ) -> tuple[tuple[str, Tensor, int], ...]:
     """Tensors that are alike (shape, role, type), as type, one of them, and how many: for sums over a model."""
-    numbers, examples = _alike(spec)
+    numbers, examples = alike(spec)
     kinds = tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
     return tuple(
         (kind, examples[at], count) for (kind, at), count in Counter(zip(kinds, numbers, strict=True)).items()
@@ -198,7 +234,7 @@ def groups(
 
 
 @lru_cache(maxsize=256)
-def _alike(spec: ModelSpec) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+def alike(spec: ModelSpec) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
     """The class of each tensor, and one tensor of each class: same shape and same place within a block."""
     classes: dict[tuple[tuple[int, ...], str], int] = {}
     examples: list[Tensor] = []
@@ -291,7 +327,7 @@ def file_bytes(
 
     Exact when the GGUF's header is known (a GGUF or a folder with its tokenizer), else with an estimated header.
     """
-    if canonical(scheme) not in _BASE:
+    if not is_gguf(scheme):
         tensors = weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
         return Bytes(
             tensors + layouts.container_bytes(spec, scheme, half=_graph(scheme, backend) != "cpu")
@@ -305,8 +341,9 @@ def _gguf_bytes(spec: ModelSpec, scheme: str, imatrix: bool) -> tuple[Bytes, Pro
         return spec.file_bytes, "exact"
     alike = groups(spec, scheme, imatrix=imatrix)
     data = sum(pad(tensor_bytes(kind, t.shape), ALIGNMENT) * count for kind, t, count in alike)
+    decided = spec.recipe is None or spec.recipe.measured or not is_budget(scheme)
     if spec.header_bytes is not None:
-        return Bytes(spec.header_bytes + data), "exact"
+        return Bytes(spec.header_bytes + data), "exact" if decided else "fitted"
     return Bytes(header_estimate(spec) + data), "fitted"
 
 

@@ -27,6 +27,7 @@ LEVELS = (
     {"schemes", "catalog"},
     {"runtimes"},
     {"memory", "speed", "degradation"},
+    {"allocation"},
     {"plan", "fit"},
     {"choice"},
     {"artifact", "evaluation"},

@@ -347,6 +347,12 @@ def hf_names(spec: ModelSpec, *, prefix: str = "model.", head: str = "lm_head.we
     return found
 
 
+def stored(folder: Path, spec: ModelSpec) -> Mapping[str, Stored]:
+    """Where the checkpoint keeps each GGUF tensor of ``spec`` that is stored there. Raises as `convert` does."""
+    sources = _sources(folder, spec, _text_config(_config(folder)))
+    return {name: source.stored for name, source in sources.items() if source.stored is not None}
+
+
 def _permuted_heads(spec: ModelSpec, name: str) -> int:
     """llama.cpp rotates neighbouring rows for the llama architecture, transformers halves of a head."""
     if spec.architecture != "llama":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,31 +55,39 @@ def build(
             f"{name} needs an importance matrix for {spec.name}",
             hint="--calibration FILE computes one, --imatrix FILE gives one made by llama-imatrix",
         )
-    given = _given(imatrix, checkpoint, spec, progress)
-    data = given.sha256 if isinstance(given, Calibration) else None
-    matrix_id = sha256_file(given) if isinstance(given, Path) else None
+    source = given(imatrix, checkpoint, spec, progress)
+    data = source.sha256 if isinstance(source, Calibration) else None
+    matrix_id = sha256_file(source) if isinstance(source, Path) else None
     tool = f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), llama-cpp-python {SDIST_VERSION}"
-    out = out_dir / f"{_stage(spec, checkpoint, name, data or matrix_id or '')}.gguf"
+    types = recipe_types(spec) if schemes.is_budget(name) else None
+    also = (data or matrix_id or "") + ("" if types is None else json.dumps(types))
+    out = out_dir / f"{stage(spec, checkpoint, name, also)}.gguf"
     if name in _FLOATS and spec.gguf_types is None:
         if not out.is_file():
             convert.convert(checkpoint.path, out, outtype=_FLOATS[name], progress=progress)
         return _artifact(out, name, "edgepack's converter", progress)
     if not out.is_file():
-        whole = _full_precision(checkpoint, spec, name, out_dir, given is not None, progress)
-        matrix = given if isinstance(given, Path) else None
-        if isinstance(given, Calibration):
-            matrix = out_dir / f"{_stage(spec, checkpoint, 'imatrix', given.sha256)}.gguf"
-            if not matrix.is_file():
-                compute(whole, given, matrix, toolchain=toolchain, progress=progress)
+        whole = full_precision(checkpoint, spec, name, out_dir, source is not None, progress)
+        matrix = source if isinstance(source, Path) else None
+        if isinstance(source, Calibration):
+            matrix = importances(source, whole, checkpoint, spec, out_dir, toolchain, progress)
         with whole_file(out) as temporary:
-            quantize(whole, temporary, name, imatrix=matrix, toolchain=toolchain, progress=progress)
+            quantize(
+                whole, temporary, name, imatrix=matrix, types=types, toolchain=toolchain, progress=progress
+            )
         if whole != checkpoint.path:
             whole.unlink()
     made = _artifact(out, name, tool, progress)
     return replace(made, imatrix_sha256=matrix_id, calibration_sha256=data)
 
 
-def _full_precision(
+def recipe_types(spec: ModelSpec) -> dict[str, str]:
+    """The type that the model's recipe gives to each tensor that llama-quantize may change."""
+    types = schemes.tensor_types(spec, schemes.BUDGET, imatrix=True)
+    return {t.name: kind for t, kind in zip(spec.tensors, types, strict=True) if schemes.quantizable(t)}
+
+
+def full_precision(
     checkpoint: Checkpoint, spec: ModelSpec, name: str, out_dir: Path, imatrix: bool, progress: Progress
 ) -> Path:
     """The GGUF to quantize from: the given one, or the checkpoint converted without loss where possible."""
@@ -87,7 +96,7 @@ def _full_precision(
         require_space(out_dir, final)
         return checkpoint.path
     outtype = convert.stored_type(checkpoint.path)
-    whole = out_dir / f"{_stage(spec, checkpoint, outtype, 'to-quantize')}.gguf"
+    whole = out_dir / f"{stage(spec, checkpoint, outtype, 'to-quantize')}.gguf"
     if not whole.is_file():
         size, _ = schemes.file_bytes(spec, outtype, imatrix=False)
         require_space(out_dir, final + size)
@@ -96,7 +105,23 @@ def _full_precision(
     return whole
 
 
-def _given(
+def importances(
+    data: Calibration,
+    whole: Path,
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    out_dir: Path,
+    toolchain: Toolchain,
+    progress: Progress,
+) -> Path:
+    """The importance matrix of a checkpoint from calibration data, kept for its other schemes."""
+    matrix = out_dir / f"{stage(spec, checkpoint, 'imatrix', data.sha256)}.gguf"
+    if not matrix.is_file():
+        compute(whole, data, matrix, toolchain=toolchain, progress=progress)
+    return matrix
+
+
+def given(
     imatrix: Path | Calibration | None, checkpoint: Checkpoint, spec: ModelSpec, progress: Progress
 ) -> Path | Calibration | None:
     """A file that is no importance matrix is calibration data; a matrix of another model is refused before any work."""
@@ -111,7 +136,7 @@ def _given(
     return data
 
 
-def _stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
+def stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
     """Name of a stage's file: readable, and different for every input that changes its bytes."""
     inputs = (checkpoint.revision, spec.architecture, scheme, also, SDIST_VERSION, COMMIT, str(_RECIPE))
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import os
 import re
 import signal
 import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgepack import schemes
 from edgepack.errors import BuildFailed, NoSpace, Unsupported
-from edgepack.ggufheader import FILE_TYPES
+from edgepack.ggufheader import BLOCKS, FILE_TYPES
 from edgepack.progress import Progress
 from edgepack.shell import run
 from edgepack.toolchain import Toolchain, load_bindings
@@ -31,18 +35,26 @@ _PR_SET_PDEATHSIG = 1
 
 
 def quantize(
-    source: Path, out: Path, scheme: str, *, imatrix: Path | None, toolchain: Toolchain, progress: Progress
-) -> None:
+    source: Path, out: Path, scheme: str, *, imatrix: Path | None, toolchain: Toolchain, progress: Progress,
+    types: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Writes ``source`` (an F16, BF16 or F32 GGUF) quantized to ``scheme`` to ``out``.
 
-    ``imatrix`` is a GGUF of importances. Peak anonymous memory is about twice `_BUFFER` plus the header.
+    ``imatrix`` is a GGUF of importances. ``types``: the type of each tensor, where the scheme does not say. Peak
+    anonymous memory is about twice `_BUFFER` plus the header.
     Raises BuildFailed with llama.cpp's words, NoSpace when the disk ran full meanwhile.
     """
     threads = str(len(os.sched_getaffinity(0)))
     words: list[str | Path] = [sys.executable, "-m", __name__, toolchain.package, source, out]
-    words += [str(file_type(scheme)), "--threads", threads]
+    words += [
+        str(file_type(scheme) if types is None else common_file_type(types.values())),
+        "--threads",
+        threads,
+    ]
     if imatrix is not None:
         words += ["--imatrix", imatrix]
+    if types is not None:
+        words += ["--types", json.dumps(types)]
     done = 0
     tail: list[str] = []
     with progress.bar(f"quantizing to {scheme}", 100) as advance:
@@ -77,6 +89,16 @@ def file_type(scheme: str) -> int:
     raise Unsupported(f"scheme {scheme!r} has no file type")
 
 
+def common_file_type(types: Iterable[str]) -> int:
+    """llama.cpp's number for a file with these types: the scheme of the most frequent that is quantized, as it guesses
+    it for a file that does not say (src/llama-model-loader.cpp). Raises Unsupported when none is."""
+    counted = Counter(kind for kind in types if kind not in ("F32", "F16", "BF16"))
+    if not counted:
+        raise Unsupported("no tensor of this model can be quantized", hint="take F16")
+    common = max(sorted(counted), key=lambda kind: counted[kind])
+    return file_type(schemes.ALIASES.get(common, common))
+
+
 def import_path() -> str:
     """PYTHONPATH with which a child process imports this very edgepack, installed or not."""
     package = str(Path(__file__).resolve().parents[2])
@@ -107,6 +129,18 @@ def importances(llama: Any, path: Path) -> Any:
     return array
 
 
+def overrides(llama: Any, types: Mapping[str, str]) -> Any:
+    """The array of llama_model_tensor_override for these types, ended by one without a pattern.
+
+    The quantizer searches a tensor's name for each pattern in turn (src/llama-quant.cpp, llama_tensor_get_type).
+    """
+    array = (llama.llama_model_tensor_override * (len(types) + 1))()
+    for entry, (name, kind) in zip(array, types.items(), strict=False):
+        entry.pattern = f"^{name.replace('.', '[.]')}$".encode()
+        entry.type = BLOCKS[kind][0]
+    return array
+
+
 def _main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="edgepack.builders.quantize")
     parser.add_argument("package", type=Path)
@@ -115,6 +149,7 @@ def _main(words: list[str]) -> int:
     parser.add_argument("file_type", type=int)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--types", type=json.loads)
     asked = parser.parse_args(words)
     end_with_parent()
     llama: Any = load_bindings(asked.package)
@@ -125,6 +160,8 @@ def _main(words: list[str]) -> int:
     params.max_buf_size = _BUFFER
     if asked.imatrix is not None:
         params.imatrix = importances(llama, asked.imatrix)
+    if asked.types is not None:
+        params.tt_overrides = overrides(llama, asked.types)
     status: int = llama.llama_model_quantize(
         os.fsencode(asked.source), os.fsencode(asked.out), ctypes.byref(params)
     )

@@ -13,7 +13,7 @@ from typing import Literal
 from edgepack import schemes
 from edgepack.errors import BadInput, Unsupported
 from edgepack.ggufheader import BLOCKS
-from edgepack.modelspec import CONVERTED, KvLayers, ModelSpec
+from edgepack.modelspec import CONVERTED, KvLayers, ModelSpec, Tensor
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import llama_graph, support
@@ -400,6 +400,43 @@ def repacked(kind: str, shape: tuple[int, ...], arch: Arch) -> bool:
     return rows is not None and len(shape) > 1 and shape[1] % rows == 0
 
 
+def held(
+    spec: ModelSpec, tensor: Tensor, kind: str, settings: Settings, *, backend: Backend, arch: Arch
+) -> tuple[int, int]:
+    """Bytes that one tensor takes on the accelerator and on the host, copies counted: `parts`' weights, taken apart."""
+    if not spec.loaded(tensor):
+        return 0, 0
+    size = schemes.tensor_bytes(kind, tensor.shape)
+    table = tensor.name == "token_embd.weight"
+    if backend != "cpu" and settings.gpu_layers > 0:
+        if tensor.name == "per_layer_token_embd.weight":
+            return 0, size
+        return (size if spec.tied else 0, size) if table else (size, 0)
+    mapped = settings.load_mode != "none"
+    twice = settings.repack and repacked(kind, tensor.shape, arch) and (spec.tied if table else mapped)
+    return 0, size * 2 if twice else size
+
+
+_K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_SHORT_ROWS = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+_FAST: Mapping[Backend, tuple[tuple[str, ...], ...]] = {
+    "cpu": (("IQ4_XS", *_K_QUANTS), _SHORT_ROWS),
+    "cuda": (("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", *_K_QUANTS), _SHORT_ROWS),
+    "vulkan": (("IQ4_XS", *_K_QUANTS), _SHORT_ROWS),
+    "metal": (("IQ4_XS", *_K_QUANTS), _SHORT_ROWS),
+}
+"""Types whose kernels keep up with reading them, for rows of whole blocks of 256 and for others.
+
+Two and three bits of IQ look every group of weights up in a table of 256 to 2048 entries, which shared memory does well
+(ggml-cuda/vecdotq.cuh) and CPUs do with scalar loads (ggml-cpu/arch/arm/quants.c, vec_dot_iq3_s); IQ4's 16 entries are
+one shuffle everywhere. On Vulkan and Metal nobody measured them here, so they are left out."""
+
+
+def fast_types(backend: Backend) -> tuple[tuple[str, ...], ...]:
+    """Types that a tensor chosen by size alone may get on this backend: first those of long blocks."""
+    return _FAST[backend]
+
+
 # -- the process ------------------------------------------------------------------------------------------
 
 PROCESS_BASE = 15 * MIB
@@ -439,14 +476,23 @@ ACCELERATOR_SPREAD = 0.03
 CUDA device could be compared (Qwen3-1.7B on a Jetson Orin, equal to the last digit)."""
 
 
+FILLED = 0.995
+"""Share of its budget that an artifact of `schemes.BUDGET` takes at least, unless the best types take less."""
+WEIGHTS = ("weights", "host_copy")
+"""The parts that the types of the tensors decide."""
+
+
 def parts(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
 ) -> tuple[Part, ...]:
     """What llama-server takes with these weights and settings; ``arch`` decides what a CPU repacks."""
     process, low, high = process_bytes(spec, settings)
     note = "code, tokenizer tables and scratch of llama-server, fitted on measured runs"
+    weights = _weights(spec, scheme, settings, backend=backend, imatrix=imatrix, arch=arch)
+    if schemes.is_budget(scheme) and spec.recipe is not None and not spec.recipe.measured:
+        weights[0] = _provisional(weights[0], spec.recipe.slack)
     return (
-        *_weights(spec, scheme, settings, backend=backend, imatrix=imatrix, arch=arch),
+        *weights,
         *_context(spec, settings, backend=backend),
         fitted("process", process, (low, high), "host", note),
     )
@@ -489,6 +535,15 @@ def _weights(
             reason = "repacked beside the mapped file" if mapped else "token_embd repacked as the output"
             parts.append(exact("host_copy", again, "host", f"{reason} (ggml-cpu/repack.cpp)"))
     return parts
+
+
+def _provisional(weights: Part, slack: int) -> Part:
+    """Weights whose types a build decides, within the same budget."""
+    note = "types are chosen by measuring, at the build"
+    full = weights.bytes + slack
+    return fitted(
+        "weights", weights.bytes, (min(weights.bytes, round(full * FILLED)), full), weights.place, note
+    )
 
 
 def _context(spec: ModelSpec, settings: Settings, *, backend: Backend) -> list[Part]:

@@ -162,7 +162,7 @@ def test_experts_are_matrices_of_their_own() -> None:
         ("onnx-int8-k-quant-mixed", "mixes 8 bits into 4"),
         ("onnx-int8-b64-rtn", "8 bits are always rounded to nearest"),
         ("onnx-bf16", "did you mean 'onnx-fp16'"),
-        ("gguf-budget", "not built yet"),
+        ("gguf-bugdet", "did you mean 'gguf-budget'"),
         ("gptq-int4-g129", "no kernel reads groups of 129"),
         ("awq-4-g128", "did you mean 'awq-int4-g128'"),
         ("bnb-nf5", "did you mean 'bnb-nf4'"),
