@@ -71,7 +71,6 @@ def heldout(count: int, length: int) -> torch.Tensor:
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-@torch.no_grad()
 def plain_logits(source: Path, weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """Logits [windows, tokens, vocab] of a plain float32 model of ``source``'s config with these weights."""
     config = AutoConfig.from_pretrained(source)
@@ -82,7 +81,8 @@ def plain_logits(source: Path, weights: dict[str, torch.Tensor], tokens: torch.T
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     model.tie_weights()
-    logits: torch.Tensor = model(tokens).logits
+    with torch.no_grad():
+        logits: torch.Tensor = model(tokens).logits
     return logits
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgepack import layouts, modelspec
 from edgepack.artifact import Checkpoint
@@ -30,7 +31,7 @@ def _job(windows: Path | None, scheme: str = "gptq-int4-g128") -> Job:
     )
 
 
-def _array(path: Path, values: np.ndarray) -> Path:
+def _array(path: Path, values: NDArray[np.generic]) -> Path:
     np.save(path, values)
     return path
 
@@ -47,7 +48,7 @@ def _array(path: Path, values: np.ndarray) -> Path:
         (np.full((8, 256), -1, np.int32), "token -1"),
     ],
 )
-def test_calibration_that_cannot_serve_is_refused(tmp_path: Path, values: np.ndarray, words: str) -> None:
+def test_calibration_that_cannot_serve_is_refused(tmp_path: Path, values: NDArray[np.generic], words: str) -> None:
     path = _array(tmp_path / "windows.npy", values)
 
     with pytest.raises(BadInput, match=words):
