@@ -309,8 +309,10 @@ def build(
             )
         chosen = pipeline.read_plan(plan_file)
     else:
-        weighted = bool(options["imatrix_file"] or options["calibration_files"])
-        chosen = _planned(pipeline, {**options, "imatrix": weighted, "offline": offline})
+        calibrated = bool(options["calibration_files"])
+        weighted = calibrated or bool(options["imatrix_file"])
+        more = {"imatrix": weighted, "budgeted": calibrated, "offline": offline}
+        chosen = _planned(pipeline, {**options, **more})
     if not as_json and not isinstance(progress, Silent):
         click.echo(tables.plan(chosen, None), nl=False, err=True)
     if dry_run:

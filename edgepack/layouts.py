@@ -235,6 +235,10 @@ def matrix_kind(scheme: Scheme) -> str | None:
             return f"{scheme.family.upper()}{scheme.bits}-{group}"
 
 
+_AWQ_ROWS = 64
+"""Rows whose clipping gptqmodel looks for at a time (7.6.0, AWQProcessor._compute_best_clip)."""
+
+
 def _refuse_shape(scheme: Scheme, tensor: Tensor) -> None:
     columns, rows = tensor.shape[0], tensor.shape[1]
     if scheme.group is not None and columns % scheme.group:
@@ -242,6 +246,11 @@ def _refuse_shape(scheme: Scheme, tensor: Tensor) -> None:
         raise Unsupported(
             f"{scheme.name}: {tensor.name} has rows of {columns}, which groups of {scheme.group} do not divide",
             hint=f"take g{fitting[-1]}" if fitting else "take gall, or bnb-int8",
+        )
+    if scheme.family == "awq" and rows % _AWQ_ROWS:
+        raise Unsupported(
+            f"{scheme.name}: {tensor.name} has {rows} rows, which AWQ's search does not take by {_AWQ_ROWS}",
+            hint=f"take gptq-int4-{'gall' if scheme.group is None else f'g{scheme.group}'}",
         )
     if scheme.family in ("gptq", "autoround", "awq") and (columns % 32 or rows % 32):
         raise Unsupported(

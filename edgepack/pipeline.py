@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import tempfile
@@ -162,7 +163,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             f"--with-runtime carries a CPU server, and {chosen.profile.name} runs on {chosen.profile.backend}",
             hint="leave it out: the bundle names an image (docker/ has its Dockerfile)",
         )
-    if chosen.imatrix != options.quantization.weighted:
+    if not schemes.is_budget(chosen.scheme) and chosen.imatrix != options.quantization.weighted:
         wanted = "an importance matrix" if chosen.imatrix else "no importance matrix"
         raise BadInput(
             f"the plan counts with {wanted}",
@@ -175,10 +176,12 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     spec = read_model(checkpoint.path)
     _same_model(chosen, spec)
     tools = toolchain.install(progress)
-    exact = plan.with_spec(chosen, spec, _with_provenance(chosen.model, checkpoint))
     folder = workspace.cache_root() / "artifacts"
-    how = replace(options.quantization, backend=exact.profile.backend, kv_type=exact.settings.kv_type)
-    weights = quantization.make(checkpoint, spec, exact.scheme, how, folder, progress)
+    how = replace(
+        options.quantization, plan=chosen, backend=chosen.profile.backend, kv_type=chosen.settings.kv_type
+    )
+    weights = quantization.make(checkpoint, spec, chosen.scheme, how, folder, progress)
+    exact = plan.with_spec(chosen, weights.spec, _with_provenance(chosen.model, checkpoint))
     artifact = weights.artifact
     for warning in weights.warnings:
         progress.step(f"warning: {warning}")
@@ -229,6 +232,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
         disk=parse_bytes(options["disk"]) if options.get("disk") else None,
         force=bool(options.get("force")),
         runtime=_runtime(options),
+        budgeted=bool(options.get("budgeted")) and _measures_costs(),
     )
 
 
@@ -239,13 +243,13 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     scheme = _scheme_or_preset(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
     model = named(options["model"], revision=options.get("revision"), offline=bool(options.get("offline")))
-    backend = device.backend if device else "cpu"
-    weights = schemes.weights_bytes(
-        model.spec,
-        scheme,
-        imatrix=bool(options["imatrix_file"] or options["calibration_files"]),
-        backend=backend,
-    )
+    how = quantization_options(options, backend=device.backend if device else "cpu")
+    if schemes.is_budget(scheme):
+        filled = _fill(scheme, model, device, options["context"])
+        scheme, how = filled.scheme, replace(how, plan=filled, kv_type=filled.settings.kv_type)
+        weights = sum(part.high for part in filled.memory.parts if part.name == "weights")
+    else:
+        weights = schemes.weights_bytes(model.spec, scheme, imatrix=how.weighted, backend=how.backend)
     stem = f"{model.model.id.rsplit('/', 1)[-1].lower()}-{scheme.lower()}"
     out = folder / (f"{stem}.gguf" if schemes.is_gguf(scheme) else stem)
     document: dict[str, Any] = {
@@ -266,12 +270,28 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
         checkpoint,
         read_model(checkpoint.path),
         scheme,
-        quantization_options(options, backend=backend),
+        how,
         workspace.cache_root() / "artifacts",
         progress,
     )
     quantization.publish(made, out, progress)
     return document | {"record": serde.dump(made.record), "warnings": list(made.warnings)}
+
+
+def _measures_costs() -> bool:
+    """Whether what chooses the types of a GGUF for a budget is installed (extra quant); else none is considered."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "highspy"))
+
+
+def _fill(scheme: str, model: Candidate, device: profile.DeviceProfile | None, context: int) -> Plan:
+    """The plan whose weights a budget's artifact fills."""
+    if device is None:
+        raise BadInput(
+            f"{scheme} fills the memory of a device, and none is named",
+            hint=f"--profile NAME; known: {', '.join(profile.names())}",
+        )
+    request = Request(profile=device, scheme=scheme, context=context, imatrix=True, min_decode=0.0)
+    return make_plan(request, [model])
 
 
 def quantization_options(options: Mapping[str, Any], *, backend: Backend = "cpu") -> quantization.Options:

@@ -11,12 +11,13 @@ from pathlib import Path
 import edgepack.calibration as calibrations
 from edgepack import degradation, heldout, layouts, quality, record, schemes, toolchain, workspace
 from edgepack.artifact import Artifact, Checkpoint
-from edgepack.builders import gguf, quantizers
+from edgepack.builders import budget, gguf, quantizers
 from edgepack.calibration import Calibration, Sampling
 from edgepack.calibration.encoder import encoder
 from edgepack.errors import BadInput, Unsupported
 from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
+from edgepack.plan import Plan
 from edgepack.profile import Backend
 from edgepack.progress import Progress
 from edgepack.record import Record
@@ -50,6 +51,8 @@ class Options:
     """How much of it; None: more for a model of wide layers."""
     imatrix: Path | None = None
     """An importance matrix for a GGUF, instead of calibration data."""
+    plan: Plan | None = None
+    """What a GGUF that fills a budget is to fill; no other scheme needs it."""
     backend: Backend = "cpu"
     """Of the device."""
     context: int = 4096
@@ -66,12 +69,15 @@ class Options:
     @property
     def weighted(self) -> bool:
         """Whether a GGUF is rounded with an importance matrix."""
-        return self.imatrix is not None or bool(self.calibration)
+        budgeted = self.plan is not None and schemes.is_budget(self.plan.scheme)
+        return self.imatrix is not None or bool(self.calibration) or budgeted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     artifact: Artifact
+    spec: ModelSpec
+    """The model; with the types that its tensors got where a budget decided them."""
     record: Record
     quality: Quality | None
     warnings: tuple[str, ...]
@@ -94,7 +100,7 @@ def make(
     text = heldout.read(options.text)
     if data is not None and options.measured:
         heldout.require_held_out(text, calibrations.record(data).fingerprints)
-    artifact = _build(checkpoint, spec, name, data, options, folder, progress)
+    artifact, spec = _build(checkpoint, spec, name, data, options, folder, progress)
     measured: Quality | None = None
     warnings: tuple[str, ...] = ()
     if options.measured and _has_parent(checkpoint, spec):
@@ -115,6 +121,7 @@ def make(
         )
     return Made(
         artifact=artifact,
+        spec=spec,
         record=_record(checkpoint, spec, artifact, data, options, measured),
         quality=measured,
         warnings=warnings,
@@ -162,7 +169,7 @@ def _calibration(
             "--imatrix and --calibration exclude each other", hint="a matrix is computed from the data"
         )
     if schemes.is_gguf(scheme):
-        wanted = bool(options.calibration)
+        wanted = bool(options.calibration) or schemes.is_budget(scheme)
     else:
         if options.imatrix is not None:
             raise BadInput(f"{scheme} takes no importance matrix", hint="give data with --calibration FILE")
@@ -182,30 +189,52 @@ def _build(
     options: Options,
     folder: Path,
     progress: Progress,
-) -> Artifact:
+) -> tuple[Artifact, ModelSpec]:
+    if schemes.is_budget(scheme):
+        return _filled(checkpoint, spec, data, options, folder, progress)
     if schemes.is_gguf(scheme):
-        return gguf.build(
-            checkpoint,
-            spec,
-            scheme,
-            folder,
-            imatrix=options.imatrix or data,
-            toolchain=toolchain.install(progress),
-            progress=progress,
+        tools = toolchain.install(progress)
+        matrix = options.imatrix or data
+        made = gguf.build(
+            checkpoint, spec, scheme, folder, imatrix=matrix, toolchain=tools, progress=progress
         )
-    windows = None if data is None else _windows(checkpoint, spec, data, progress)
+        return made, spec
     job = quantizers.Job(
         source=checkpoint.path,
         out=folder,
         scheme=scheme,
-        windows=windows,
+        windows=None if data is None else _windows(checkpoint, spec, data, progress),
         backend=options.backend,
         context=options.context,
         threads=options.threads,
         seed=0 if data is None else data.sampling.seed,
     )
     sha256 = None if data is None else data.sha256
-    return quantizers.build(checkpoint, spec, job, folder, calibration=sha256, progress=progress)
+    return quantizers.build(checkpoint, spec, job, folder, calibration=sha256, progress=progress), spec
+
+
+def _filled(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    data: Calibration | None,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Artifact, ModelSpec]:
+    """A GGUF of types that fill what the plan leaves, and the model with these types."""
+    if options.plan is None or data is None:
+        raise BadInput(f"{schemes.BUDGET} fills what a plan leaves, and there is none", hint="--profile NAME")
+    filled = budget.build(
+        options.plan,
+        checkpoint,
+        spec,
+        folder,
+        windows=_windows(checkpoint, spec, data, progress),
+        data=data,
+        toolchain=toolchain.install(progress),
+        progress=progress,
+    )
+    return filled.artifact, filled.spec
 
 
 def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progress: Progress) -> Path:
