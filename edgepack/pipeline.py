@@ -247,7 +247,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     if schemes.is_budget(scheme):
         filled = _fill(scheme, model, device, options["context"])
         scheme, how = filled.scheme, replace(how, plan=filled, kv_type=filled.settings.kv_type)
-        weights = sum(part.high for part in filled.memory.parts if part.name == "weights")
+        weights: int = int(sum(part.high for part in filled.memory.parts if part.name == "weights"))
     else:
         weights = schemes.weights_bytes(model.spec, scheme, imatrix=how.weighted, backend=how.backend)
     stem = f"{model.model.id.rsplit('/', 1)[-1].lower()}-{scheme.lower()}"

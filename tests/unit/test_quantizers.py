@@ -48,13 +48,9 @@ def _array(path: Path, values: NDArray[np.generic]) -> Path:
         (np.full((8, 256), -1, np.int32), "token -1"),
     ],
 )
-<<<<<<< HEAD
 def test_calibration_that_cannot_serve_is_refused(
     tmp_path: Path, values: NDArray[np.generic], words: str
 ) -> None:
-=======
-def test_calibration_that_cannot_serve_is_refused(tmp_path: Path, values: NDArray[np.generic], words: str) -> None:
->>>>>>> torch
     path = _array(tmp_path / "windows.npy", values)
 
     with pytest.raises(BadInput, match=words):
