@@ -238,7 +238,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
 
 def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
     """The JSON document of ``edgepack quantize``: the artifact in ``folder``, its record, and where it is."""
-    from edgepack import hub, quantization
+    from edgepack import hub, quantization, record
 
     scheme = _scheme_or_preset(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
@@ -275,7 +275,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
         progress,
     )
     quantization.publish(made, out, progress)
-    return document | {"record": serde.dump(made.record), "warnings": list(made.warnings)}
+    return document | {"record": record.shown(made.record), "warnings": list(made.warnings)}
 
 
 def _measures_costs() -> bool:

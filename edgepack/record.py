@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -48,3 +48,12 @@ def of(artifact: Path) -> Record | None:
     """The record of an artifact; None when there is none. Raises BadInput for one that is damaged."""
     path = place(artifact)
     return serde.load_json(Record, path) if path.is_file() else None
+
+
+def shown(record: Record) -> dict[str, object]:
+    """A record for people and their programs: without the sketch of the calibration text, which is for edgepack."""
+    known = record.calibration
+    document = serde.dump(
+        record if known is None else replace(record, calibration=replace(known, fingerprints=()))
+    )
+    return dict(document) if isinstance(document, dict) else {}
