@@ -18,11 +18,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from edgepack import calibration, heldout, hub, pipeline, quality, quantization, scoring
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import rtn
+
+from edgepack import calibration, heldout, hub, layouts, pipeline, quality, quantization, scoring
+from edgepack.builders import quantizers
 from edgepack.calibration import Sampling
 from edgepack.evaluation import Estimate
+from edgepack.modelspec import ModelSpec
 from edgepack.progress import Silent, Terminal
-from edgepack.schemes import GGUF
+from edgepack.schemes import GGUF, weights_bytes
 
 SCHEMES = (
     "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_M+imatrix", "IQ4_XS+imatrix", "Q3_K_M+imatrix", "IQ3_XXS+imatrix",
@@ -60,40 +65,64 @@ class Row:
 
 def rows(model: Path, schemes: Sequence[str], work: Path) -> Iterator[Row]:
     """One for each scheme, as it is made."""
-    checkpoint = hub.resolve(str(model), revision=None, offline=True, progress=Silent())
     spec = pipeline.read_model(model)
     text = heldout.read(_beside(model, "heldout.txt"))
     for label in schemes:
         scheme, _, weighted = label.partition("+")
         data = _beside(model, "calibration.txt") or calibration.BUILTIN
-        gguf = scheme in GGUF
-        options = quantization.Options(
-            calibration=(data,) if weighted or (not gguf and quantization.calibrates(scheme)) else (),
-            sampling=Sampling(windows=WINDOWS),
-            context=spec.context_train,
-            measured=False,
-            threads=1,
-        )
         before = _cpu()
-        made = quantization.make(checkpoint, spec, scheme, options, work, Terminal())
+        if scheme.startswith("rtn-"):
+            made = _rounded(model, spec, scheme, work)
+        else:
+            wanted = weighted or (scheme not in GGUF and quantization.calibrates(scheme))
+            made = _quantized(model, spec, scheme, (data,) if wanted else (), work)
         spent = _cpu() - before
         measured = quality.measure(
-            made.artifact.path, against=model, text=text, tokens=TOKENS, threads=1, progress=Silent()
+            made.path, against=model, text=text, tokens=TOKENS, threads=1, progress=Silent()
         )
         if measured.parent is None:
             raise SystemExit(f"{scheme}: no parent was measured")
         yield Row(
             model=model.name,
             scheme=label,
-            predicted=made.record.tensor_bytes,
-            real=made.record.bytes,
+            predicted=made.tensors,
+            real=made.files,
             perplexity=measured.perplexity,
             kl=measured.parent.kl,
             kl_p99=measured.parent.kl_p99,
             same_top=measured.parent.same_top,
             cpu_seconds=spent,
-            equal=_logits(made.artifact.path, text) == _logits(made.artifact.path, text),
+            equal=_logits(made.path, text) == _logits(made.path, text),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    path: Path
+    tensors: int
+    files: int
+
+
+def _quantized(model: Path, spec: ModelSpec, scheme: str, data: tuple[Path, ...], work: Path) -> Made:
+    checkpoint = hub.resolve(str(model), revision=None, offline=True, progress=Silent())
+    options = quantization.Options(
+        calibration=data,
+        sampling=Sampling(windows=WINDOWS),
+        context=spec.context_train,
+        measured=False,
+        threads=1,
+    )
+    made = quantization.make(checkpoint, spec, scheme, options, work, Terminal())
+    return Made(path=made.artifact.path, tensors=made.record.tensor_bytes, files=made.record.bytes)
+
+
+def _rounded(model: Path, spec: ModelSpec, scheme: str, work: Path) -> Made:
+    """Rounded to nearest, in GPTQ's layout: what calibration has to beat."""
+    like = layouts.parse(scheme.replace("rtn", "gptq"))
+    out = work / f"{model.name}-{scheme}"
+    rtn.write(model, out, bits=like.bits, group=like.group, symmetric=True)
+    files = sum(path.stat().st_size for path in quantizers.files(out))
+    return Made(path=out, tensors=weights_bytes(spec, like.name, imatrix=False), files=files)
 
 
 def _beside(model: Path, name: str) -> Path | None:
