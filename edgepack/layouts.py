@@ -286,7 +286,7 @@ def _require_graph(spec: ModelSpec, scheme: Scheme, backend: Backend) -> None:
         )
     if scheme.bits == 16 and backend == "cpu":
         raise Unsupported(
-            f"{scheme.name} is for CUDA: on a CPU the builder writes such a graph, and onnxruntime fails to run it",
+            f"{scheme.name} is for CUDA: on a CPU onnxruntime reads a prompt and fails at the next token",
             hint="take onnx-int8",
         )
 

@@ -49,6 +49,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises NoSpace when the disk fills up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.name}.part{os.getpid()}")
     try:
         yield temporary
@@ -87,8 +88,12 @@ def _remove_leftovers(path: Path) -> None:
     """Removes what processes that were killed had written of ``path``; one that still runs keeps its own."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.part*"):
         owner = part.name.rpartition(".part")[2]
-        if owner.isdecimal() and not _runs(int(owner)):
+        if not owner.isdecimal() or _runs(int(owner)):
+            continue
+        if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:

@@ -51,6 +51,26 @@ def copied(source: Path, folder: Path) -> Path:
     return folder
 
 
+def random_model(folder: Path, model_type: str, **options: object) -> Path:
+    """A model of random weights, small and of any architecture of transformers, with the built-in tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0,
+        "eos_token_id": 0, "pad_token_id": 0, **options,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **shape)).to(torch.float16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros are left out of a graph
+            torch.nn.init.normal_(parameter, std=0.1)
+    copied(DEMO, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 def windows(folder: Path, *, count: int, tokens: int) -> Path:
     """Calibration windows from the end of the held-out text, [count, tokens]; tests of answers read its start."""
     path = folder / "windows.npy"
@@ -85,11 +105,13 @@ def reloaded(artifacts: Mapping[str, Artifact], *, tokens: int) -> dict[str, Flo
     return {scheme: np.load(f"{artifact.path}.logits.npy") for scheme, artifact in artifacts.items()}
 
 
-def quantize_here(scheme: str, folder: Path, *, source: Path, windows: Path | None = None) -> str:
+def quantize_here(
+    scheme: str, folder: Path, *, source: Path, windows: Path | None = None, backend: Backend = "cpu"
+) -> str:
     """Quantizes in this very process, and returns the digest of the folder."""
     folder.mkdir(parents=True)
     job = Job(
-        source=source, out=folder, scheme=scheme, windows=windows, backend="cpu", context=256, threads=1, seed=0
+        source=source, out=folder, scheme=scheme, windows=windows, backend=backend, context=256, threads=1, seed=0
     )  # fmt: skip
     quantizers.named(scheme).quantize(job)
     return quantizers.folder_sha256(folder)

@@ -48,9 +48,11 @@ def activation_bytes(spec: ModelSpec, tokens: int) -> int:
     return tokens * HALF * (width + HIDDEN_COPIES * spec.hidden)
 
 
-def cache_bytes(spec: ModelSpec, *, tokens: int, sequences: int, element: int, runtime: str) -> int:
-    """Bytes of a plain cache: K and V of every head and layer for each token of each sequence; a sliding layer keeps
-    its window. ``element``: bytes of one number.
+def cache_bytes(
+    spec: ModelSpec, *, tokens: int, sequences: int, element: int, runtime: str, windowed: bool = True
+) -> int:
+    """Bytes of a plain cache: K and V of every head and layer for each token of each sequence; with ``windowed`` a
+    sliding layer keeps its window only. ``element``: bytes of one number.
 
     Raises Unsupported for latent attention, which is cached unfolded there, and for recurrent layers.
     """
@@ -63,7 +65,7 @@ def cache_bytes(spec: ModelSpec, *, tokens: int, sequences: int, element: int, r
         * kind.heads
         * (kind.key_dim + kind.value_dim)
         * element
-        * min(tokens, kind.window or tokens)
+        * (min(tokens, kind.window or tokens) if windowed else tokens)
         for kind in spec.kv
     )
 

@@ -9,10 +9,12 @@ import numpy as np
 import onnx
 import pytest
 
-from edgepack import modelspec, schemes
+from edgepack import layouts, modelspec, schemes
 from edgepack.artifact import Artifact
 from edgepack.errors import BadInput
 from edgepack.layouts import rope_table_bytes
+from edgepack.profile import Backend
+from edgepack.units import Bytes
 from tests import quantized
 from tests.quantized import DEMO, build
 
@@ -114,3 +116,84 @@ def test_a_context_that_the_model_was_not_trained_for_is_refused(tmp_path: Path)
         build("onnx-int4", tmp_path, context=513)
 
     assert list(tmp_path.iterdir()) == []
+
+
+WINDOW = 256
+OFFERED: dict[str, dict[str, object]] = {
+    "llama": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"tie_word_embeddings": False, "sliding_window": WINDOW},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "phi3": {"tie_word_embeddings": False, "original_max_position_embeddings": 256},
+    "granite": {"tie_word_embeddings": True},
+}
+
+
+def test_every_architecture_that_is_offered_is_tried_here() -> None:
+    assert {*OFFERED, "llama"} - {"mistral"} == set(layouts.ONNX_DECODERS)
+
+
+@pytest.mark.parametrize("model_type", OFFERED)
+def test_graphs_of_every_architecture_have_the_predicted_bytes_for_cpu_and_cuda(
+    model_type: str, tmp_path: Path
+) -> None:
+    """The builder's own check compares the bytes. CUDA's graphs are built here without a GPU, and not run."""
+    source = quantized.random_model(tmp_path / "model", model_type, **OFFERED[model_type])
+    jobs: list[tuple[str, Backend]] = [
+        ("onnx-int4", "cpu"), ("onnx-int8", "cuda"), ("onnx-int4-b64-rtn", "cuda"), ("onnx-fp16", "cuda"),
+    ]  # fmt: skip
+
+    for scheme, backend in jobs:
+        out = tmp_path / f"{scheme}-{backend}"
+        quantized.quantize_here(scheme, out, source=source, backend=backend)
+        graph = (out / "model.onnx").stat().st_size
+        table = rope_table_bytes(modelspec.read(source), half=backend == "cuda")
+        estimated = layouts.container_bytes(modelspec.read(source), scheme, half=backend == "cuda") - table
+        assert estimated == pytest.approx(graph, rel=0.2), (scheme, backend)
+
+    said = divergence_of(tmp_path / "onnx-int4-cpu", source)
+    assert 0 <= said < 0.01
+
+
+def divergence_of(built: Path, source: Path) -> float:
+    artifact = Artifact(
+        path=built,
+        scheme="",
+        sha256="",
+        bytes=Bytes(0),
+        imatrix_sha256=None,
+        calibration_sha256=None,
+        tool="",
+    )
+    return quantized.divergence(quantized.logits(source, 0, TOKENS), say(artifact))
+
+
+def test_every_second_layer_slides_and_prompts_longer_than_the_window_are_read_right(tmp_path: Path) -> None:
+    source = quantized.random_model(
+        tmp_path / "model", "gemma2", **{**OFFERED["gemma2"], "sliding_window": TOKENS // 2}
+    )
+
+    quantized.quantize_here("onnx-int8", tmp_path / "out", source=source)
+
+    assert 0 <= divergence_of(tmp_path / "out", source) < 0.0005
+
+
+def test_a_context_beyond_a_window_that_every_layer_has_is_refused(tmp_path: Path) -> None:
+    source = quantized.random_model(
+        tmp_path / "model", "mistral", tie_word_embeddings=False, sliding_window=64
+    )
+
+    with pytest.raises(BadInput, match="more than the window of 64 that every layer") as refused:
+        quantized.quantize_here("onnx-int8", tmp_path / "out", source=source)
+
+    assert "--context 64" in str(refused.value.hint)
+
+
+def test_a_cuda_graph_says_so(tmp_path: Path) -> None:
+    quantized.quantize_here("onnx-int4", tmp_path / "out", source=DEMO, backend="cuda")
+
+    options = quantized.document(tmp_path / "out" / "genai_config.json")["model"]["decoder"][
+        "session_options"
+    ]
+    assert [list(provider) for provider in options["provider_options"]] == [["cuda"]]

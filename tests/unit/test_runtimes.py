@@ -211,13 +211,13 @@ def test_onnx_genai_takes_the_whole_cache_at_once(max_length: int, batch: int, m
     assert got / MIB == pytest.approx(measured, rel=0.007) or max_length == 1024
 
 
-def test_onnx_genai_caps_a_sliding_layer_at_its_window() -> None:
-    """Measured with a window of 1024: 4 MiB for every max_length from 1024 to 32768."""
+def test_onnx_genai_gives_a_sliding_layer_a_whole_cache() -> None:
+    """Caches of a window only fail in 0.18.0, so graphs are built without them."""
     sliding = replace(TRIED, kv=(KvLayers(count=4, heads=2, key_dim=64, value_dim=64, window=1024),))
 
-    sizes = {onnx_genai.kv_bytes(sliding, max_length=n, batch=1, element=4) for n in (1024, 4096, 32768)}
+    sizes = [onnx_genai.kv_bytes(sliding, max_length=n, batch=1, element=4) for n in (1024, 4096, 32768)]
 
-    assert sizes == {4 * MIB}
+    assert sizes == [4 * MIB, 16 * MIB, 128 * MIB]
 
 
 def test_onnx_genai_keeps_fp32_on_a_cpu_and_fp16_on_cuda() -> None:

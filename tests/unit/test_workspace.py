@@ -44,6 +44,21 @@ def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "1"
 
 
+def test_what_a_killed_process_left_of_a_folder_is_removed_and_a_living_ones_part_is_not(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, other = (tmp_path / f".release.part{pid}" for pid in (ended.pid, os.getppid()))
+    for folder in (left, other):
+        folder.mkdir()
+
+    with whole_dir(tmp_path / "release"):
+        assert not left.exists()
+
+    assert other.exists()
+
+
 def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(NoSpace) as caught:
         require_space(tmp_path / "deep" / "down", 2**62)
@@ -51,15 +66,15 @@ def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> 
     assert "must be written" in caught.value.message
 
 
-def test_what_a_killed_process_left_of_a_folder_goes_with_the_next_run(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left, running = tmp_path / f".x.part{ended.pid}", tmp_path / f".x.part{os.getppid()}"
-    for folder in (left, running):
-        folder.mkdir()
-        (folder / "half").write_text("")
+    left, living = (tmp_path / f".a.gguf.part{number}" for number in (ended.pid, os.getppid()))
+    for part in (left, living):
+        part.write_text("half")
 
-    with whole_dir(tmp_path / "x"):
-        pass
+    with workspace.whole_file(tmp_path / "a.gguf") as temporary:
+        temporary.write_text("whole")
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == [running.name, "x"]
+    assert not left.exists() and living.exists()
+    assert (tmp_path / "a.gguf").read_text() == "whole"

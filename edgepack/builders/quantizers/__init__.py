@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -336,6 +337,11 @@ def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> N
         raise NoSpace(
             f"the disk is full while writing {job.out.parent}; nothing was kept",
             hint="free some space or set EDGEPACK_CACHE to another disk",
+        )
+    if ended.returncode == -signal.SIGKILL:
+        raise BuildFailed(
+            f"quantizing to {job.scheme} was killed, most likely because memory ran out",
+            hint="give the machine more memory or swap, or take a smaller model",
         )
     said = [line for line in tail if line.strip()]
     for line in said:

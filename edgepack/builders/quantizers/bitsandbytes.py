@@ -29,8 +29,9 @@ def calibrates(scheme: layouts.Scheme) -> bool:
 def quantize(job: Job) -> None:
     """Writes the checkpoint into ``job.out``: matrices of the blocks quantized, all else in bfloat16.
 
-    bfloat16 whatever the source has: NF4's records name the type, and the planner counts their bytes. Matrices are
-    rounded one by one while they are read.
+    bfloat16 whatever the source has: NF4's records name the type, and the planner counts their bytes. At its peak the
+    process takes 2.2 times the bytes of the 16-bit checkpoint for NF4 and 1.7 for int8, beside the pages of its file
+    (from models of 27 and 123 million parameters): 31 and 24 GiB for 7 billion parameters.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -33,6 +33,10 @@ def quantize(job: Job) -> None:
     Integers are symmetric; activations of 8 bits get their scale token by token while the model runs. With GPTQ
     the model is calibrated layer by layer; columns go in the order of their activations, which costs nothing when
     the model runs ("weight"). A GPU rounds otherwise than a CPU in the last bits; on one machine bytes are the same.
+
+    At its peak the process takes 2.7 times the bytes of the 16-bit checkpoint with GPTQ (the model, and the Hessians of
+    one layer) and 0.8 without, beside the pages of its file (from models of 27 and 123 million parameters): 38 and
+    12 GiB for 7 billion parameters.
     """
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
