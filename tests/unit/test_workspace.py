@@ -73,7 +73,7 @@ def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None
     for part in (left, living):
         part.write_text("half")
 
-    with workspace.whole_file(tmp_path / "a.gguf") as temporary:
+    with whole_file(tmp_path / "a.gguf") as temporary:
         temporary.write_text("whole")
 
     assert not left.exists() and living.exists()
