@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgepack import modelspec
 from edgepack.builders.convert import hf_names
@@ -123,7 +124,7 @@ def _safetensors(path: Path, rows: list[tuple[str, tuple[int, ...]]], seed: int,
                 left -= values.size
 
 
-def _bits(values: np.ndarray[tuple[int], np.dtype[np.float32]], dtype: str) -> bytes:
+def _bits(values: NDArray[np.float32], dtype: str) -> bytes:
     if dtype == "f32":
         return values.tobytes()
     if dtype == "f16":
