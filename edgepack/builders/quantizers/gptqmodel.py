@@ -39,8 +39,11 @@ def calibrates(scheme: layouts.Scheme) -> bool:
 def quantize(job: Job) -> None:
     """Writes the checkpoint of ``job.scheme`` into ``job.out``; a job that was killed goes on where the library can.
 
-    The library reads one layer at a time from the source and puts what is done on the disk, so that memory holds one
-    layer, its Hessians, the calibration's activations and the embeddings.
+    The library works layer by layer with what is done on the disk. Yet its peak grew with the model: 0.74 GB, 2.4 bytes
+    for each weight of the blocks and 9 for each token and column of calibration, on random models of 2 and 6 layers
+    of 1024 columns and 4096 and 16384 tokens (GPTQ, anonymous memory, a CPU). For a 7B and 128 windows of 512 that
+    comes to 18 GB, with some 4 GB for the widest matrix's Hessian and its inverse. AWQ's search took 15 CPU-seconds for
+    a million weights, which is a day for a 7B without a GPU.
     """
     import torch
     from gptqmodel import BACKEND, GPTQModel
