@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import os
 import shutil
@@ -67,7 +66,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_dir(path: Path) -> Iterator[Path]:
     """Like whole_file for a folder: it appears under its name only when the block completed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
     temporary = path.with_name(f".{path.name}.part{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -81,24 +79,6 @@ def whole_dir(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sweep(path: Path) -> None:
-    """Removes what killed processes left of this folder; what a living one writes stays."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.part*"):
-        owner = left.name.rpartition(".part")[2]
-        if owner.isdecimal() and not _lives(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def write_text(path: Path, text: str) -> None:

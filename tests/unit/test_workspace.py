@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,19 +39,6 @@ def test_a_folder_appears_only_when_complete(tmp_path: Path) -> None:
         assert not target.exists()
 
     assert (target / "a").read_text() == "1"
-
-
-def test_what_a_killed_process_left_of_a_folder_is_removed_and_a_living_ones_part_is_not(tmp_path: Path) -> None:
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    left, other = (tmp_path / f".release.part{pid}" for pid in (ended.pid, os.getppid()))
-    for folder in (left, other):
-        folder.mkdir()
-
-    with whole_dir(tmp_path / "release"):
-        assert not left.exists()
-
-    assert other.exists()
 
 
 def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
