@@ -48,7 +48,7 @@ def test_the_tensors_have_the_predicted_bytes(artifacts: dict[str, Artifact], sc
     assert sum(t.bytes for t in stored.values()) == schemes.weights_bytes(SPEC, scheme, imatrix=False)
     predicted, provenance = schemes.file_bytes(SPEC, scheme, imatrix=False)
     assert provenance == "fitted"
-    assert predicted == pytest.approx((artifacts[scheme].path / "model.safetensors").stat().st_size, abs=2000)
+    assert predicted == pytest.approx((artifacts[scheme].path / "model.safetensors").stat().st_size, abs=6000)
 
 
 def test_embeddings_stay_floats_and_the_threshold_is_that_of_the_paper(

@@ -51,7 +51,7 @@ def test_the_tensors_have_the_predicted_bytes(artifacts: dict[str, Artifact], sc
 
     assert sum(t.bytes for t in stored.values()) == schemes.weights_bytes(SPEC, scheme, imatrix=False)
     predicted, _ = schemes.file_bytes(SPEC, scheme, imatrix=False)
-    assert predicted == pytest.approx((artifacts[scheme].path / "model.safetensors").stat().st_size, abs=1000)
+    assert predicted == pytest.approx((artifacts[scheme].path / "model.safetensors").stat().st_size, abs=6000)
 
 
 @pytest.mark.parametrize(
