@@ -292,7 +292,7 @@ def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
         def enableCallbacks(self) -> None:  # highspy's name
             """None are needed, and setting them prints a banner before any option can forbid it."""
 
-    solver: highspy.Highs = Solver()  # type: ignore[no-untyped-call]  # highspy's own constructor
+    solver = Solver()
     for name, value in _SOLVER.items():
         solver.setOptionValue(name, value)
     solver.addVars(len(options), [0.0] * len(options), [1.0] * len(options))

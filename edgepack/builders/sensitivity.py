@@ -258,7 +258,7 @@ class _Model:
 
     def __init__(self, source: Path, spec: ModelSpec) -> None:
         import torch
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]  # ships no types
+        from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
