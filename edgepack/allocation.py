@@ -270,8 +270,8 @@ def _hull(item: Item, size: Callable[[Option], int]) -> list[Option]:
 def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
     """The choice within the limits with the least loss, proven by HiGHS's branch and bound.
 
-    One binary variable an option, one of each item is 1. Raises Unsupported when the smallest types take more than the
-    limits, MissingTool without highspy, BuildFailed when the solver gives up.
+    One binary variable an option, one of each item is 1. Raises Unsupported when no choice is within the limits,
+    MissingTool without highspy, BuildFailed when the solver gives up.
     """
     for limit, where in ((limits.file, "file"), (limits.memory, "memory")):
         least = sum(min(getattr(option, where) for option in item) for item in all_of_them)
@@ -298,7 +298,8 @@ def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
     solver.addVars(len(options), [0.0] * len(options), [1.0] * len(options))
     columns = list(range(len(options)))
     solver.changeColsCost(len(columns), columns, [option.loss / largest for option in options])
-    solver.changeColsIntegrality(len(columns), columns, [highspy.HighsVarType.kInteger] * len(columns))
+    for column in columns:
+        solver.changeColIntegrality(column, highspy.HighsVarType.kInteger)
     at = 0
     for item in worth:
         solver.addRow(1.0, 1.0, len(item), columns[at : at + len(item)], [1.0] * len(item))
@@ -310,6 +311,11 @@ def solve(all_of_them: Sequence[Item], limits: Limits) -> list[Option]:
             solver.addRow(-highspy.kHighsInf, float(limit // ALIGNMENT), len(columns), columns, bytes_of)
     solver.run()
     status = solver.getModelStatus()
+    if status == highspy.HighsModelStatus.kInfeasible:
+        raise Unsupported(
+            f"no types stay within {limits.file} bytes of file and {limits.memory} of memory together",
+            hint="a larger budget, a shorter context or a smaller model",
+        )
     if status != highspy.HighsModelStatus.kOptimal:
         raise BuildFailed(f"HiGHS ended with {solver.modelStatusToString(status)} on {len(worth)} tensors")
     values = solver.getSolution().col_value
