@@ -172,7 +172,7 @@ def _run(job: _Job, progress: Progress) -> None:
         )
     said = "\n".join(line for line in tail if line.strip())[-1200:]
     if ended.returncode == BadInput.exit_code:
-        raise BadInput(said)
+        raise BadInput(said.rpartition("\n")[2])
     raise BuildFailed(f"measuring sensitivity ended with status {ended.returncode}:\n{said}")
 
 
@@ -244,7 +244,11 @@ def cost(
     at = np.unique(np.linspace(0, len(weights) - 1, min(ROWS, len(weights))).astype(np.int64))
     rows, matter = weights[at], fisher[at].astype(np.float64)
     known = float((matter * rows.astype(np.float64) ** 2).sum())
-    whole = float((fisher * weights**2).sum(dtype=np.float64))
+    # A few rows at a time: the table of a large vocabulary has gigabytes.
+    pieces = range(0, len(weights), ROWS)
+    whole = sum(
+        float((fisher[i : i + ROWS] * weights[i : i + ROWS] ** 2).sum(dtype=np.float64)) for i in pieces
+    )
     share = whole / known if known else 1.0
     found = {}
     for kind in kinds:
@@ -437,7 +441,7 @@ class _Measurement:
                     if not self.model.softcap
                     else (1 - (logits[0] / self.model.softcap) ** 2).detach() ** 2
                 )
-                fisher += (odds * (1 - odds) * slope).T @ normed.detach()[0].square()
+                fisher.addmm_((odds * (1 - odds) * slope).T, normed.detach()[0].square())
         self.head_fisher = fisher
         if fisher is not None and not self.spec.tied:
             self._write(head, fisher)
@@ -503,7 +507,7 @@ class _Measurement:
         """One line of the table, on disk before the next is begun."""
         nats = cost(
             self._parameter(tensor).cpu().numpy(),
-            (fisher / self.tokens).cpu().numpy(),
+            fisher.div_(self.tokens).cpu().numpy(),
             self.job.kinds[tensor],
             self.importances.get(tensor),
             self.rounding,
