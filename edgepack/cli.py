@@ -214,6 +214,8 @@ def fit(progress: Progress, /, **options: Any) -> None:
 @click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
 @_model_options
 @click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
+@click.option("--calibrated", is_flag=True,
+              help="Calibration data will be given to the build: gguf-budget is considered too.")  # fmt: skip
 @_choice_options
 @click.option("--explain", is_flag=True, help="Say why this, why not the others, and what would change it.")
 @click.option(
@@ -222,7 +224,9 @@ def fit(progress: Progress, /, **options: Any) -> None:
 @click.option("--force", is_flag=True, help="Plan even what does not fit; the plan carries the reason.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the plan here.")
 @json_option
-def plan(output: Path | None, as_json: bool, explain: bool, pareto: bool, **options: Any) -> None:
+def plan(
+    output: Path | None, as_json: bool, explain: bool, pareto: bool, calibrated: bool, **options: Any
+) -> None:
     """Choose model, quantization, KV cache and context for a device.
 
     \b
@@ -235,6 +239,8 @@ def plan(output: Path | None, as_json: bool, explain: bool, pareto: bool, **opti
     """
     from edgepack import choice, pipeline, serde, tables, workspace
 
+    if calibrated:
+        options |= {"imatrix": True, "budgeted": True}
     request, models = _asked(pipeline, options)
     chosen = pipeline.make_plan(request, models)
     if output is not None:
@@ -311,7 +317,7 @@ def build(
     else:
         calibrated = bool(options["calibration_files"])
         weighted = calibrated or bool(options["imatrix_file"])
-        more = {"imatrix": weighted, "budgeted": calibrated, "offline": offline}
+        more = {"imatrix": weighted, "budgeted": calibrated and pipeline.fills_budgets(), "offline": offline}
         chosen = _planned(pipeline, {**options, **more})
     if not as_json and not isinstance(progress, Silent):
         click.echo(tables.plan(chosen, None), nl=False, err=True)

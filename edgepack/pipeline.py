@@ -232,7 +232,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
         disk=parse_bytes(options["disk"]) if options.get("disk") else None,
         force=bool(options.get("force")),
         runtime=_runtime(options),
-        budgeted=bool(options.get("budgeted")) and _measures_costs(),
+        budgeted=bool(options.get("budgeted")),
     )
 
 
@@ -278,8 +278,8 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     return document | {"record": record.shown(made.record), "warnings": list(made.warnings)}
 
 
-def _measures_costs() -> bool:
-    """Whether what chooses the types of a GGUF for a budget is installed (extra quant); else none is considered."""
+def fills_budgets() -> bool:
+    """Whether what chooses the types of a GGUF for a budget is installed (extra quant)."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "highspy"))
 
 
