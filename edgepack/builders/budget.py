@@ -73,9 +73,7 @@ def build(
     chosen = allocation.solve(items, limits)
     file, held = allocation.used(chosen)
     used = max(n / limit for n, limit in ((file, limits.file), (held, limits.memory)) if limit)
-    progress.step(
-        f"budget   {used:.2%} of it is used; predicted divergence {allocation.lost(chosen):.5f} nats a token"
-    )
+    progress.step(f"budget   {used:.2%} of it is used")
     if used < llama_cpp.FILLED and chosen == allocation.best(items):
         progress.step(
             f"budget   the best types everywhere take {show(file)}: a larger model would use the rest"
