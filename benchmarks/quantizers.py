@@ -23,7 +23,6 @@ import rtn
 
 from edgepack import calibration, heldout, hub, layouts, pipeline, quality, quantization, scoring
 from edgepack.builders import quantizers
-from edgepack.calibration import Sampling
 from edgepack.evaluation import Estimate
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Silent, Terminal
@@ -107,7 +106,7 @@ def _quantized(model: Path, spec: ModelSpec, scheme: str, data: tuple[Path, ...]
     checkpoint = hub.resolve(str(model), revision=None, offline=True, progress=Silent())
     options = quantization.Options(
         calibration=data,
-        sampling=Sampling(windows=WINDOWS),
+        calibration_tokens=512 * WINDOWS,
         context=spec.context_train,
         measured=False,
         threads=1,

@@ -355,8 +355,8 @@ def build(
 @click.option(
     "--profile", metavar="P", help="Device that it is for: ONNX graphs differ, gguf-budget fills it."
 )
-@click.option("--context", type=click.IntRange(1), default=4096, show_default=True,
-              help="Tokens of one sequence on the device.")  # fmt: skip
+@click.option("--context", type=click.IntRange(1), metavar="N",
+              help="Tokens of one sequence on the device (default 4096, or all the model was trained on).")  # fmt: skip
 @_calibration_options
 @_quality_options
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),

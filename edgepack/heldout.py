@@ -47,8 +47,10 @@ def read(path: Path | None = None) -> Text:
     if not place.is_file():
         raise NotFound(f"there is no file {place}", hint='--text FILE: text, or jsonl with a field "text"')
     raw = place.read_bytes()
+    # A longer file ends with its last whole line.
+    end = len(raw) if len(raw) <= MOST_BYTES else raw.rfind(b"\n", 0, MOST_BYTES) + 1 or MOST_BYTES
     try:
-        content = raw[:MOST_BYTES].decode("utf-8", errors="strict" if len(raw) <= MOST_BYTES else "ignore")
+        content = raw[:end].decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{place} is not UTF-8 text (byte {error.start})", hint="convert it") from error
     if place.suffix == ".jsonl":
@@ -113,7 +115,7 @@ def _shingles(text: str) -> Iterator[str]:
 
 def _documents(path: Path, content: str) -> list[str]:
     found, wrong = [], []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:

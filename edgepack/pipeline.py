@@ -26,7 +26,7 @@ from edgepack import (
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
-from edgepack.profile import Backend, Session
+from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.units import parse_bytes, parse_share
@@ -90,10 +90,12 @@ def named(
     revision: str | None = None,
     offline: bool = False,
     extra: Sequence[catalog.CatalogModel] = (),
+    converted: bool = True,
 ) -> Candidate:
     """A catalog id, "demo", a folder, a config.json, a GGUF file or a Hub id, as a candidate.
 
-    Of a Hub repository only config and tokenizer are fetched. Raises NotFound, Offline, Unsupported.
+    Of a Hub repository only config and tokenizer are fetched. ``converted``: whether it is to become a GGUF. Raises
+    NotFound, Offline, Unsupported.
     """
     entry = catalog.find(model, extra)
     path = Path(model)
@@ -105,8 +107,8 @@ def named(
             raise NotFound(
                 f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
             )
-        return _from_hub(model, revision=revision, offline=offline)
-    spec = read_model(path)
+        return _from_hub(model, revision=revision, offline=offline, converted=converted)
+    spec = read_model(path, converted=converted)
     reference = ModelRef(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
         source=str(path),
@@ -124,9 +126,14 @@ def extra_models(options: Mapping[str, Any]) -> tuple[catalog.CatalogModel, ...]
     return () if given is None else catalog.read(given)
 
 
-def read_model(path: Path) -> modelspec.ModelSpec:
-    """The shapes of a model; of a Hugging Face folder with a tokenizer also the exact size of its GGUF header."""
+def read_model(path: Path, *, converted: bool = True) -> modelspec.ModelSpec:
+    """The shapes of a model; of a Hugging Face folder with a tokenizer also the exact size of its GGUF header.
+
+    ``converted``: whether it is to become a GGUF at all; what cannot is then refused here. Raises Unsupported.
+    """
     spec = modelspec.read(path)
+    if not converted:
+        return spec
     tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if not path.is_dir() or not tokenizer or spec.family not in modelspec.CONVERTED:
         return spec
@@ -242,10 +249,17 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
 
     scheme = _scheme_or_preset(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
-    model = named(options["model"], revision=options.get("revision"), offline=bool(options.get("offline")))
-    how = quantization_options(options, backend=device.backend if device else "cpu")
+    converted = schemes.is_gguf(scheme)
+    model = named(
+        options["model"],
+        revision=options.get("revision"),
+        offline=bool(options.get("offline")),
+        converted=converted,
+    )
+    context = options["context"] or min(plan.DEFAULT_CONTEXT, model.spec.context_train)
+    how = replace(quantization_options(options), backend=device.backend if device else "cpu", context=context)
     if schemes.is_budget(scheme):
-        filled = _fill(scheme, model, device, options["context"])
+        filled = _fill(scheme, model, device, context)
         scheme, how = filled.scheme, replace(how, plan=filled, kv_type=filled.settings.kv_type)
         weights: int = int(sum(part.high for part in filled.memory.parts if part.name == "weights"))
     else:
@@ -257,6 +271,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
         "path": str(out),
         "scheme": scheme,
         "predicted_tensor_bytes": weights,
+        "provenance": "fitted" if schemes.is_budget(scheme) else "exact",
     }
     if options["dry_run"]:
         return document | {"record": None, "warnings": []}
@@ -268,7 +283,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     )
     made = quantization.make(
         checkpoint,
-        read_model(checkpoint.path),
+        read_model(checkpoint.path, converted=converted),
         scheme,
         how,
         workspace.cache_root() / "artifacts",
@@ -278,9 +293,12 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     return document | {"record": record.shown(made.record), "warnings": list(made.warnings)}
 
 
+FILLS = ("torch", "transformers", "accelerate", "tokenizers", "highspy")
+
+
 def fills_budgets() -> bool:
     """Whether what chooses the types of a GGUF for a budget is installed (extra quant)."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "highspy"))
+    return all(importlib.util.find_spec(name) is not None for name in FILLS)
 
 
 def _fill(scheme: str, model: Candidate, device: profile.DeviceProfile | None, context: int) -> Plan:
@@ -294,21 +312,15 @@ def _fill(scheme: str, model: Candidate, device: profile.DeviceProfile | None, c
     return make_plan(request, [model])
 
 
-def quantization_options(options: Mapping[str, Any], *, backend: Backend = "cpu") -> quantization.Options:
+def quantization_options(options: Mapping[str, Any]) -> quantization.Options:
     """What the command line says about calibration and quality."""
     from edgepack import quality, quantization
-    from edgepack.calibration import Sampling
 
-    sampling = Sampling(seed=options["seed"]) if options["seed"] else None
-    if options["calibration_tokens"]:
-        drawn = sampling or Sampling()
-        sampling = replace(drawn, windows=-(-options["calibration_tokens"] // drawn.length))
     return quantization.Options(
         calibration=tuple(options["calibration_files"]),
-        sampling=sampling,
+        calibration_tokens=options["calibration_tokens"],
+        seed=options["seed"],
         imatrix=options["imatrix_file"],
-        backend=backend,
-        context=options.get("context") or plan.DEFAULT_CONTEXT,
         threads=options["jobs"] or len(os.sched_getaffinity(0)),
         measured=not options["no_quality"],
         text=options["quality_text"],
@@ -350,6 +362,10 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
     )
     document: dict[str, Any] = fit.to_document(result)
     if options.get("exact"):
+        if schemes.is_budget(scheme):
+            raise Unsupported(
+                f"--exact asks for types, and {scheme} has none before a build", hint="leave it out"
+            )
         if runtime is not llama_cpp:
             raise Unsupported(
                 f"--exact asks {llama_cpp.NAME}, and this is for {runtime.NAME}", hint="leave it out"
@@ -475,11 +491,11 @@ def _scheme(options: Mapping[str, Any]) -> str | None:
     return schemes.canonical(asked.upper() if ours and asked.upper() in schemes.GGUF else asked.lower())
 
 
-def _from_hub(repository: str, *, revision: str | None, offline: bool) -> Candidate:
+def _from_hub(repository: str, *, revision: str | None, offline: bool, converted: bool) -> Candidate:
     from edgepack import hub
 
     checkpoint = hub.resolve(repository, revision=revision, offline=offline, weights=False, progress=Silent())
-    spec = read_model(checkpoint.path)
+    spec = read_model(checkpoint.path, converted=converted)
     reference = ModelRef(
         id=repository,
         source=repository,
@@ -513,7 +529,7 @@ def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:
 
 
 def _same_model(chosen: Plan, spec: modelspec.ModelSpec) -> None:
-    if spec.parameters != chosen.model.parameters or spec.architecture != chosen.model.architecture:
+    if spec.parameters != chosen.model.parameters or spec.family != chosen.model.architecture:
         raise BadInput(
             f"{chosen.model.source} is a {spec.architecture} of {spec.parameters:,} parameters, the plan is for "
             f"a {chosen.model.architecture} of {chosen.model.parameters:,}",

@@ -28,7 +28,7 @@ from edgepack.scoring.tasks import Tasks
 
 TOKENS = 4096
 WINDOW = 256
-_RECIPE = 1
+_VERSION = 1
 """Raised when the same inputs are measured otherwise, so that old figures are not taken for new ones."""
 LEAST_WINDOWS = 8
 """An interval from fewer says nothing."""
@@ -169,7 +169,8 @@ class _Asked:
         tasks = None if self.tasks is None else (self.tasks.name, self.tasks.sha256)
         runtime = scoring.version_of(self.artifact)
         cut = (self.cut.text.name, self.cut.text.sha256, self.cut.tokens, self.cut.window)
-        inputs = (self.digest, self.revision, runtime, self.kv_type, *cut, tasks, self.seed, _RECIPE)
+        versions = (_VERSION, reference.VERSION, questions.VERSION)
+        inputs = (self.digest, self.revision, runtime, self.kv_type, *cut, tasks, self.seed, *versions)
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:24]
 
 

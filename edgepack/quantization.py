@@ -12,9 +12,10 @@ import edgepack.calibration as calibrations
 from edgepack import degradation, heldout, layouts, quality, record, schemes, toolchain, workspace
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import budget, gguf, quantizers
-from edgepack.calibration import Calibration, Sampling
+from edgepack.builders.imatrix import is_matrix
+from edgepack.calibration import Calibration
 from edgepack.calibration.encoder import encoder
-from edgepack.errors import BadInput, Unsupported
+from edgepack.errors import BadInput, BuildFailed, Unsupported
 from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
 from edgepack.plan import Plan
@@ -22,6 +23,8 @@ from edgepack.profile import Backend
 from edgepack.progress import Progress
 from edgepack.record import Record
 from edgepack.units import Bytes
+
+FLOATS = ("F32", "F16", "BF16")
 
 PRESETS: Mapping[str, str] = {"article": "gptq-int4-g128", "article-better": "gptq-int4-g64-actorder"}
 """The article's GPTQ parameters (bits 4, group 128, desc_act off), and its cure where that loses too much."""
@@ -47,8 +50,10 @@ class Options:
 
     calibration: tuple[Path, ...] = ()
     """Files; without any a quantizer that must have data takes the built-in text."""
-    sampling: Sampling | None = None
-    """How much of it; None: more for a model of wide layers."""
+    calibration_tokens: int | None = None
+    """How much of it; None: 65536, and more for a model of wide layers."""
+    seed: int = 0
+    """Draws it."""
     imatrix: Path | None = None
     """An importance matrix for a GGUF, instead of calibration data."""
     plan: Plan | None = None
@@ -92,7 +97,8 @@ def make(
     them, and what calibration, the builder and `quality.measure` raise.
     """
     name = schemes.canonical(scheme)
-    data = _calibration(checkpoint, spec, name, options)
+    _refuse(checkpoint, spec, name, options)
+    data = _calibration(checkpoint, spec, options) if _wants_data(name, options) else None
     if data is not None and data.builtin:
         progress.step("calibrating on the built-in text; give your own data with --calibration FILE")
     for warning in () if data is None else data.warnings:
@@ -101,9 +107,10 @@ def make(
     if data is not None and options.measured:
         heldout.require_held_out(text, calibrations.record(data).fingerprints)
     artifact, spec = _build(checkpoint, spec, name, data, options, folder, progress)
+    _same_size(spec, artifact, options)
     measured: Quality | None = None
     warnings: tuple[str, ...] = ()
-    if options.measured and _has_parent(checkpoint, spec):
+    if options.measured and _has_parent(spec):
         measured = quality.measure(
             artifact.path,
             against=checkpoint.path,
@@ -114,11 +121,6 @@ def make(
             progress=progress,
         )
         warnings = _judged(measured, spec, name, options)
-    elif options.limits.any:
-        raise BadInput(
-            f"{checkpoint.source} is quantized already, so there is no parent that a limit could be held against",
-            hint="give the full-precision checkpoint, or leave the limit out",
-        )
     return Made(
         artifact=artifact,
         spec=spec,
@@ -135,8 +137,7 @@ def publish(made: Made, out: Path, progress: Progress) -> Path:
     """
     source = made.artifact.path
     if out.exists():
-        known = record.of(out)
-        if known is not None and known.sha256 == made.record.sha256:
+        if out.is_dir() == source.is_dir() and quality.digest_of(out) == made.record.sha256:
             record.write(made.record, out)
             return out
         raise BadInput(
@@ -160,25 +161,52 @@ def calibrates(scheme: str) -> bool:
     return quantizers.named(scheme).calibrates(layouts.parse(scheme))
 
 
-def _calibration(
-    checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Options
-) -> Calibration | None:
-    """The data that the scheme is calibrated on; None for one that takes none."""
-    if options.imatrix is not None and options.calibration:
+def _refuse(checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Options) -> None:
+    """Raises BadInput for options that the scheme, the checkpoint or one another exclude, before any work."""
+    if options.limits.any and not options.measured:
         raise BadInput(
-            "--imatrix and --calibration exclude each other", hint="a matrix is computed from the data"
+            "--no-quality measures nothing that --max-kl or --max-ppl-loss could limit", hint="leave it out"
         )
+    if options.limits.any and not _has_parent(spec):
+        raise BadInput(
+            f"{checkpoint.source} is quantized already, so there is no parent that a limit could be held against",
+            hint="give the full-precision checkpoint, or leave the limit out",
+        )
+    if options.imatrix is not None:
+        if options.calibration:
+            raise BadInput(
+                "--imatrix and --calibration exclude each other", hint="a matrix is computed from the data"
+            )
+        if not schemes.is_gguf(scheme) or schemes.is_budget(scheme) or _unrounded(spec, scheme):
+            raise BadInput(
+                f"{scheme} takes no importance matrix", hint="leave it out, or see --calibration FILE"
+            )
+        if not is_matrix(options.imatrix):
+            raise BadInput(
+                f"{options.imatrix} is no importance matrix (a GGUF by llama-imatrix)",
+                hint="--calibration FILE computes one from text or chats",
+            )
+    if options.calibration and (
+        _unrounded(spec, scheme) or not (schemes.is_gguf(scheme) or calibrates(scheme))
+    ):
+        raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
+
+
+def _unrounded(spec: ModelSpec, scheme: str) -> bool:
+    """Whether a GGUF is only converted, or used as it is."""
+    return scheme in FLOATS or (spec.gguf_types is not None and scheme == spec.gguf_scheme)
+
+
+def _wants_data(scheme: str, options: Options) -> bool:
     if schemes.is_gguf(scheme):
-        wanted = bool(options.calibration) or schemes.is_budget(scheme)
-    else:
-        if options.imatrix is not None:
-            raise BadInput(f"{scheme} takes no importance matrix", hint="give data with --calibration FILE")
-        wanted = calibrates(scheme)
-        if options.calibration and not wanted:
-            raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
-    if not wanted:
-        return None
-    return calibrations.of(checkpoint.path, spec, options.calibration, sampling=options.sampling)
+        return bool(options.calibration) or schemes.is_budget(scheme)
+    return calibrates(scheme)
+
+
+def _calibration(checkpoint: Checkpoint, spec: ModelSpec, options: Options) -> Calibration:
+    return calibrations.of(
+        checkpoint.path, spec, options.calibration, tokens=options.calibration_tokens, seed=options.seed
+    )
 
 
 def _build(
@@ -196,7 +224,14 @@ def _build(
         tools = toolchain.install(progress)
         matrix = options.imatrix or data
         made = gguf.build(
-            checkpoint, spec, scheme, folder, imatrix=matrix, toolchain=tools, progress=progress
+            checkpoint,
+            spec,
+            scheme,
+            folder,
+            imatrix=matrix,
+            toolchain=tools,
+            progress=progress,
+            threads=options.threads,
         )
         return made, spec
     job = quantizers.Job(
@@ -207,7 +242,7 @@ def _build(
         backend=options.backend,
         context=options.context,
         threads=options.threads,
-        seed=0 if data is None else data.sampling.seed,
+        seed=options.seed,
     )
     sha256 = None if data is None else data.sha256
     return quantizers.build(checkpoint, spec, job, folder, calibration=sha256, progress=progress), spec
@@ -233,6 +268,7 @@ def _filled(
         data=data,
         toolchain=toolchain.install(progress),
         progress=progress,
+        threads=options.threads,
     )
     return filled.artifact, filled.spec
 
@@ -249,9 +285,21 @@ def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progres
     return path
 
 
-def _has_parent(checkpoint: Checkpoint, spec: ModelSpec) -> bool:
+def _same_size(spec: ModelSpec, artifact: Artifact, options: Options) -> None:
+    """Raises BuildFailed for a GGUF of other bytes than predicted; quantizers.build has looked at the others."""
+    if not schemes.is_gguf(artifact.scheme):
+        return
+    predicted, provenance = schemes.file_bytes(spec, artifact.scheme, imatrix=options.weighted)
+    if provenance == "exact" and artifact.bytes != predicted:
+        raise BuildFailed(
+            f"the artifact has {artifact.bytes} bytes, {predicted} were predicted",
+            hint="this is a bug in edgepack's arithmetic; report it with the model's config.json",
+        )
+
+
+def _has_parent(spec: ModelSpec) -> bool:
     """Whether the checkpoint is in full precision: a GGUF that is quantized already has lost its parent."""
-    return spec.gguf_types is None or all(kind in ("F32", "F16", "BF16") for kind in spec.gguf_types)
+    return spec.gguf_types is None or all(kind in FLOATS for kind in spec.gguf_types)
 
 
 def _judged(measured: Quality, spec: ModelSpec, scheme: str, options: Options) -> tuple[str, ...]:
@@ -277,7 +325,7 @@ def _share(measured: Quality, limits: Limits) -> float:
 
 
 def heavier(spec: ModelSpec, scheme: str, *, imatrix: bool, keep: float) -> str | None:
-    """The lightest scheme for the same runtimes that is expected to lose at most ``keep`` of what ``scheme`` loses.
+    """The lightest scheme of the same kind that is expected to lose at most ``keep`` of what ``scheme`` loses.
 
     Expected by the planner's law of loss (degradation.py); None when no scheme is.
     """
@@ -302,7 +350,7 @@ def _alternatives(scheme: str) -> Sequence[str]:
     if schemes.is_gguf(scheme):
         return [name for name in schemes.GGUF if not schemes.needs_imatrix(name)]
     family = layouts.parse(scheme).family
-    return [name for name in layouts.GRID if layouts.parse(name).family == family] + ["bnb-int8", "bf16"]
+    return [name for name in layouts.GRID if layouts.parse(name).family == family]
 
 
 def _record(
@@ -324,6 +372,7 @@ def _record(
         sha256=artifact.sha256,
         bytes=artifact.bytes,
         tensor_bytes=Bytes(weights),
+        imatrix_sha256=artifact.imatrix_sha256,
         calibration=None if data is None else calibrations.record(data),
         quality=measured,
     )

@@ -29,6 +29,8 @@ class Record:
     """Of the file or all the folder's files."""
     tensor_bytes: Bytes
     """Of the weights alone: predicted, and found to be so."""
+    imatrix_sha256: str | None
+    """Of the importance matrix that was given; one that was computed follows from the calibration."""
     calibration: calibrations.Record | None
     quality: Quality | None
     """None when it was not measured."""

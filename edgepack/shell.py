@@ -109,12 +109,14 @@ class Dialog:
 
 @contextmanager
 def dialog(argv: Sequence[str | Path], *, env: Mapping[str, str] | None = None) -> Iterator[Dialog]:
-    """Starts a program to talk to; it ends with the block. Its stderr is kept for when it fails."""
+    """Starts a program to talk to, in an empty folder; it ends with the block. Its stderr is kept for when it fails."""
     words = tuple(str(word) for word in argv)
     with (
         tempfile.TemporaryFile() as heard,
+        tempfile.TemporaryDirectory(prefix="edgepack-") as place,
         subprocess.Popen(
             words,
+            cwd=place,
             env={**os.environ, **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

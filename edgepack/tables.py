@@ -51,7 +51,11 @@ def quantized(document: Mapping[str, Any]) -> str:
     record = document["record"]
     if record is None:
         weight = show(document["predicted_tensor_bytes"])
-        return _text([f"{document['path']} would hold {weight} of weights (exact); nothing was made"])
+        return _text(
+            [
+                f"{document['path']} would hold {weight} of weights ({document['provenance']}); nothing was made"
+            ]
+        )
     weights, rest = record["tensor_bytes"], record["bytes"] - record["tensor_bytes"]
     lines = [
         document["path"],

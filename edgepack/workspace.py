@@ -74,6 +74,10 @@ def whole_dir(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
         fsync_dir(temporary)
         temporary.rename(path)
         fsync_dir(path.parent)

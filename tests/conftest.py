@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -10,6 +11,10 @@ from hypothesis import HealthCheck, settings
 # No timing assertions: a busy machine is not a bug.
 settings.register_profile("edgepack", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("edgepack")
+
+
+# Tests say what a CPU computes, also on a machine with a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 # A shell that starts the tests in the background lets their children ignore Ctrl-C, which some tests send.

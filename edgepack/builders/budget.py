@@ -10,7 +10,8 @@ from edgepack.allocation import Limits, Place
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import gguf, sensitivity
 from edgepack.calibration import Calibration
-from edgepack.errors import BadInput, BuildFailed
+from edgepack.errors import BuildFailed
+from edgepack.fit import excess
 from edgepack.modelspec import ModelSpec, Tensor
 from edgepack.plan import Plan
 from edgepack.progress import Progress
@@ -42,6 +43,7 @@ def build(
     data: Calibration | Path,
     toolchain: Toolchain,
     progress: Progress,
+    threads: int | None = None,
 ) -> Filled:
     """The artifact of a plan for `schemes.BUDGET`, in ``folder``; what is there already is used again.
 
@@ -52,8 +54,7 @@ def build(
     place = place_of(plan)
     limits = limits_of(plan, spec, place)
     spec, _ = allocation.planned(spec, plan.scheme, place, room=plan.budget)
-    source = gguf.given(data, checkpoint, spec, progress)
-    matrix = _matrix(checkpoint, spec, source, folder, toolchain, progress)
+    matrix = _matrix(checkpoint, spec, data, folder, toolchain, progress, threads)
     kinds = {t.name: allocation.kinds(t, place.backend) for t in spec.tensors if schemes.quantizable(t)}
     costs = sensitivity.measure(
         checkpoint,
@@ -64,6 +65,7 @@ def build(
         matrix=matrix,
         toolchain=toolchain,
         progress=progress,
+        threads=threads,
     )
 
     def loss(tensor: Tensor, kind: str) -> float:
@@ -82,15 +84,20 @@ def build(
         progress.step("budget   what is left of it is too little for any better choice of types")
     spec = allocation.recipe(spec, chosen, measured=True)
     artifact = gguf.build(
-        checkpoint, spec, plan.scheme, folder, imatrix=matrix, toolchain=toolchain, progress=progress
+        checkpoint,
+        spec,
+        plan.scheme,
+        folder,
+        imatrix=matrix,
+        toolchain=toolchain,
+        progress=progress,
+        threads=threads,
     )
     size = schemes.budget_of(plan.scheme)
     if size is not None and artifact.bytes > size:
         raise BuildFailed(f"the artifact has {artifact.bytes} bytes, {size} were allowed")
     return Filled(
-        artifact=replace(
-            artifact, calibration_sha256=source.sha256 if isinstance(source, Calibration) else None
-        ),
+        artifact=replace(artifact, calibration_sha256=data.sha256 if isinstance(data, Calibration) else None),
         spec=spec,
         nats=allocation.lost(chosen),
         used=used,
@@ -107,28 +114,31 @@ def place_of(plan: Plan) -> Place:
 
 
 def limits_of(plan: Plan, spec: ModelSpec, place: Place) -> Limits:
-    """What the plan leaves for the weights. A plan that was forced promises no memory, only a size of the file."""
+    """What the plan leaves for the weights. A plan that was forced though it does not fit promises no
+    memory, only a size of the file."""
     size = schemes.budget_of(plan.scheme)
     header = int(spec.header_bytes or schemes.header_estimate(spec))
     left = allocation.memory_left(plan.memory.parts, plan.budget, place)
     return Limits(
         file=None if size is None else size - header,
-        memory=None if plan.forced else left,
+        memory=None if excess(plan.memory, plan.budget) > 0 else left,
     )
 
 
 def _matrix(
     checkpoint: Checkpoint,
     spec: ModelSpec,
-    source: Path | Calibration | None,
+    data: Path | Calibration,
     folder: Path,
     toolchain: Toolchain,
     progress: Progress,
+    threads: int | None,
 ) -> Path:
     """The importance matrix: the given one, or made from the data and kept for the next budget."""
-    if isinstance(source, Path):
-        return source
-    if source is None:
-        raise BadInput(f"{schemes.BUDGET} needs calibration data", hint="--calibration FILE")
+    if isinstance(data, Path):
+        return data
+    kept = gguf.matrix_path(data, checkpoint, spec, folder)
+    if kept.is_file():
+        return kept
     whole = gguf.full_precision(checkpoint, spec, schemes.BUDGET, folder, True, progress)
-    return gguf.importances(source, whole, checkpoint, spec, folder, toolchain, progress)
+    return gguf.importances(data, whole, checkpoint, spec, folder, toolchain, progress, threads)

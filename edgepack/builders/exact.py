@@ -19,7 +19,7 @@ from typing import Any
 from edgepack import schemes
 from edgepack.builders import ggufwriter
 from edgepack.builders.convert import architecture, planning_only
-from edgepack.builders.quantize import end_with_parent, file_type, import_path
+from edgepack.builders.quantize import child_environment, end_with_parent, file_type
 from edgepack.errors import BuildFailed
 from edgepack.ggufheader import ALIGNMENT, BLOCKS, Entry
 from edgepack.modelspec import CONVERTED, ModelSpec
@@ -92,8 +92,9 @@ def exact_many(
             "contexts": [_context(one) for one in settings],
         }
         ended = run(
-            [sys.executable, "-m", __name__, toolchain.package],
-            env={"PYTHONPATH": import_path()},
+            [sys.executable, "-m", __name__, toolchain.package.resolve()],
+            cwd=Path(folder),
+            env=child_environment(),
             stdin=json.dumps(question),
             check=False,
         )

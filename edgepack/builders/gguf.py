@@ -25,7 +25,7 @@ AS_IT_IS = "as-is"
 """Scheme of a GGUF that is used unchanged."""
 
 _FLOATS: dict[str, OutType] = {"F16": "F16", "BF16": "BF16", "F32": "F32"}
-_RECIPE = 1
+VERSION = 1
 """Raised when the converter writes other bytes for the same input, so that old stages are not reused."""
 
 
@@ -38,6 +38,7 @@ def build(
     imatrix: Path | Calibration | None = None,
     toolchain: Toolchain,
     progress: Progress,
+    threads: int | None = None,
 ) -> Artifact:
     """The artifact of ``scheme`` in ``out_dir``, made unless it is there already.
 
@@ -70,10 +71,17 @@ def build(
         whole = full_precision(checkpoint, spec, name, out_dir, source is not None, progress)
         matrix = source if isinstance(source, Path) else None
         if isinstance(source, Calibration):
-            matrix = importances(source, whole, checkpoint, spec, out_dir, toolchain, progress)
+            matrix = importances(source, whole, checkpoint, spec, out_dir, toolchain, progress, threads)
         with whole_file(out) as temporary:
             quantize(
-                whole, temporary, name, imatrix=matrix, types=types, toolchain=toolchain, progress=progress
+                whole,
+                temporary,
+                name,
+                imatrix=matrix,
+                types=types,
+                threads=threads,
+                toolchain=toolchain,
+                progress=progress,
             )
         if whole != checkpoint.path:
             whole.unlink()
@@ -113,12 +121,18 @@ def importances(
     out_dir: Path,
     toolchain: Toolchain,
     progress: Progress,
+    threads: int | None = None,
 ) -> Path:
     """The importance matrix of a checkpoint from calibration data, kept for its other schemes."""
-    matrix = out_dir / f"{stage(spec, checkpoint, 'imatrix', data.sha256)}.gguf"
+    matrix = matrix_path(data, checkpoint, spec, out_dir)
     if not matrix.is_file():
-        compute(whole, data, matrix, toolchain=toolchain, progress=progress)
+        compute(whole, data, matrix, toolchain=toolchain, progress=progress, threads=threads)
     return matrix
+
+
+def matrix_path(data: Calibration, checkpoint: Checkpoint, spec: ModelSpec, out_dir: Path) -> Path:
+    """Where the importance matrix of a checkpoint and data is, or will be."""
+    return out_dir / f"{stage(spec, checkpoint, 'imatrix', data.sha256)}.gguf"
 
 
 def given(
@@ -138,7 +152,7 @@ def given(
 
 def stage(spec: ModelSpec, checkpoint: Checkpoint, scheme: str, also: str) -> str:
     """Name of a stage's file: readable, and different for every input that changes its bytes."""
-    inputs = (checkpoint.revision, spec.architecture, scheme, also, SDIST_VERSION, COMMIT, str(_RECIPE))
+    inputs = (checkpoint.revision, spec.architecture, scheme, also, SDIST_VERSION, COMMIT, str(VERSION))
     digest = hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
     return f"{digest}-{scheme}"
 

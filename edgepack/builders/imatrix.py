@@ -90,7 +90,13 @@ def require_match(path: Path, spec: ModelSpec) -> None:
 
 
 def compute(
-    model: Path, calibration: Calibration, out: Path, *, toolchain: Toolchain, progress: Progress
+    model: Path,
+    calibration: Calibration,
+    out: Path,
+    *,
+    toolchain: Toolchain,
+    progress: Progress,
+    threads: int | None = None,
 ) -> Path:
     """Runs llama-imatrix over the data in chunks as ``calibration.sampling`` says, and writes ``out`` whole.
 
@@ -134,7 +140,7 @@ def compute(
             "--no-ppl",
         ]
         words += ["-c", str(wanted.length), "-b", str(wanted.length), "--chunks", str(wanted.windows)]
-        words += ["-t", str(len(os.sched_getaffinity(0))), "-ngl", "0", "--fit", "off"]
+        words += ["-t", str(threads or len(os.sched_getaffinity(0))), "-ngl", "0", "--fit", "off"]
         words += ["--output-frequency", "1", "-lv", "5"]
         ended = run(words, cwd=Path(folder), on_line=on_line, check=False)
         short = _TOO_SHORT.search(ended.stdout)

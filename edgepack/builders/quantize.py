@@ -36,23 +36,20 @@ _PR_SET_PDEATHSIG = 1
 
 def quantize(
     source: Path, out: Path, scheme: str, *, imatrix: Path | None, toolchain: Toolchain, progress: Progress,
-    types: Mapping[str, str] | None = None,
+    types: Mapping[str, str] | None = None, threads: int | None = None,
 ) -> None:  # fmt: skip
     """Writes ``source`` (an F16, BF16 or F32 GGUF) quantized to ``scheme`` to ``out``.
 
-    ``imatrix`` is a GGUF of importances. ``types``: the type of each tensor, where the scheme does not say. Peak
-    anonymous memory is about twice `_BUFFER` plus the header.
-    Raises BuildFailed with llama.cpp's words, NoSpace when the disk ran full meanwhile.
+    ``imatrix`` is a GGUF of importances. ``types``: the type of each tensor, where the scheme does not say.
+    ``threads``: all cores without. Peak anonymous memory is about twice `_BUFFER` plus the header. Raises BuildFailed
+    with llama.cpp's words, NoSpace when the disk ran full meanwhile.
     """
-    threads = str(len(os.sched_getaffinity(0)))
-    words: list[str | Path] = [sys.executable, "-m", __name__, toolchain.package, source, out]
-    words += [
-        str(file_type(scheme) if types is None else common_file_type(types.values())),
-        "--threads",
-        threads,
-    ]
+    count = threads or len(os.sched_getaffinity(0))
+    files = (toolchain.package.resolve(), source.resolve(), out.resolve())
+    kind = file_type(scheme) if types is None else common_file_type(types.values())
+    words: list[str | Path] = [sys.executable, "-m", __name__, *files, str(kind), "--threads", str(count)]
     if imatrix is not None:
-        words += ["--imatrix", imatrix]
+        words += ["--imatrix", imatrix.resolve()]
     if types is not None:
         words += ["--types", json.dumps(types)]
     done = 0
@@ -69,7 +66,7 @@ def quantize(
             advance(percent - done)
             done = percent
 
-        ended = run(words, env={"PYTHONPATH": import_path()}, on_line=on_line, check=False)
+        ended = run(words, cwd=out.parent, env=child_environment(), on_line=on_line, check=False)
     if ended.returncode == 0:
         return
     said = "\n".join(line for line in tail if line.strip())[-800:]
@@ -103,6 +100,15 @@ def import_path() -> str:
     """PYTHONPATH with which a child process imports this very edgepack, installed or not."""
     package = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
+def child_environment() -> dict[str, str]:
+    """For `python -m edgepack…`: this very edgepack, and nothing from the folder where the user stands.
+
+    Python puts that folder first otherwise, and a downloaded model may bring a numpy.py. Before 3.11 Python has no such
+    switch, so such processes are also started in a folder of edgepack's own.
+    """
+    return {"PYTHONPATH": import_path(), "PYTHONSAFEPATH": "1"}
 
 
 def end_with_parent() -> None:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 from edgepack import modelspec
 from edgepack.artifact import Checkpoint
 from edgepack.builders import convert, imatrix
-from edgepack.builders.quantize import end_with_parent, import_path
+from edgepack.builders.quantize import child_environment, end_with_parent
 from edgepack.builders.safetensors import Stored
-from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace
+from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace
 from edgepack.ggufheader import BLOCKS
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Progress
@@ -71,6 +71,7 @@ def measure(
     matrix: Path,
     toolchain: Toolchain,
     progress: Progress,
+    threads: int | None = None,
 ) -> Costs:
     """The cost of every tensor of ``kinds`` in each of its types, kept in ``folder`` for the next budget.
 
@@ -90,13 +91,13 @@ def measure(
         require_space(folder, 4 * TOKENS * spec.hidden * (spec.layers + 1) + MIB)
         _run(
             _Job(
-                source=str(checkpoint.path),
-                package=str(toolchain.package),
-                windows=str(windows),
-                matrix=str(matrix),
-                out=str(out),
+                source=str(checkpoint.path.resolve()),
+                package=str(toolchain.package.resolve()),
+                windows=str(windows.resolve()),
+                matrix=str(matrix.resolve()),
+                out=str(out.resolve()),
                 kinds={name: list(types) for name, types in kinds.items()},
-                threads=len(os.sched_getaffinity(0)),
+                threads=threads or len(os.sched_getaffinity(0)),
             ),
             progress,
         )
@@ -154,15 +155,14 @@ def _run(job: _Job, progress: Progress) -> None:
             done = percent
 
         environment = {
-            "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads),
         }  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="edgepack-") as place:
             words = Path(place) / "job.json"
             words.write_text(json.dumps(asdict(job)), encoding="utf-8")
-            ended = run(
-                [sys.executable, "-m", __name__, words], env=environment, on_line=on_line, check=False
-            )
+            command: list[str | Path] = [sys.executable, "-m", __name__, words]
+            ended = run(command, cwd=Path(place), env=environment, on_line=on_line, check=False)
     if ended.returncode == 0:
         return
     if free_bytes(Path(job.out)) < MIB:
@@ -566,7 +566,7 @@ def _main() -> int:
     _whole_lines(Path(job.out))
     try:
         _Measurement(job).run()
-    except (BadInput, BuildFailed) as error:
+    except EdgepackError as error:
         sys.stdout.write(f"{error.message}\n")
         return error.exit_code
     return 0

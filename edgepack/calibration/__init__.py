@@ -112,15 +112,23 @@ class Windows:
 
 
 def of(
-    model: Path, spec: ModelSpec, files: Sequence[Path], *, sampling: Sampling | None = None
+    model: Path,
+    spec: ModelSpec,
+    files: Sequence[Path],
+    *,
+    sampling: Sampling | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
 ) -> Calibration:
     """``read`` for a model, a folder or a GGUF: its chat template, its card, windows no longer than its context.
 
-    Without ``sampling`` a model of wide layers gets more windows.
+    Without ``sampling`` there are ``tokens`` in all; without these either, a model of wide layers gets more windows.
     """
-    drawn = sampling or Sampling()
+    drawn = sampling or Sampling(seed=seed)
     length = min(drawn.length, spec.context_train)
-    enough = 0 if sampling else -(-_PER_COLUMN * widest(spec) // length)
+    enough = 0 if sampling else -(-(tokens or _PER_COLUMN * widest(spec)) // length)
+    if tokens and not sampling:
+        drawn = replace(drawn, windows=1)
     return read(
         files,
         template=chat.template(model),

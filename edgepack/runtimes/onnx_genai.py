@@ -82,7 +82,9 @@ def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> i
 
     Raises Unsupported for latent attention and recurrent layers.
     """
-    return decoder.cache_bytes(spec, tokens=max_length, sequences=batch, element=element, runtime=NAME, windowed=False)
+    return decoder.cache_bytes(
+        spec, tokens=max_length, sequences=batch, element=element, runtime=NAME, windowed=False
+    )
 
 
 ACTIVATIONS = (1.45, 1.0, 1.7)

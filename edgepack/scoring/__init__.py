@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepack import errors, serde, toolchain
-from edgepack.builders.quantize import import_path
+from edgepack.builders.quantize import child_environment
 from edgepack.errors import BuildFailed, EdgepackError, NotFound, Unsupported
 from edgepack.shell import Dialog, dialog
 from edgepack.toolchain import COMMIT
@@ -156,18 +156,18 @@ def opened(artifact: Path, *, kv_type: str = "f16", threads: int | None = None) 
     when it does not load or compute the artifact.
     """
     module = runtime_of(artifact)
-    package = str(toolchain.find().package) if module == "llama_cpp" else ""
+    package = str(toolchain.find().package.resolve()) if module == "llama_cpp" else ""
     count = threads or len(os.sched_getaffinity(0))
     options = Options(threads=count, kv_type=kv_type, package=package)
     environment = {
-        "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+        **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(count), "GPTQMODEL_CPU_WORKERS": "2",
     }  # fmt: skip
     words: list[str | Path] = [
         sys.executable,
         "-m",
         f"{__name__}.{module}",
-        artifact,
+        artifact.resolve(),
         json.dumps(asdict(options)),
     ]
     with dialog(words, env=environment) as process:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepack import heldout, workspace
+from edgepack.builders import gguf
 from edgepack.errors import BadInput, BuildFailed
 from edgepack.progress import Progress
 from edgepack.scoring import Logits, Model
@@ -31,7 +32,7 @@ CACHE_LIMIT = 16 * GIB
 """Most that all of them may take together; those longest unused go first."""
 
 _STEPS = 65535
-_RECIPE = 1
+VERSION = 1
 """Raised when a reference is made otherwise, so that old ones are not taken for new ones."""
 _CHUNK = 1 << 22
 """Logits worked on at a time."""
@@ -78,7 +79,15 @@ def folder() -> Path:
 
 def key(revision: str, runtime: str, cut: Cut) -> str:
     """Name of a reference: different for every input that changes it."""
-    inputs = (revision, runtime, cut.text.sha256, str(cut.tokens), str(cut.window), str(_RECIPE))
+    inputs = (
+        revision,
+        runtime,
+        cut.text.sha256,
+        str(cut.tokens),
+        str(cut.window),
+        str(VERSION),
+        str(gguf.VERSION),
+    )
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:24]
 
 
@@ -230,7 +239,9 @@ def _make_room(need: int) -> None:
         if total + need <= CACHE_LIMIT:
             return
         total -= _size(place)
-        shutil.rmtree(place)
+        leaving = place.with_name(f".{place.name}.part{os.getpid()}")
+        place.rename(leaving)  # so that nobody finds half of it
+        shutil.rmtree(leaving)
 
 
 def _size(place: Path) -> int:

@@ -27,7 +27,7 @@ MORE_TOKENS = 8
 """Tokens that an exact-match answer may be longer than the right one before it is cut."""
 _LETTERS = "ABCDEFGHIJ"
 _SHOWN = 20
-_RECIPE = 1
+VERSION = 1
 """Raised when items are put to a model otherwise, so that old answers are not taken for new ones."""
 
 
@@ -67,7 +67,11 @@ def read(path: Path) -> Tasks:
     raw = path.read_bytes()
     items: list[Item] = []
     problems = []
-    for number, line in enumerate(raw.decode("utf-8", errors="replace").splitlines(), 1):
+    try:
+        rows = raw.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start})", hint="convert it") from error
+    for number, line in enumerate(rows, 1):
         if not line.strip():
             continue
         try:
@@ -111,7 +115,7 @@ def recall(name: str) -> tuple[bool, ...] | None:
 
 def key(revision: str, runtime: str, tasks: Tasks) -> str:
     """Name of a parent's answers: different for every input that changes them."""
-    inputs = (revision, runtime, tasks.sha256, str(_RECIPE))
+    inputs = (revision, runtime, tasks.sha256, str(VERSION))
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:24]
 
 

@@ -24,8 +24,11 @@ class Tokenizer:
                 hint="copy it from the model it was made from; transformers writes one from a tokenizer.model",
             )
         self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(place))
-        around = self._tokenizer.encode("", add_special_tokens=True).ids
-        self.bos: int | None = around[0] if around else None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self.bos: int | None = whole[0] if whole[: len(plain)] != plain else None
 
     def tokenize(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

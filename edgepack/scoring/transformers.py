@@ -38,6 +38,7 @@ class Model:
                 dtype=torch.float32 if plain else "auto",
                 device_map=self._device,
                 local_files_only=True,
+                use_safetensors=True,
             )
         except ImportError as error:
             raise MissingTool(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from edgepack import errors, layouts, record
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import safetensors
-from edgepack.builders.quantize import import_path
+from edgepack.builders.quantize import child_environment
 from edgepack.builders.safetensors import Stored
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
 from edgepack.modelspec import ModelSpec
@@ -146,8 +146,14 @@ def build(
         bytes=Bytes(sum(f.stat().st_size for f in files(out))),
         imatrix_sha256=None,
         calibration_sha256=calibration if quantizer.calibrates(scheme) else None,
-        tool=", ".join(f"{name} {version}" for name, version in versions.items()),
+        tool=_tool(versions, job, calibrated=quantizer.calibrates(scheme)),
     )
+
+
+def _tool(versions: Mapping[str, str], job: Job, *, calibrated: bool) -> str:
+    """Programs and versions; with the threads where they decide in what order sums are added."""
+    told = [f"{name} {version}" for name, version in versions.items()]
+    return ", ".join([*told, f"{job.threads} threads"] if calibrated else told)
 
 
 def installed(quantizer: Quantizer) -> Mapping[str, str]:
@@ -295,8 +301,11 @@ def copy_tokenizer(job: Job) -> None:
 
 
 def _digest(checkpoint: Checkpoint, job: Job, calibration: str | None, versions: Mapping[str, str]) -> str:
+    # Sums over calibration data are added in another order by another number of threads.
+    calibrated = (calibration, str(job.threads)) if calibration else ()
+    graph = (job.backend, str(job.context)) if layouts.parse(job.scheme).family == "onnx" else ()
     inputs = (
-        checkpoint.revision, job.scheme, calibration or "", job.backend, str(job.context), str(job.seed), str(RECIPE),
+        checkpoint.revision, job.scheme, *calibrated, *graph, str(job.seed), str(RECIPE),
         *(f"{name} {version}" for name, version in versions.items()),
     )  # fmt: skip
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
@@ -321,7 +330,7 @@ def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> N
             done = percent
 
         environment = {
-            "PYTHONPATH": import_path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+            **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
         }  # fmt: skip
         ended = run(
