@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from edgepack import record, serde
+from edgepack import record, scoring, serde
 from edgepack.catalog import built_in_folder
 from edgepack.evaluation import Quality
 from tests.integration.test_command_line import edgepack, fresh_cache, refused, succeeded
@@ -63,10 +64,35 @@ def test_an_artifact_comes_with_what_it_lost_and_what_it_was_calibrated_on(
 
     again = succeeded(edgepack(*words, cache=cache))
     assert "loss" in again and "mine.jsonl" in again
-    damaged = artifact.with_name(artifact.name + ".edgepack.json")
-    damaged.write_text(damaged.read_text().replace(kept.sha256, "0" * 64))
+    with artifact.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff" if artifact.read_bytes()[-1] != 0xFF else b"\x00")
     said = refused(edgepack(*words, cache=cache), 2)
     assert "is there already and is not overwritten" in said
+
+
+def test_what_lies_where_the_user_stands_is_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A downloaded folder may hold a numpy.py, and `python -m` would import it first."""
+    for module in ("numpy", "torch", "tokenizers"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('imported from where the user stands')")
+    monkeypatch.chdir(tmp_path)
+
+    with scoring.opened(DEMO, threads=1) as scorer:
+        assert scorer.tokenize("Prince Andrew")
+
+
+def test_an_artifact_that_was_killed_before_its_record_is_taken_up(cache: Path, tmp_path: Path) -> None:
+    words = ("quantize", "--model", "demo", "--scheme", "Q8_0", "--quality-tokens", 2048, "-o", tmp_path)
+    artifact = Path(json.loads(succeeded(edgepack(*words, "--json", cache=cache)))["path"])
+    record.place(artifact).unlink()
+
+    succeeded(edgepack(*words, cache=cache))
+
+    assert record.of(artifact) is not None
+    artifact.write_bytes(b"GGUF")
+    assert "is not overwritten" in refused(edgepack(*words, cache=cache), 2)
 
 
 def test_quality_is_not_measured_on_the_calibration_text(cache: Path, mine: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from edgepack.progress import Silent
 from edgepack.units import parse_share
 
 DEMO = catalog.built_in_folder()
+LIMITS = quantization.Limits(max_kl=0.1)
 QWEN = next(m for m in catalog.models() if m.id == "qwen2.5-1.5b-instruct").spec()
 
 
@@ -70,6 +71,11 @@ def test_the_articles_cure_is_heavier_than_its_preset() -> None:
         ("bnb-nf4", {"calibration": (Path("a.txt"),)}, "bnb-nf4 is not calibrated"),
         ("gptq-int4-g128", {"imatrix": Path("m.gguf")}, "takes no importance matrix"),
         ("Q4_K_M", {"imatrix": Path("m.gguf"), "calibration": (Path("a.txt"),)}, "exclude each other"),
+        ("Q4_K_M", {"imatrix": DEMO / "heldout.txt"}, "is no importance matrix"),
+        ("F16", {"calibration": (Path("a.txt"),)}, "F16 is not calibrated"),
+        ("gguf-budget-4MiB", {"imatrix": Path("m.gguf")}, "takes no importance matrix"),
+        ("gguf-budget-4MiB", {}, "fills what a plan leaves"),
+        ("Q4_K_M", {"measured": False, "limits": LIMITS}, "--no-quality measures nothing"),
     ],
 )
 def test_options_that_a_scheme_does_not_take_are_refused(
