@@ -110,6 +110,12 @@ def planned(
         elsewhere = sum(max(option.file - option.memory for option in item) for item in all_of_them)
         bounds = (most, None if left is None else left + elsewhere, None if disk is None else disk - header)
         size = header + max(least, min(n for n in bounds if n is not None))
+    smallest_file = header + used(min(item, key=attrgetter("file")) for item in all_of_them)[0]
+    if size < smallest_file:
+        raise Unsupported(
+            f"{spec.name} takes {show(smallest_file)} in its smallest types, and {name} allows {show(size)}",
+            hint="a larger budget or a smaller model",
+        )
     limits = Limits(file=size - header, memory=left)
     chosen = greedy(all_of_them, limits)
     file, held = used(chosen)

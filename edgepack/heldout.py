@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,10 @@ def _shingles(text: str) -> Iterator[str]:
         yield hashlib.blake2b(piece, digest_size=_DIGITS // 2).hexdigest()
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can hold and no text can."""
+
+
 def _documents(path: Path, content: str) -> list[str]:
     found, wrong = [], []
     for number, line in enumerate(content.split("\n"), 1):
@@ -122,11 +127,11 @@ def _documents(path: Path, content: str) -> list[str]:
             text = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError):
             text = None
-        if isinstance(text, str):
+        if isinstance(text, str) and not _SURROGATE.search(text):
             found.append(text)
         else:
             wrong.append(str(number))
     if wrong:
         shown = ", ".join(wrong[:10]) + (" …" if len(wrong) > 10 else "")
-        raise BadInput(f'{path} has no field "text" in {len(wrong)} lines: {shown}')
+        raise BadInput(f'{path} has no JSON with a field "text" in {len(wrong)} lines: {shown}')
     return found

@@ -275,6 +275,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
     }
     if options["dry_run"]:
         return document | {"record": None, "warnings": []}
+    _require_writable(out, weights)
     checkpoint = hub.resolve(
         model.model.source,
         revision=model.model.revision,
@@ -296,6 +297,20 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
 FILLS = ("torch", "transformers", "accelerate", "tokenizers", "highspy")
 
 
+def _require_writable(out: Path, size: int) -> None:
+    """Raises BadInput or NoSpace, before hours of work, for a place where the artifact cannot be put."""
+    place = out.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise BadInput(f"{place} cannot be written into", hint="choose another folder with -o")
+    if out.exists() and out.is_dir() != (out.suffix != ".gguf"):
+        raise BadInput(
+            f"{out} is there already and is not overwritten", hint="choose another -o, or remove it"
+        )
+    workspace.require_space(place, size)
+
+
 def fills_budgets() -> bool:
     """Whether what chooses the types of a GGUF for a budget is installed (extra quant)."""
     return all(importlib.util.find_spec(name) is not None for name in FILLS)
@@ -315,6 +330,9 @@ def _fill(scheme: str, model: Candidate, device: profile.DeviceProfile | None, c
 def quantization_options(options: Mapping[str, Any]) -> quantization.Options:
     """What the command line says about calibration and quality."""
     from edgepack import quality, quantization
+
+    if options["max_kl"] is not None and not math.isfinite(options["max_kl"]):
+        raise BadInput(f"--max-kl {options['max_kl']} limits nothing", hint="nats a token, e.g. 0.05")
 
     return quantization.Options(
         calibration=tuple(options["calibration_files"]),
@@ -475,7 +493,9 @@ def _scheme_or_preset(options: Mapping[str, Any]) -> str:
 
     preset = options.get("preset")
     scheme = quantization.PRESETS[preset] if preset else _scheme(options)
-    if scheme is None or (preset and options.get("scheme")):
+    if preset and options.get("scheme"):
+        raise BadInput("--scheme and --preset exclude each other: a preset is a scheme", hint="leave one out")
+    if scheme is None:
         raise BadInput(
             "name a scheme or a preset", hint="--scheme Q4_K_M, gptq-int4-g128 … or --preset article"
         )

@@ -137,7 +137,7 @@ def refuse(
             raise QualityTooLow(f"{told} is above the limit of {form.format(limit)}", hint=hint)
         if found.high > limit:
             warnings.append(
-                f"{told} keeps the limit of {form.format(limit)}, but not surely: measure more --tokens"
+                f"{told} keeps the limit of {form.format(limit)}, but not surely: measure on more tokens"
             )
     return tuple(warnings)
 
@@ -288,8 +288,8 @@ def _windows(scorer: Model, cut: Cut) -> list[list[int]]:
     if len(found) < LEAST_WINDOWS:
         raise BadInput(
             f"{len(found)} windows of {size} tokens are too few for an interval: {cut.text.name} has {len(tokens)} "
-            f"tokens, and --tokens is {cut.tokens}",
-            hint=f"at least {LEAST_WINDOWS} windows: a longer --text, more --tokens, or a smaller --window",
+            f"tokens, and {cut.tokens} are to be measured",
+            hint=f"at least {LEAST_WINDOWS} windows: a longer text, more tokens, or smaller windows",
         )
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,22 @@ from edgepack.record import Record
 from edgepack.units import Bytes
 
 FLOATS = ("F32", "F16", "BF16")
+
+USUAL = (
+    *FLOATS,
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q4_K_M",
+    "Q4_K_S",
+    "IQ4_XS",
+    "Q3_K_L",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+)
+"""What is proposed instead of a GGUF that loses too much: of every width the types that people use."""
 
 PRESETS: Mapping[str, str] = {"article": "gptq-int4-g128", "article-better": "gptq-int4-g64-actorder"}
 """The article's GPTQ parameters (bits 4, group 128, desc_act off), and its cure where that loses too much."""
@@ -101,16 +118,23 @@ def make(
     data = _calibration(checkpoint, spec, options) if _wants_data(name, options) else None
     if data is not None and data.builtin:
         progress.step("calibrating on the built-in text; give your own data with --calibration FILE")
-    for warning in () if data is None else data.warnings:
+    warnings = [] if data is None or data.builtin else list(data.warnings)
+    windows = None
+    if data is not None and not (schemes.is_gguf(name) and not schemes.is_budget(name)):
+        windows, more = _windows(checkpoint, spec, data)
+        warnings += [] if data.builtin else more
+    for warning in warnings:
         progress.step(f"warning: {warning}")
     text = heldout.read(options.text)
     if data is not None and options.measured:
         heldout.require_held_out(text, calibrations.record(data).fingerprints)
-    artifact, spec = _build(checkpoint, spec, name, data, options, folder, progress)
+    artifact, spec = _build(checkpoint, spec, name, data, windows, options, folder, progress)
     _same_size(spec, artifact, options)
     measured: Quality | None = None
-    warnings: tuple[str, ...] = ()
-    if options.measured and _has_parent(spec):
+    if options.measured and not _runs_here(name, options):
+        warnings.append("not measured: a graph for CUDA runs where there is onnxruntime-genai-cuda and a GPU")
+        progress.step(f"warning: {warnings[-1]}")
+    elif options.measured and _has_parent(spec):
         measured = quality.measure(
             artifact.path,
             against=checkpoint.path,
@@ -120,13 +144,13 @@ def make(
             threads=options.threads,
             progress=progress,
         )
-        warnings = _judged(measured, spec, name, options)
+        warnings += _judged(measured, spec, name, options)
     return Made(
         artifact=artifact,
         spec=spec,
         record=_record(checkpoint, spec, artifact, data, options, measured),
         quality=measured,
-        warnings=warnings,
+        warnings=tuple(warnings),
     )
 
 
@@ -167,6 +191,19 @@ def _refuse(checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Optio
         raise BadInput(
             "--no-quality measures nothing that --max-kl or --max-ppl-loss could limit", hint="leave it out"
         )
+    if options.limits.any and not _runs_here(scheme, options):
+        raise BadInput(
+            f"{scheme} for {options.backend} cannot be measured here, so no limit can be held",
+            hint="leave the limit out, or build where there is onnxruntime-genai-cuda and a GPU",
+        )
+    if (
+        options.measured
+        and not schemes.is_gguf(scheme)
+        and not (checkpoint.path / "tokenizer.json").is_file()
+    ):
+        raise BadInput(
+            f"{checkpoint.path} has no tokenizer.json", hint="save the model's fast tokenizer beside it"
+        )
     if options.limits.any and not _has_parent(spec):
         raise BadInput(
             f"{checkpoint.source} is quantized already, so there is no parent that a limit could be held against",
@@ -192,6 +229,13 @@ def _refuse(checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Optio
         raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
 
 
+def _runs_here(scheme: str, options: Options) -> bool:
+    """Whether this machine can run what is made: a graph for CUDA only with the library for it."""
+    if schemes.is_gguf(scheme) or layouts.parse(scheme).family != "onnx" or options.backend == "cpu":
+        return True
+    return importlib.util.find_spec("onnxruntime_genai_cuda") is not None
+
+
 def _unrounded(spec: ModelSpec, scheme: str) -> bool:
     """Whether a GGUF is only converted, or used as it is."""
     return scheme in FLOATS or (spec.gguf_types is not None and scheme == spec.gguf_scheme)
@@ -214,12 +258,13 @@ def _build(
     spec: ModelSpec,
     scheme: str,
     data: Calibration | None,
+    windows: Path | None,
     options: Options,
     folder: Path,
     progress: Progress,
 ) -> tuple[Artifact, ModelSpec]:
     if schemes.is_budget(scheme):
-        return _filled(checkpoint, spec, data, options, folder, progress)
+        return _filled(checkpoint, spec, data, windows, options, folder, progress)
     if schemes.is_gguf(scheme):
         tools = toolchain.install(progress)
         matrix = options.imatrix or data
@@ -238,7 +283,7 @@ def _build(
         source=checkpoint.path,
         out=folder,
         scheme=scheme,
-        windows=None if data is None else _windows(checkpoint, spec, data, progress),
+        windows=windows,
         backend=options.backend,
         context=options.context,
         threads=options.threads,
@@ -252,19 +297,20 @@ def _filled(
     checkpoint: Checkpoint,
     spec: ModelSpec,
     data: Calibration | None,
+    windows: Path | None,
     options: Options,
     folder: Path,
     progress: Progress,
 ) -> tuple[Artifact, ModelSpec]:
     """A GGUF of types that fill what the plan leaves, and the model with these types."""
-    if options.plan is None or data is None:
+    if options.plan is None or data is None or windows is None:
         raise BadInput(f"{schemes.BUDGET} fills what a plan leaves, and there is none", hint="--profile NAME")
     filled = budget.build(
         options.plan,
         checkpoint,
         spec,
         folder,
-        windows=_windows(checkpoint, spec, data, progress),
+        windows=windows,
         data=data,
         toolchain=toolchain.install(progress),
         progress=progress,
@@ -273,16 +319,14 @@ def _filled(
     return filled.artifact, filled.spec
 
 
-def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration, progress: Progress) -> Path:
-    """The data as a file of token windows, in the cache."""
+def _windows(checkpoint: Checkpoint, spec: ModelSpec, data: Calibration) -> tuple[Path, tuple[str, ...]]:
+    """The data as a file of token windows, in the cache, and what is to be said of them."""
     drawn = calibrations.windows(data, encoder(checkpoint.path), columns=calibrations.widest(spec))
-    for warning in drawn.warnings:
-        progress.step(f"warning: {warning}")
     digest = hashlib.sha256(drawn.ids.tobytes()).hexdigest()[:16]
     path = workspace.cache_root() / "calibration" / f"{digest}-{'x'.join(map(str, drawn.ids.shape))}.npy"
     if not path.is_file():
         calibrations.save(drawn, path)
-    return path
+    return path, drawn.warnings
 
 
 def _same_size(spec: ModelSpec, artifact: Artifact, options: Options) -> None:
@@ -337,7 +381,7 @@ def heavier(spec: ModelSpec, scheme: str, *, imatrix: bool, keep: float) -> str 
             weight = schemes.weights_bytes(spec, other, imatrix=imatrix)
         except Unsupported:
             continue  # a shape that this one cannot hold
-        if other_lost < lost * min(keep, 1.0):
+        if other_lost < lost and other_lost <= lost * keep:
             options.append((weight, other))
     return min(options)[1] if options else None
 
@@ -348,7 +392,7 @@ def _lost(spec: ModelSpec, scheme: str, *, imatrix: bool) -> float:
 
 def _alternatives(scheme: str) -> Sequence[str]:
     if schemes.is_gguf(scheme):
-        return [name for name in schemes.GGUF if not schemes.needs_imatrix(name)]
+        return [name for name in schemes.GGUF if name in USUAL]
     family = layouts.parse(scheme).family
     return [name for name in layouts.GRID if layouts.parse(name).family == family]
 

@@ -49,7 +49,7 @@ def parse_share(text: str) -> float:
         value = float(text.strip().removesuffix("%")) / (100 if percent else 1)
     except ValueError:
         value = -1.0
-    if not 0 <= value < math.inf:
+    if not 0 <= value < math.inf or (value > 1 and not percent):
         raise BadInput(f"{text!r} is no share", hint="write it like 2% or 0.02")
     return value
 

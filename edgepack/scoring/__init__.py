@@ -194,6 +194,10 @@ def serve(load: Any, words: Sequence[str]) -> None:
                 _reply(out, model, json.loads(line))
         except EdgepackError as error:
             _say(out, {"error": type(error).__name__, "message": error.message, "hint": error.hint})
+        except Exception as error:  # a library's words without its traceback: they raise whatever they like
+            said = str(error).strip().partition("\n")[0][:300]
+            message = f"{Path(words[0]).name} cannot be run: {type(error).__name__}: {said}"
+            _say(out, {"error": "BuildFailed", "message": message, "hint": "the artifact may be damaged"})
 
 
 def _reply(out: BinaryIO, model: Model, request: Mapping[str, Any]) -> None:

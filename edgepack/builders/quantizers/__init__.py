@@ -15,7 +15,8 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -47,6 +48,8 @@ RECIPE = 1
 REFUSED = "refused "
 """Start of the line with which a quantizer's process hands an EdgepackError over: its class, message and hint."""
 
+RESUME = "resume"
+"""In a quantizer's scratch folder: from what it goes on when it was killed."""
 _PROGRESS_LINE = re.compile(r"^progress (\d+) (\d+)$")
 
 
@@ -134,11 +137,10 @@ def build(
         # Twice as much is set aside by libraries that work by layers.
         require_space(folder, 3 * predicted + 64 * MIB)
         scratch = folder / f".{out.name}.scratch"
-        with whole_dir(out) as partial:
+        with _swept(scratch), whole_dir(out) as partial:
             _run(quantizer, _at_home(job, partial), scratch, progress)
             if scheme.family != "onnx":
                 verify(partial, stored, spec, job.scheme)
-        shutil.rmtree(scratch, ignore_errors=True)
     return Artifact(
         path=out,
         scheme=job.scheme,
@@ -148,6 +150,18 @@ def build(
         calibration_sha256=calibration if quantizer.calibrates(scheme) else None,
         tool=_tool(versions, job, calibrated=quantizer.calibrates(scheme)),
     )
+
+
+@contextmanager
+def _swept(scratch: Path) -> Iterator[None]:
+    """Removes the scratch folder at the end; after a failure it stays where the library can go on from it."""
+    try:
+        yield
+    except BaseException:
+        if not (scratch / RESUME).exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _tool(versions: Mapping[str, str], job: Job, *, calibrated: bool) -> str:
