@@ -178,7 +178,7 @@ def test_calibration_data_that_cannot_serve_are_refused_before_any_work(
         (("--scheme", "gptq-int5-g128"), 11, "packs 2, 3, 4, 8 bits, not 5"),
         (("--scheme", "awq-int3-g128"), 11, "awq packs 4 bits"),
         (("--scheme", "IQ2_XS"), 11, "needs an importance matrix"),
-        (("--scheme", "Q4_K_M", "--preset", "article"), 2, "a scheme or a preset"),
+        (("--scheme", "Q4_K_M", "--preset", "article"), 2, "exclude each other"),
         ((), 2, "a scheme or a preset"),
         (("--scheme", "Q4_K_M", "--max-ppl-loss", "much"), 2, "is no share"),
     ],

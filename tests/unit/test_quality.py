@@ -239,7 +239,7 @@ def test_texts_are_read_from_jsonl_and_every_bad_line_is_named(tmp_path: Path) -
     bad.write_text('{"text": "one"}\n{"txt": 1}\nnot json\n["text"]\n', encoding="utf-8")
 
     assert heldout.read(good).content == "one\n\ntwo"
-    with pytest.raises(BadInput, match=r'no field "text" in 3 lines: 2, 3, 4'):
+    with pytest.raises(BadInput, match=r'no JSON with a field "text" in 3 lines: 2, 3, 4'):
         heldout.read(bad)
 
 
