@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_a_signal_while_the_server_is_being_started_leaves_nothing_behind(
 
     def interrupted(*args: Any, **options: Any) -> subprocess.Popen[bytes]:
         children.append(start(*args, **options))
-        os.kill(os.getpid(), number)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)  # other threads do not block it
         return children[-1]
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
