@@ -64,5 +64,5 @@ def test_two_builds_give_the_same_bytes_and_gptqmodel_reads_them(
     with torch.no_grad():
         theirs = model(tokens).logits.float()
     ours = checkpoints.plain_logits(sources["qwen"], reference.dequantized(folders[0]), tokens)
-    assert (theirs - ours).abs().max() < 0.05
+    assert (theirs - ours).abs().max() < 0.15
     assert checkpoints.divergence(ours, theirs) < 1e-5

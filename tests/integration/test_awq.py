@@ -144,5 +144,5 @@ def test_an_artifact_computes_what_our_reference_unpacks_and_more_of_it_than_rou
         theirs = model(tokens).logits.float()
     assert checkpoints.divergence(plain, unchanged) < 1e-6
     assert checkpoints.divergence(plain, awq) < 0.7 * checkpoints.divergence(plain, nearest)
-    assert (theirs - awq).abs().max() < 0.1
+    assert (theirs - awq).abs().max() < 0.15
     assert checkpoints.divergence(awq, theirs) < 2e-5

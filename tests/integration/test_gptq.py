@@ -138,7 +138,7 @@ def test_an_artifact_is_a_folder_that_others_know(artifact: Callable[[str, str],
 def test_transformers_computes_what_our_reference_unpacks(
     artifact: Callable[[str, str], Artifact], sources: Mapping[str, Path], scheme: str
 ) -> None:
-    """In float32 both; kernels of 4 bits multiply in their own order, so logits agree to a few thousandths."""
+    """In 16 and in 32 bits: logits of ten agree to hundredths, and a wrong code, scale or zero is off by ones."""
     from transformers import AutoModelForCausalLM
 
     made = artifact("two layers", scheme)
@@ -149,7 +149,7 @@ def test_transformers_computes_what_our_reference_unpacks(
         theirs = model(tokens).logits.float()
 
     ours = checkpoints.plain_logits(sources["two layers"], reference.dequantized(made.path), tokens)
-    assert (theirs - ours).abs().max() < 0.05
+    assert (theirs - ours).abs().max() < 0.15
     assert checkpoints.divergence(ours, theirs) < 1e-5
 
 

@@ -212,7 +212,7 @@ def test_a_library_that_is_missing_is_named(
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no', name='transformers')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(scoring, "import_path", lambda: os.environ["PYTHONPATH"])
+    monkeypatch.setattr(scoring, "child_environment", lambda: {"PYTHONPATH": os.environ["PYTHONPATH"]})
 
     with (
         pytest.raises(MissingTool, match="transformers is not installed") as caught,
