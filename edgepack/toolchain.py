@@ -222,7 +222,7 @@ def load_bindings(package: Path) -> ModuleType:
     name, variable = "llama_cpp.llama_cpp", "LLAMA_CPP_LIB_PATH"
     loaded = sys.modules.get(name)
     if loaded is not None:
-        if Path(loaded.__file__ or "").parent == package / "llama_cpp":
+        if Path(loaded.__file__ or "").resolve().parent == (package / "llama_cpp").resolve():
             return loaded
         raise BuildFailed(f"another llama_cpp is already loaded from {loaded.__file__}")
     before = os.environ.get(variable)
