@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +52,15 @@ def quantize(
         words += ["--imatrix", imatrix.resolve()]
     if types is not None:
         words += ["--types", json.dumps(types)]
-    done = 0
     tail: list[str] = []
     with progress.bar(f"quantizing to {scheme}", 100) as advance:
-
-        def on_line(line: str) -> None:
-            nonlocal done
-            match = _TENSOR_LINE.match(line)
-            if match is None:
-                tail.append(line)
-                return
-            percent = 100 * int(match.group(1)) // int(match.group(2))
-            advance(percent - done)
-            done = percent
-
-        ended = run(words, cwd=out.parent, env=child_environment(), on_line=on_line, check=False)
+        ended = run(
+            words,
+            cwd=out.parent,
+            env=child_environment(),
+            on_line=listener(_TENSOR_LINE, advance, tail),
+            check=False,
+        )
     if ended.returncode == 0:
         return
     said = "\n".join(line for line in tail if line.strip())[-800:]
@@ -100,6 +94,23 @@ def import_path() -> str:
     """PYTHONPATH with which a child process imports this very edgepack, installed or not."""
     package = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+
+
+def listener(line: re.Pattern[str], advance: Callable[[int], None], tail: list[str]) -> Callable[[str], None]:
+    """Hears a child process: lines with what is done and of how much go to a bar of 100, all others to ``tail``."""
+    done = 0
+
+    def on_line(text: str) -> None:
+        nonlocal done
+        match = line.match(text)
+        if match is None:
+            tail.append(text)
+            return
+        percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
+        advance(percent - done)
+        done = percent
+
+    return on_line
 
 
 def child_environment() -> dict[str, str]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from edgepack import modelspec
 from edgepack.artifact import Checkpoint
 from edgepack.builders import convert, imatrix
-from edgepack.builders.quantize import child_environment, end_with_parent
+from edgepack.builders.quantize import child_environment, end_with_parent, listener
 from edgepack.builders.safetensors import Stored
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace
 from edgepack.ggufheader import BLOCKS
@@ -141,19 +141,7 @@ def _digest(checkpoint: Checkpoint, kinds: Mapping[str, Sequence[str]], windows:
 
 def _run(job: _Job, progress: Progress) -> None:
     tail: list[str] = []
-    done = 0
     with progress.bar("measuring sensitivity", 100) as advance:
-
-        def on_line(line: str) -> None:
-            nonlocal done
-            match = _PROGRESS_LINE.match(line)
-            if match is None:
-                tail.append(line)
-                return
-            percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
-            advance(percent - done)
-            done = percent
-
         environment = {
             **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads),
@@ -162,7 +150,13 @@ def _run(job: _Job, progress: Progress) -> None:
             words = Path(place) / "job.json"
             words.write_text(json.dumps(asdict(job)), encoding="utf-8")
             command: list[str | Path] = [sys.executable, "-m", __name__, words]
-            ended = run(command, cwd=Path(place), env=environment, on_line=on_line, check=False)
+            ended = run(
+                command,
+                cwd=Path(place),
+                env=environment,
+                on_line=listener(_PROGRESS_LINE, advance, tail),
+                check=False,
+            )
     if ended.returncode == 0:
         return
     if free_bytes(Path(job.out)) < MIB:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from edgepack import errors, layouts, record
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import safetensors
-from edgepack.builders.quantize import child_environment
+from edgepack.builders.quantize import child_environment, listener
 from edgepack.builders.safetensors import Stored
 from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
 from edgepack.modelspec import ModelSpec
@@ -330,19 +330,7 @@ def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> N
     module = str(quantizer.__name__)  # type: ignore[attr-defined]  # a module has one
     scratch.mkdir(exist_ok=True)
     tail: list[str] = []
-    done = 0
     with progress.bar(f"quantizing to {job.scheme}", 100) as advance:
-
-        def on_line(line: str) -> None:
-            nonlocal done
-            match = _PROGRESS_LINE.match(line)
-            if match is None:
-                tail.append(line)
-                return
-            percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
-            advance(percent - done)
-            done = percent
-
         environment = {
             **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
@@ -351,7 +339,7 @@ def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> N
             [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
             cwd=scratch,
             env=environment,
-            on_line=on_line,
+            on_line=listener(_PROGRESS_LINE, advance, tail),
             check=False,
         )
     if ended.returncode == 0:
