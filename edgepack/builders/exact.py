@@ -18,8 +18,9 @@ from typing import Any
 
 from edgepack import schemes
 from edgepack.builders import ggufwriter
+from edgepack.builders.child import end_with_parent, own_code
 from edgepack.builders.convert import architecture, planning_only
-from edgepack.builders.quantize import child_environment, end_with_parent, file_type
+from edgepack.builders.quantize import file_type
 from edgepack.errors import BuildFailed
 from edgepack.ggufheader import ALIGNMENT, BLOCKS, Entry
 from edgepack.modelspec import CONVERTED, ModelSpec
@@ -94,7 +95,7 @@ def exact_many(
         ended = run(
             [sys.executable, "-m", __name__, toolchain.package.resolve()],
             cwd=Path(folder),
-            env=child_environment(),
+            env=own_code(),
             stdin=json.dumps(question),
             check=False,
         )

@@ -10,14 +10,14 @@ import ctypes
 import json
 import os
 import re
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgepack import schemes
+from edgepack.builders.child import end_with_parent, listener, own_code
 from edgepack.errors import BuildFailed, NoSpace, Unsupported
 from edgepack.ggufheader import BLOCKS, FILE_TYPES
 from edgepack.progress import Progress
@@ -30,8 +30,6 @@ _BUFFER = 64 * MIB
 """Bytes of one tensor's rows that the quantizer holds at a time; its default is 8 GiB."""
 
 _TENSOR_LINE = re.compile(r"^\[\s*(\d+)/\s*(\d+)\]")
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 
 
 def quantize(
@@ -57,7 +55,7 @@ def quantize(
         ended = run(
             words,
             cwd=out.parent,
-            env=child_environment(),
+            env=own_code(),
             on_line=listener(_TENSOR_LINE, advance, tail),
             check=False,
         )
@@ -88,44 +86,6 @@ def common_file_type(types: Iterable[str]) -> int:
         raise Unsupported("no tensor of this model can be quantized", hint="take F16")
     common = max(sorted(counted), key=lambda kind: counted[kind])
     return file_type(schemes.ALIASES.get(common, common))
-
-
-def import_path() -> str:
-    """PYTHONPATH with which a child process imports this very edgepack, installed or not."""
-    package = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-
-
-def listener(line: re.Pattern[str], advance: Callable[[int], None], tail: list[str]) -> Callable[[str], None]:
-    """Hears a child process: lines with what is done and of how much go to a bar of 100, all others to ``tail``."""
-    done = 0
-
-    def on_line(text: str) -> None:
-        nonlocal done
-        match = line.match(text)
-        if match is None:
-            tail.append(text)
-            return
-        percent = 100 * int(match.group(1)) // max(1, int(match.group(2)))
-        advance(percent - done)
-        done = percent
-
-    return on_line
-
-
-def child_environment() -> dict[str, str]:
-    """For `python -m edgepack…`: this very edgepack, and nothing from the folder where the user stands.
-
-    Python puts that folder first otherwise, and a downloaded model may bring a numpy.py. Before 3.11 Python has no such
-    switch, so such processes are also started in a folder of edgepack's own.
-    """
-    return {"PYTHONPATH": import_path(), "PYTHONSAFEPATH": "1"}
-
-
-def end_with_parent() -> None:
-    """Makes this process die with the one that started it, and at once on Ctrl-C, also inside llama.cpp."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def importances(llama: Any, path: Path) -> Any:

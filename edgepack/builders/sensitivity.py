@@ -27,17 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack import modelspec
 from edgepack.artifact import Checkpoint
-from edgepack.builders import convert, imatrix
-from edgepack.builders.quantize import child_environment, end_with_parent, listener
+from edgepack.builders import child, convert, imatrix
 from edgepack.builders.safetensors import Stored
-from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace
+from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.ggufheader import BLOCKS
 from edgepack.modelspec import ModelSpec
 from edgepack.progress import Progress
-from edgepack.shell import run
 from edgepack.toolchain import COMMIT, SDIST_VERSION, Toolchain
 from edgepack.units import MIB
-from edgepack.workspace import free_bytes, require_space, sha256_file
+from edgepack.workspace import require_space, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,34 +138,18 @@ def _digest(checkpoint: Checkpoint, kinds: Mapping[str, Sequence[str]], windows:
 
 
 def _run(job: _Job, progress: Progress) -> None:
-    tail: list[str] = []
-    with progress.bar("measuring sensitivity", 100) as advance:
-        environment = {
-            **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(job.threads),
-        }  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="edgepack-") as place:
-            words = Path(place) / "job.json"
-            words.write_text(json.dumps(asdict(job)), encoding="utf-8")
-            command: list[str | Path] = [sys.executable, "-m", __name__, words]
-            ended = run(
-                command,
-                cwd=Path(place),
-                env=environment,
-                on_line=listener(_PROGRESS_LINE, advance, tail),
-                check=False,
-            )
-    if ended.returncode == 0:
-        return
-    if free_bytes(Path(job.out)) < MIB:
-        raise NoSpace(
-            "the disk is full while measuring sensitivity",
-            hint="free some space or set EDGEPACK_CACHE to another disk; the same command resumes",
+    with tempfile.TemporaryDirectory(prefix="edgepack-") as place:
+        words = Path(place) / "job.json"
+        words.write_text(json.dumps(asdict(job)), encoding="utf-8")
+        child.run(
+            __name__,
+            [words],
+            title="measuring sensitivity",
+            cwd=Path(place),
+            log=Path(job.out).with_suffix(".log"),
+            threads=job.threads,
+            progress=progress,
         )
-    said = "\n".join(line for line in tail if line.strip())[-1200:]
-    if ended.returncode == BadInput.exit_code:
-        raise BadInput(said.rpartition("\n")[2])
-    raise BuildFailed(f"measuring sensitivity ended with status {ended.returncode}:\n{said}")
 
 
 # ── the other process ──
@@ -356,8 +338,7 @@ class _Measurement:
     def _step(self) -> None:
         """Says how far it is: a layer forward, and twice as much backward with its costs."""
         self.steps += 1
-        sys.stdout.write(f"progress {self.steps} {4 * self.spec.layers + 4}\n")
-        sys.stdout.flush()
+        child.report(self.steps, 4 * self.spec.layers + 4)
 
     def _forward(self, inputs: Any) -> list[Mapping[str, Any]]:
         """Fills ``inputs`` [layers + 1, windows, tokens, hidden]; what each layer is called with beside them.
@@ -550,21 +531,15 @@ def _whole_lines(path: Path) -> None:
             stream.truncate(whole)
 
 
-def _main() -> int:
-    end_with_parent()
-    job = _Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+def _main(place: str) -> None:
+    job = _Job(**json.loads(Path(place).read_text(encoding="utf-8")))
     import torch
 
     torch.set_num_threads(job.threads)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     _whole_lines(Path(job.out))
-    try:
-        _Measurement(job).run()
-    except EdgepackError as error:
-        sys.stdout.write(f"{error.message}\n")
-        return error.exit_code
-    return 0
+    _Measurement(job).run()
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    child.main(_main, sys.argv[1:])

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepack import errors, serde, toolchain
-from edgepack.builders.quantize import child_environment
+from edgepack.builders import child
 from edgepack.errors import BuildFailed, EdgepackError, NotFound, Unsupported
 from edgepack.shell import Dialog, dialog
 from edgepack.toolchain import COMMIT
@@ -159,10 +159,7 @@ def opened(artifact: Path, *, kv_type: str = "f16", threads: int | None = None) 
     package = str(toolchain.find().package.resolve()) if module == "llama_cpp" else ""
     count = threads or len(os.sched_getaffinity(0))
     options = Options(threads=count, kv_type=kv_type, package=package)
-    environment = {
-        **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(count), "GPTQMODEL_CPU_WORKERS": "2",
-    }  # fmt: skip
+    environment = child.environment_of(count) | {"GPTQMODEL_CPU_WORKERS": "2"}
     words: list[str | Path] = [
         sys.executable,
         "-m",
@@ -182,9 +179,7 @@ def serve(load: Any, words: Sequence[str]) -> None:
 
     stdout is kept for answers: whatever a library prints goes to stderr.
     """
-    from edgepack.builders.quantize import end_with_parent
-
-    end_with_parent()
+    child.end_with_parent()
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         try:

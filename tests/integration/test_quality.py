@@ -20,7 +20,7 @@ import pytest
 
 from edgepack import bundle, heldout, quality, scoring, serde, toolchain
 from edgepack.artifact import Artifact, Checkpoint
-from edgepack.builders import convert, quantize
+from edgepack.builders import child, convert, quantize
 from edgepack.catalog import built_in_folder
 from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.evaluation import Quality
@@ -212,7 +212,7 @@ def test_a_library_that_is_missing_is_named(
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no', name='transformers')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(scoring, "child_environment", lambda: {"PYTHONPATH": os.environ["PYTHONPATH"]})
+    monkeypatch.setattr(child, "own_code", lambda: {"PYTHONPATH": os.environ["PYTHONPATH"]})
 
     with (
         pytest.raises(MissingTool, match="transformers is not installed") as caught,

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from edgepack.builders import quantizers
+from edgepack.builders import child, quantizers
 from edgepack.errors import BuildFailed, MissingTool, NoSpace, Unsupported
 from tests import quantized
 from tests.quantized import DEMO, build
@@ -92,9 +92,9 @@ def test_a_full_disk_is_named_and_nothing_is_kept(
         monkeypatch,
         "(job.out / 'half').write_text('x')\nraise OSError(28, 'No space left on device')",
     )
-    monkeypatch.setattr(quantizers, "free_bytes", lambda folder: 4096)
+    monkeypatch.setattr(child, "free_bytes", lambda folder: 4096)
 
-    with pytest.raises(NoSpace, match="the disk is full while writing"):
+    with pytest.raises(NoSpace, match="the disk is full while quantizing to onnx-int8"):
         build("onnx-int8", folder)
 
     assert visible(folder) == []
@@ -117,7 +117,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from edgepack import modelspec
 from edgepack.artifact import Checkpoint
-from edgepack.builders import quantizers
+from edgepack.builders import child, quantizers
 
 class Told:
     def step(self, text):

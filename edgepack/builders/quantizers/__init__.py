@@ -11,29 +11,24 @@ import importlib
 import importlib.metadata
 import json
 import math
-import re
 import shutil
-import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from edgepack import errors, layouts, record
+from edgepack import layouts, record
 from edgepack.artifact import Artifact, Checkpoint
-from edgepack.builders import safetensors
-from edgepack.builders.quantize import child_environment, listener
+from edgepack.builders import child, safetensors
 from edgepack.builders.safetensors import Stored
-from edgepack.errors import BadInput, BuildFailed, EdgepackError, MissingTool, NoSpace, Unsupported
+from edgepack.errors import BadInput, BuildFailed, MissingTool, Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend
 from edgepack.progress import Progress
 from edgepack.schemes import weights_bytes
-from edgepack.shell import run
 from edgepack.units import MIB, Bytes
-from edgepack.workspace import free_bytes, require_space, sha256_file, whole_dir, write_text
+from edgepack.workspace import require_space, sha256_file, whole_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,12 +40,8 @@ MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandb
 RECIPE = 1
 """Raised when a quantizer writes other bytes for the same job, so that old artifacts are not taken for new ones."""
 
-REFUSED = "refused "
-"""Start of the line with which a quantizer's process hands an EdgepackError over: its class, message and hint."""
-
 RESUME = "resume"
 """In a quantizer's scratch folder: from what it goes on when it was killed."""
-_PROGRESS_LINE = re.compile(r"^progress (\d+) (\d+)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,12 +265,6 @@ def folder_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def report(done: int, total: int) -> None:
-    """Tells the parent of a quantizer's process how far it is; on a line of its own whatever a library printed."""
-    sys.stdout.write(f"\nprogress {done} {total}\n")
-    sys.stdout.flush()
-
-
 def read_windows(job: Job) -> NDArray[np.int32]:
     """The calibration's token ids, [windows, tokens], in the order in which they were given."""
     import numpy as np
@@ -329,51 +314,16 @@ def _run(quantizer: Quantizer, job: Job, scratch: Path, progress: Progress) -> N
     """Runs the quantizer's process in ``scratch`` to its end, its words kept for when it fails."""
     module = str(quantizer.__name__)  # type: ignore[attr-defined]  # a module has one
     scratch.mkdir(exist_ok=True)
-    tail: list[str] = []
-    with progress.bar(f"quantizing to {job.scheme}", 100) as advance:
-        environment = {
-            **child_environment(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-            "OMP_NUM_THREADS": str(job.threads), **quantizer.ENVIRONMENT,
-        }  # fmt: skip
-        ended = run(
-            [sys.executable, "-m", "edgepack.builders.quantizers.worker", module, to_json(job)],
-            cwd=scratch,
-            env=environment,
-            on_line=listener(_PROGRESS_LINE, advance, tail),
-            check=False,
-        )
-    if ended.returncode == 0:
-        return
-    if free_bytes(job.out) < MIB:
-        raise NoSpace(
-            f"the disk is full while writing {job.out.parent}; nothing was kept",
-            hint="free some space or set EDGEPACK_CACHE to another disk",
-        )
-    if ended.returncode == -signal.SIGKILL:
-        raise BuildFailed(
-            f"quantizing to {job.scheme} was killed, most likely because memory ran out",
-            hint="give the machine more memory or swap, or take a smaller model",
-        )
-    said = [line for line in tail if line.strip()]
-    for line in said:
-        if line.startswith(REFUSED):
-            raise _refusal(line)
-    raise BuildFailed(
-        f"quantizing to {job.scheme} ended with status {ended.returncode}: {said[-1] if said else 'it said nothing'}",
-        hint=f"what it printed is in {_log(job, said)}",
+    child.run(
+        f"{__name__}.worker",
+        [module, to_json(job)],
+        title=f"quantizing to {job.scheme}",
+        cwd=scratch,
+        log=job.out.with_name(f"{job.scheme}.log"),
+        threads=job.threads,
+        progress=progress,
+        environment=quantizer.ENVIRONMENT,
     )
-
-
-def _refusal(line: str) -> EdgepackError:
-    kind, message, hint = json.loads(line.removeprefix(REFUSED))
-    return cast(EdgepackError, getattr(errors, kind)(message, hint=hint))
-
-
-def _log(job: Job, said: list[str]) -> Path:
-    """All that a failed process printed, beside where its artifact would be."""
-    path = job.out.with_name(f"{job.scheme}.log")
-    write_text(path, "\n".join(said) + "\n")
-    return path
 
 
 def _at_home(job: Job, out: Path) -> Job:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgepack import layouts
-from edgepack.builders.quantizers import Job, float_type, read_windows, report
+from edgepack.builders.child import report
+from edgepack.builders.quantizers import Job, float_type, read_windows
 from edgepack.builders.quantizers.gptqmodel import tidy
 
 if TYPE_CHECKING:

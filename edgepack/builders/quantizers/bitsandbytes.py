@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from edgepack import layouts
-from edgepack.builders.quantizers import Job, copy_tokenizer, report
+from edgepack.builders.child import report
+from edgepack.builders.quantizers import Job, copy_tokenizer
 
 FAMILIES: tuple[layouts.Family, ...] = ("bnb",)
 PACKAGES = ("bitsandbytes", "torch", "transformers")

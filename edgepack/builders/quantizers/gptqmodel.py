@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgepack import layouts, modelspec
 from edgepack.builders import safetensors
-from edgepack.builders.quantizers import Job, float_type, read_windows, report
+from edgepack.builders.child import report
+from edgepack.builders.quantizers import Job, float_type, read_windows
 
 if TYPE_CHECKING:
     from gptqmodel.quantization.config import AWQConfig, GPTQConfig

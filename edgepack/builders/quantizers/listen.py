@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from io import TextIOBase
 from typing import TextIO
 
-from edgepack.builders.quantizers import report
+from edgepack.builders.child import report
 
 
 class Listener(TextIOBase):

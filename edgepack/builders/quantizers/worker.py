@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from typing import cast
 
-from edgepack.builders.quantize import end_with_parent
-from edgepack.builders.quantizers import REFUSED, Quantizer, from_json
-from edgepack.errors import EdgepackError
+from edgepack.builders import child
+from edgepack.builders.quantizers import Quantizer, from_json
 
 
-def main(module: str, job: str) -> None:
-    end_with_parent()
-    try:
-        cast(Quantizer, importlib.import_module(module)).quantize(from_json(job))
-    except EdgepackError as error:
-        sys.stdout.write(f"\n{REFUSED}{json.dumps([type(error).__name__, error.message, error.hint])}\n")
-        sys.stdout.flush()
-        raise SystemExit(error.exit_code) from error
+def quantize(module: str, job: str) -> None:
+    cast(Quantizer, importlib.import_module(module)).quantize(from_json(job))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    child.main(quantize, sys.argv[1:])
