@@ -178,6 +178,45 @@ def _quality_options(command: Command) -> Command:
     return command
 
 
+def _distillation_options(command: Command) -> Command:
+    for option in (
+        click.option("--preset", metavar="NAME|FILE", default="default", show_default=True,
+                     help="How it is taught: default, article (T = 2, 0.7 CE + 0.3 KL, LoRA 64), hard-labels (no "
+                          "teacher, to compare with), or a YAML file (docs/distilling.md)."),
+        click.option("--steps", type=click.IntRange(1), metavar="N",
+                     help="Updates of the weights (default: as many as three passes over the data take)."),
+        click.option("--data", "data_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+                     help="Text, or jsonl of texts, chats or instructions (repeat it; default: a built-in text)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _recipe_options(command: Command) -> Command:
+    """What is changed most of a preset; all the rest of it stands in a file."""
+    for option in (
+        click.option("--online", is_flag=True,
+                     help="Run the teacher beside the student instead of keeping its logits."),
+        click.option("--top-k", "k", type=click.IntRange(1), metavar="N",
+                     help="Logits of the teacher that are kept of each token."),
+        click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of the longest example."),
+        click.option("--batch", type=click.IntRange(1), metavar="N", help="Examples of one step."),
+        click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="X", help="Highest learning rate."),
+        click.option("--full", is_flag=True, help="Train all weights, also with --preset article."),
+        click.option("--lora", type=click.IntRange(1), metavar="RANK",
+                     help="Train low-rank updates only, merged at the end."),
+        click.option("--divergence", type=click.Choice(["forward", "reverse", "js"]),
+                     help="KL to the student, from it, or Jensen-Shannon."),
+        click.option("--temperature", type=click.FloatRange(0, min_open=True), metavar="T",
+                     help="Of the divergence from the teacher."),
+        click.option("--alpha", type=click.FloatRange(0, 1), metavar="X",
+                     help="Weight of the data's own tokens; the teacher has the rest."),
+        click.option("--epochs", type=click.FloatRange(0, min_open=True), metavar="X", help="Passes over the data."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
@@ -387,6 +426,62 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
         click.echo(document["path"])
     else:
         click.echo(tables.quantized(document), nl=False)
+
+
+@cli.command()
+@click.option("--teacher", required=True, metavar="T", help="Folder, catalog id, or Hub id.")
+@click.option("--student", metavar="S",
+              help="Smaller model with the same tokenizer to start from, or an earlier student.")  # fmt: skip
+@click.option("--prune", metavar="SPEC",
+              help="Start from what is kept of the teacher: layers=0.5,ffn=1024,heads=…,hidden=….")  # fmt: skip
+@click.option(
+    "--profile", metavar="P", help="Without --student and --prune: the largest student that runs well there."
+)
+@click.option("--replay", "replay_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="What an earlier student was made with, mixed in so that it is not forgotten.")  # fmt: skip
+@click.option("--replay-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2,
+              show_default=True, help="Share of the examples that come from --replay.")  # fmt: skip
+@_distillation_options
+@_recipe_options
+@click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
+              help="jsonl of multiple-choice or exact-match items, for accuracy.")  # fmt: skip
+@click.option("--accelerate", type=click.Path(path_type=Path), metavar="FILE",
+              help="Configuration of accelerate launch, for several processes and machines.")  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Splits and orders the data."
+)
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores).")
+@click.option("--revision", metavar="REV", help="Commit of the teacher's Hub repository.")
+@click.option("--offline", is_flag=True, help="Fetch nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be made and what the teacher's logits would weigh."
+)
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path),
+              help="The student's folder (default: the teacher's name and what is kept of it, here).")  # fmt: skip
+@json_option
+@click.pass_obj
+def distill(progress: Progress, /, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Make a student: cut it out of its teacher or take a smaller model, and teach it on your data.
+
+    What is made is a Hugging Face folder that `build`, `quantize` and `quality` take, with a model card, the curves,
+    and what was measured on data that it was not trained on. Stopped at any point, the same command goes on.
+
+    \b
+    Examples:
+      edgepack distill --teacher ./my-7b --student ./my-0.5b --data chats.jsonl -o student/
+      edgepack distill --teacher ./my-model --prune layers=0.5 --data domain.txt --steps 2000 -o half/
+      edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --preset article
+      edgepack distill --teacher ./my-model --student half/ --data new.jsonl --replay chats.jsonl -o half-2/
+    """
+    from edgepack import pipeline, tables
+
+    document = pipeline.distill(options, output, progress)
+    if as_json:
+        _print_json(document)
+    elif isinstance(progress, Silent):
+        click.echo(document["path"])
+    else:
+        click.echo(tables.distilled(document), nl=False)
 
 
 @cli.command()

@@ -21,6 +21,7 @@ from edgepack import (
     runtimes,
     schemes,
     serde,
+    students,
     workspace,
 )
 from edgepack.artifact import Artifact, Checkpoint
@@ -29,10 +30,12 @@ from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
 from edgepack.runtimes import Machine, llama_cpp
+from edgepack.students import Prune
 from edgepack.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
-    from edgepack import quantization
+    from edgepack import distillation, quantization
+    from edgepack.builders.distill import Recipe
     from edgepack.bundle import Bundle
     from edgepack.calibrate import Calibration
 
@@ -564,3 +567,123 @@ def _same_size(exact: Plan, artifact: Artifact) -> None:
             f"the artifact has {artifact.bytes} bytes, the plan says {predicted}",
             hint="this is a bug in edgepack's arithmetic; report it with the model's config.json",
         )
+
+
+def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> dict[str, Any]:
+    """The JSON document of ``edgepack distill``: the student's folder, how it was made and what was measured."""
+    from edgepack import distillation, hub
+
+    asked = distillation_options(options)
+    teacher = named(
+        options["teacher"],
+        revision=options["revision"],
+        offline=bool(options["offline"]),
+        converted=False,
+    )
+    chosen = _start(options, teacher)
+    stem = teacher.model.id.rsplit("/", 1)[-1].lower()
+    place = out or Path(f"{stem}-{_suffix(chosen)}")
+    document: dict[str, Any] = {"schema_version": 1, "path": str(place)}
+    parent = hub.resolve(
+        teacher.model.source,
+        revision=teacher.model.revision,
+        offline=bool(options["offline"]),
+        weights=not options["dry_run"],
+        progress=progress,
+    )
+    start = _resolved(chosen, options, progress) if isinstance(chosen, str) else chosen
+    folder = workspace.cache_root() / "distilled"
+    if options["dry_run"]:
+        expected = distillation.expected(parent, start, asked, folder, progress)
+        return document | {"report": None, "expected": serde.dump(expected)}
+    _require_writable(place, 2 * teacher.spec.parameters)
+    made = distillation.make(parent, start, asked, folder, progress, name=place.name)
+    distillation.publish(made, place, progress)
+    return document | {"report": serde.dump(made.report)}
+
+
+def distillation_options(options: Mapping[str, Any]) -> distillation.Options:
+    """What the command line says about how a student is taught. Raises BadInput for what excludes one another."""
+    from edgepack import distillation
+    from edgepack.builders.distill import teacher
+    from edgepack.scoring import tasks
+
+    recipe = _recipe(options)
+    if recipe.objective.hidden and not options.get("online"):
+        raise BadInput("hidden states are matched with the teacher beside the student", hint="--online")
+    accelerate = options.get("accelerate")
+    if accelerate is not None and not accelerate.is_file():
+        raise NotFound(f"no file {accelerate}", hint="`accelerate config --config_file FILE` writes one")
+    questions = options.get("tasks")
+    return distillation.Options(
+        recipe=recipe,
+        data=tuple(options["data_files"]),
+        replay=tuple(options.get("replay_files") or ()),
+        replay_share=options.get("replay_share") or distillation.REPLAY_SHARE,
+        k=options.get("k") or teacher.DEFAULT_K,
+        online=bool(options.get("online")),
+        tasks=None if questions is None else tasks.read(questions),
+        accelerate=accelerate,
+        threads=options["jobs"] or len(os.sched_getaffinity(0)),
+    )
+
+
+def _recipe(options: Mapping[str, Any]) -> Recipe:
+    """A preset by name or file, with what the command line changes of it."""
+    from edgepack.builders import distill
+
+    name = options["preset"]
+    if name in distill.PRESETS:
+        recipe = distill.PRESETS[name]
+    elif Path(name).is_file():
+        recipe = serde.load_yaml(distill.Recipe, Path(name))
+    else:
+        near = serde.did_you_mean(name, distill.PRESETS)
+        raise NotFound(
+            f"no preset {name!r}{near}", hint=f"a YAML file, or one of: {', '.join(distill.PRESETS)}"
+        )
+    given = {key: options[key] for key in ("steps", "epochs", "batch", "rate", "length") if options.get(key)}
+    goal = {
+        key: options[key] for key in ("alpha", "temperature", "divergence") if options.get(key) is not None
+    }
+    if options.get("full") and options.get("lora"):
+        raise BadInput("--full and --lora exclude each other", hint="leave one out")
+    lora = None if options.get("full") else recipe.lora
+    if options.get("lora"):
+        lora = replace(lora or distill.Lora(), rank=options["lora"])
+    changed = replace(
+        recipe, **given, objective=replace(recipe.objective, **goal), lora=lora, seed=options["seed"]
+    )
+    return distill.checked(changed)
+
+
+def _start(options: Mapping[str, Any], teacher: Candidate) -> Prune | str:
+    """What the student begins as: kept of the teacher, or the name of smaller weights."""
+    ways = [name for name in ("student", "prune", "profile") if options.get(name)]
+    if len(ways) != 1:
+        raise BadInput(
+            f"--{' and --'.join(ways)} exclude each other"
+            if ways
+            else "nothing says what the student begins as",
+            hint="--student MODEL, --prune layers=0.5, or --profile DEVICE",
+        )
+    if options.get("student"):
+        return str(options["student"])
+    if options.get("prune"):
+        return students.parse(options["prune"])
+    raise NotImplementedError
+
+
+def _suffix(start: Prune | str) -> str:
+    """What a student's folder is called behind its teacher's name."""
+    if isinstance(start, students.Prune):
+        return students.label(start).replace("=", "").replace(",", "-")
+    return f"to-{start.rstrip('/').rsplit('/', 1)[-1].lower()}"
+
+
+def _resolved(start: str, options: Mapping[str, Any], progress: Progress) -> Checkpoint:
+    from edgepack import hub
+
+    return hub.resolve(
+        start, offline=bool(options["offline"]), weights=not options["dry_run"], progress=progress
+    )

@@ -78,6 +78,61 @@ def quantized(document: Mapping[str, Any]) -> str:
     return _text(lines + [f"warning: {text}" for text in document["warnings"]])
 
 
+def distilled(document: Mapping[str, Any]) -> str:
+    """Where the student is, what it came from, and how much of the way to its teacher it went."""
+    if document["report"] is None:
+        return _text(_expected_student(document["path"], document["expected"]))
+    report = document["report"]
+    origin = f"what is kept of it ({report['prune']})" if report["prune"] else report["start"]["source"]
+    lines = [
+        document["path"],
+        f"{report['parameters']:,} parameters, taught by {report['teacher']['source']} "
+        f"({report['teacher']['parameters']:,}) from {origin}",
+        f"{report['steps']} steps over {report['targets']:,} tokens that are learned"
+        + (", stopped early" if report["stopped_early"] else ""),
+    ]
+    for held in report["held_out"]:
+        names = {"data": "held-out data", "replay": "held-out data of before"}
+        lines += [
+            "",
+            f"{names[held['name']]:<24}{'perplexity':>24}{'KL to teacher':>28}{'same first choice':>26}",
+        ]
+        for who in ("teacher", "before", "after"):
+            reading = held[who]
+            nll = {end: math.exp(reading["nll"][end]) for end in ("value", "low", "high")}
+            cells = [_estimated(nll, "{:.2f}")]
+            cells += [
+                "-" if reading[name] is None else _estimated(reading[name], form)
+                for name, form in (("kl", "{:.4f}"), ("same_top", "{:.1%}"))
+            ]
+            lines.append(f"  {who:<22}{cells[0]:>24}{cells[1]:>28}{cells[2]:>26}")
+        if held["recovered"] is not None:
+            lines.append(f"  of the gap to the teacher {_estimated(held['recovered'], '{:.0%}')} was closed")
+    if report["answers"] is not None:
+        answers = report["answers"]
+        told = ", ".join(f"{who} {_estimated(answers[who], '{:.1%}')}" for who in ("teacher", "before"))
+        after = _estimated(answers["after"]["accuracy"], "{:.1%}")
+        lines += ["", f"right answers of {answers['after']['items']}: {told}, after {after}"]
+    return _text(lines + [f"warning: {text}" for text in report["warnings"]])
+
+
+def _expected_student(path: str, expected: Mapping[str, Any]) -> list[str]:
+    kept = expected["kept_bytes"]
+    return [
+        f"{path} would hold {expected['parameters']:,} parameters of {expected['teacher_parameters']:,}",
+        f"{expected['steps']} steps over {expected['examples']:,} examples, of which {expected['targets']:,} tokens are "
+        "learned",
+        "the teacher would run beside it"
+        if kept is None
+        else f"the teacher's logits would take {show(kept)} of disk (exact)",
+        "nothing was made",
+    ]
+
+
+def _estimated(found: Mapping[str, float], form: str) -> str:
+    return f"{form.format(found['value'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
+
+
 def plan(chosen: Plan, explanation: Explanation | None) -> str:
     """The choice in one sentence, its memory map, its speed, and what was not chosen; with an explanation, why."""
     settings, pace, quality = chosen.settings, chosen.speed, chosen.quality

@@ -32,7 +32,7 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     ``with_runtime``: the bundle carries bin/llama-server. ``image_digest``: "sha256:…" of the profile's
     image, where the user knows better than the profile. Raises BadInput for a digest that is none.
     """
-    environment = _environment(templates() / plan.runtime)
+    environment = environment(templates() / plan.runtime)
     values = _values(plan, with_runtime=with_runtime, image=image_for(plan, image_digest))
     names = (name.removesuffix(".j2") for name in environment.list_templates(extensions=["j2"]))
     return {
@@ -119,7 +119,7 @@ def _yaml_escape(code: int) -> str:
     return f"\\U{code:08x}" if code > 0xFFFF else f"\\u{code:04x}"
 
 
-def _environment(folder: Path) -> Environment:
+def environment(folder: Path) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from edgepack.errors import BadInput
+
 Divergence = Literal["forward", "reverse", "js"]
 """KL(teacher || student), KL(student || teacher), or the mean of both against their mixture (Jensen-Shannon)."""
 
@@ -99,3 +101,31 @@ PRESETS: Mapping[str, Recipe] = {
     "article": ARTICLE,
     "hard-labels": replace(Recipe(), objective=Objective(alpha=1.0)),
 }
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe itself. Raises BadInput with all that is out of range, as a file may have it."""
+    goal = recipe.objective
+    rules = (
+        (0 <= goal.alpha <= 1, f"alpha {goal.alpha:g} is not between 0 and 1"),
+        (goal.temperature > 0, f"temperature {goal.temperature:g} is not above 0"),
+        (goal.hidden >= 0, f"hidden {goal.hidden:g} is below 0"),
+        (recipe.length >= 2, f"length {recipe.length} leaves nothing to predict"),
+        (0 < recipe.held_out < 1, f"held_out {recipe.held_out:g} is not between 0 and 1"),
+        (recipe.steps is None or recipe.steps >= 1, f"steps {recipe.steps} are none"),
+        (recipe.epochs > 0, f"epochs {recipe.epochs:g} are none"),
+        (1 <= recipe.micro, f"micro {recipe.micro} holds no example"),
+        (recipe.batch >= 1, f"batch {recipe.batch} has no example"),
+        (recipe.rate > 0, f"rate {recipe.rate:g} is not above 0"),
+        (0 <= recipe.warmup <= 1, f"warmup {recipe.warmup:g} is not between 0 and 1"),
+        (recipe.decay >= 0, f"decay {recipe.decay:g} is below 0"),
+        (recipe.clip > 0, f"clip {recipe.clip:g} is not above 0"),
+        (recipe.checks >= 1, f"checks {recipe.checks} are none"),
+        (recipe.patience >= 0, f"patience {recipe.patience} is below 0"),
+        (recipe.lora is None or recipe.lora.rank >= 1, "lora has no rank"),
+        (recipe.lora is None or bool(recipe.lora.targets), "lora has no targets"),
+    )
+    wrong = [text for holds, text in rules if not holds]
+    if wrong:
+        raise BadInput("; ".join(wrong), hint="docs/distilling.md lists what a recipe may hold")
+    return recipe
