@@ -25,7 +25,7 @@ from edgepack import serde
 from edgepack.calibration import Source, chat, encoder, formats
 from edgepack.calibration.chat import PLAIN, ChatTemplate, Message
 from edgepack.calibration.formats import Document
-from edgepack.errors import BadInput
+from edgepack.errors import BadInput, NotFound
 from edgepack.progress import Progress
 from edgepack.workspace import require_space, sha256_file, whole_dir
 
@@ -96,7 +96,7 @@ class Examples:
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
                 for name in ("tokens", "response", "starts")
             }
-        except (OSError, ValueError) as error:
+        except (NotFound, OSError, ValueError) as error:
             raise BadInput(f"{folder} is no set of examples: {error}") from error
         starts: NDArray[np.int64] = arrays["starts"]
         each = np.add.reduceat(arrays["response"], starts[:-1], dtype=np.int64)
@@ -160,19 +160,19 @@ def prepare(
             f"examples of {length} tokens with a share of {held_out:g} held out are nothing to train on",
             hint=f"at least {_LEAST} tokens, and a share between 0 and 1",
         )
-    form = _form(model, length)
+    shape = form(model, length)
     read = formats.read_all(files)
     documents = [document for found, _ in read for document in found]
-    found = _examples(documents, form, held_out, seed, progress)
+    found = _examples(documents, shape, held_out, seed, progress)
     _require_enough(found, len(documents), held_out)
-    _require_known(found, form, model)
+    _require_known(found, shape, model)
     sources = [
         Source(name=path.name, sha256=digest, documents=len(rows))
         for path, (rows, digest) in zip(files, read, strict=True)
     ]
     about = About(
         tokenizer=sha256_file(model / "tokenizer.json"),
-        template=hashlib.sha256(form.template.source.encode()).hexdigest() if found.chats else None,
+        template=hashlib.sha256(shape.template.source.encode()).hexdigest() if found.chats else None,
         length=length,
         held_out=held_out,
         seed=seed,
@@ -186,7 +186,7 @@ def prepare(
         held_out=aside,
         sources=about.sources,
         chats=found.chats > 0,
-        warnings=_warnings(found, form),
+        warnings=_warnings(found, shape),
     )
 
 
@@ -354,7 +354,7 @@ def _require_enough(found: _Found, documents: int, held_out: float) -> None:
         raise BadInput(
             f"the data have no response tokens: {found.silent} of {found.chats} conversations have no turn of the "
             "assistant that is short enough",
-            hint='what is trained on is plain text and turns of the role "assistant"; long prompts need a larger length',
+            hint='plain text and turns of the role "assistant" are trained on; long prompts need a larger length',
         )
     for side, least, name, share in (
         (found.held_out, _HELD_OUT, "held-out", "larger"),
@@ -416,7 +416,8 @@ class Form:
     length: int
 
 
-def _form(model: Path, length: int) -> Form:
+def form(model: Path, length: int) -> Form:
+    """Of a Hugging Face folder. Raises MissingTool, and BadInput without a sound tokenizer.json."""
     around = encoder.encoder(model)
     own = chat.template(model)
     tokens = chat.special_tokens(chat.tokenizer_settings(model))
