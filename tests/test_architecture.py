@@ -23,7 +23,7 @@ LEVELS = (
     {"units"},
     {"settings", "ggufheader", "architectures", "parts", "shell", "workspace", "progress", "serde"},
     {"profile", "modelspec", "l4t"},
-    {"layouts"},
+    {"layouts", "students"},
     {"schemes", "catalog"},
     {"runtimes"},
     {"memory", "speed", "degradation"},
