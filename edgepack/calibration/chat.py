@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
@@ -36,21 +37,33 @@ class ChatTemplate:
     """bos_token, eos_token and their like: name to text."""
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, without a begin-of-text token in front: the tokenizer adds that.
+        """``write`` without a begin-of-text token in front: the tokenizer adds that."""
+        return self.write(messages).removeprefix(self.tokens.get("bos_token", ""))
+
+    def write(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """The conversation as text, all of it; ``prompt``: up to where the model speaks next.
 
         Raises BadInput with the template's own words for what it refuses, such as roles that do not take turns.
         """
         try:
-            text = _compiled(self.source).render(
+            return _compiled(self.source).render(
                 messages=[dict(message) for message in messages], tools=None, documents=None,
-                add_generation_prompt=False, **self.tokens,
+                add_generation_prompt=prompt, **self.tokens,
             )  # fmt: skip
         except TemplateSyntaxError as error:
             raise BadInput(f"the chat template is damaged: line {error.lineno}: {error.message}") from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise BadInput(f"the chat template refuses this: {error}") from error
-        begin = self.tokens.get("bos_token", "")
-        return text.removeprefix(begin)
+
+
+PLAIN = ChatTemplate(
+    source="{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    tokens={},
+)
+"""Lines "role: content", for a model without a template; with an eos_token the model's turns end with it."""
 
 
 def template(model: Path) -> ChatTemplate | None:
@@ -125,6 +138,7 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+@cache
 def _compiled(source: str) -> Template:
     """Trimming, extensions and helpers are those of transformers' chat_template_utils.py."""
     environment = ImmutableSandboxedEnvironment(

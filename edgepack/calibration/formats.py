@@ -1,4 +1,4 @@
-"""Files of calibration data to documents: text, and the rows of JSON that instruction data comes in.
+"""Files of data to documents: text, and the rows of JSON that instruction data comes in.
 
 A row is {"text"}, {"messages": [{"role", "content"}]}, Alpaca's {"instruction", "input", "output"} or ShareGPT's
 {"conversations": [{"from", "value"}]}; other keys of a row are let be.
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgepack.calibration.chat import ChatTemplate
+from edgepack.calibration.chat import PLAIN, ChatTemplate, Message
 from edgepack.errors import BadInput, NotFound
 from edgepack.units import GIB, show
 
@@ -29,7 +29,7 @@ _ROLES: Mapping[str, str] = {
 
 _SHAPES = '"text", "messages", "conversations" or "instruction" and "output"'
 _MOST = GIB
-"""Bytes of one file: it is held in memory, and about a megabyte of it is used."""
+"""Bytes of one file: it is held in memory."""
 _LISTED = 20
 """Problems that are written out; the others are counted."""
 
@@ -50,7 +50,7 @@ def read_all(paths: Sequence[Path]) -> list[tuple[list[Document], str]]:
     """Documents and sha256 of each file. Raises NotFound, and BadInput with all problems of all files."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise NotFound(f"no calibration file {', '.join(missing)}", hint="check the path")
+        raise NotFound(f"no data file {', '.join(missing)}", hint="check the path")
     problems: list[str] = []
     found = []
     for path in paths:
@@ -75,7 +75,7 @@ def raise_all(problems: Sequence[str]) -> None:
     more = [f"and {len(problems) - _LISTED} more"] if len(problems) > _LISTED else []
     raise BadInput(
         "\n".join([*problems[:_LISTED], *more]),
-        hint=f"calibration data are UTF-8 text, or .jsonl or .json with rows of {_SHAPES}",
+        hint=f"data are UTF-8 text, or .jsonl or .json with rows of {_SHAPES}",
     )
 
 
@@ -85,13 +85,19 @@ def pieces(document: Document, size: int) -> Iterator[Document]:
     if len(text) <= 2 * size:
         yield document
         return
+    for start, end in cuts(text, size):
+        piece = text[start:end].strip("\n")
+        if piece.strip():
+            yield replace(document, text=piece)
+
+
+def cuts(text: str, size: int) -> Iterator[tuple[int, int]]:
+    """Where its pieces start and end: they are the whole text, each of ``size`` to twice as many characters."""
     at = 0
     while at < len(text):
         end = len(text) if len(text) - at <= 2 * size else text.find("\n", at + size, at + 2 * size) + 1
         end = end or at + size
-        piece = text[at:end].strip("\n")
-        if piece.strip():
-            yield replace(document, text=piece)
+        yield at, end
         at = end
 
 
@@ -99,9 +105,12 @@ def render(document: Document, template: ChatTemplate | None) -> str:
     """Its text; a conversation in the model's template, or as lines "role: content" without one."""
     if not document.messages:
         return document.text
-    if template is None:
-        return "\n".join(f"{role}: {content}" for role, content in document.messages)
-    return template.render([{"role": role, "content": content} for role, content in document.messages])
+    return (template or PLAIN).render(turns(document))
+
+
+def turns(document: Document) -> list[Message]:
+    """A conversation as templates take it."""
+    return [{"role": role, "content": content} for role, content in document.messages]
 
 
 def _documents(path: Path, raw: bytes, problems: list[str]) -> list[Document]:

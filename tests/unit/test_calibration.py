@@ -166,7 +166,7 @@ def test_a_file_that_memory_would_not_hold_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"no calibration file .*a\.txt, .*b\.txt"):
+    with pytest.raises(NotFound, match=r"no data file .*a\.txt, .*b\.txt"):
         read(tmp_path / "a.txt", tmp_path / "b.txt")
 
 
