@@ -7,11 +7,14 @@ comes with.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import json
+import os.path
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgepack import serde
-from edgepack.calibration import Source
+from edgepack.calibration import Source, chat, encoder, formats
+from edgepack.calibration.chat import PLAIN, ChatTemplate, Message
+from edgepack.calibration.formats import Document
 from edgepack.errors import BadInput
-from edgepack.workspace import require_space, whole_dir
+from edgepack.progress import Progress
+from edgepack.workspace import require_space, sha256_file, whole_dir
 
 _PASSAGE = 4000
 """Characters, about a thousand tokens: a longer document is on both sides, passage by passage."""
@@ -32,7 +38,7 @@ _HELD_OUT = 2
 
 Tokens = NDArray[np.int32]
 Marks = NDArray[np.bool_]
-Sequences = tuple[Tokens, Marks]
+Marked = tuple[Tokens, Marks]
 """An example: tokens [n], and which of them are responses [n]."""
 
 
@@ -132,6 +138,58 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
+def prepare(
+    model: Path,
+    files: Sequence[Path],
+    *,
+    length: int,
+    held_out: float,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+) -> Prepared:
+    """The data in a model's tokens, as two sets of examples below ``folder``.
+
+    ``model``: a Hugging Face folder, for its tokenizer and template. ``files``: text, .jsonl and .json as calibration
+    takes them (formats.py). ``length``: tokens of the longest example. ``held_out``: share of the documents, and of a
+    long text's passages, that is kept from training; drawn by ``seed`` and their content. Raises NotFound, MissingTool,
+    NoSpace, and BadInput with all problems of the data.
+    """
+    if length < _LEAST or not 0 < held_out < 1:
+        raise BadInput(
+            f"examples of {length} tokens with a share of {held_out:g} held out are nothing to train on",
+            hint=f"at least {_LEAST} tokens, and a share between 0 and 1",
+        )
+    form = _form(model, length)
+    read = formats.read_all(files)
+    documents = [document for found, _ in read for document in found]
+    found = _examples(documents, form, held_out, seed, progress)
+    _require_enough(found, len(documents), held_out)
+    _require_known(found, form, model)
+    sources = [
+        Source(name=path.name, sha256=digest, documents=len(rows))
+        for path, (rows, digest) in zip(files, read, strict=True)
+    ]
+    about = About(
+        tokenizer=sha256_file(model / "tokenizer.json"),
+        template=hashlib.sha256(form.template.source.encode()).hexdigest() if found.chats else None,
+        length=length,
+        held_out=held_out,
+        seed=seed,
+        sources=tuple(sorted(sources, key=lambda source: (source.name, source.sha256))),
+    )
+    train, aside = folder / "train", folder / "held-out"
+    write(_shuffled(found.train, seed), train, replace(about, part="train"))
+    write(_shuffled(found.held_out, seed), aside, replace(about, part="held-out"))
+    return Prepared(
+        train=train,
+        held_out=aside,
+        sources=about.sources,
+        chats=found.chats > 0,
+        warnings=_warnings(found, form),
+    )
+
+
 def write(examples: Iterable[tuple[Any, Any]], folder: Path, about: About | None = None) -> Examples:
     """Puts examples, each a sequence of tokens and one of marks, into a folder that appears whole.
 
@@ -168,6 +226,420 @@ def write(examples: Iterable[tuple[Any, Any]], folder: Path, about: About | None
             np.save(place / f"{name}.npy", values, allow_pickle=False)
         (place / "about.json").write_text(serde.to_json(facts), encoding="utf-8")
     return Examples.open(folder)
+
+
+def same_tokens(teacher: Path, student: Path) -> None:
+    """Raises BadInput with the first difference that makes two models read a text, or a token, differently.
+
+    Tokens that only one of them defines are none: a later version adds some, and rows of padding have no name.
+    """
+    ours, theirs = (json.loads(encoder.load(model).to_str()) for model in (teacher, student))
+    difference = _difference(ours, theirs)
+    if difference is not None:
+        raise BadInput(
+            f"the tokenizers of {teacher} and {student} differ: {difference}",
+            hint="a student of the teacher's own family, or one cut out of it with --prune, has its tokenizer",
+        )
+
+
+def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """In the first of two tokenizer.json, both as this library writes them, and the second."""
+    models = [dict(tokenizer["model"]) for tokenizer in (ours, theirs)]
+    words = [_words(model.pop("vocab")) for model in models]
+    added = [{row["id"]: row for row in tokenizer["added_tokens"]} for tokenizer in (ours, theirs)]
+    tables = [
+        table | {at: row["content"] for at, row in more.items()}
+        for table, more in zip(words, added, strict=True)
+    ]
+    for at in sorted(tables[0].keys() & tables[1].keys()):
+        if tables[0][at] != tables[1][at]:
+            return f"token {at} is {tables[0][at]!r} in one and {tables[1][at]!r} in the other"
+    ids = [{word: at for at, word in table.items()} for table in tables]
+    for word in sorted(ids[0].keys() & ids[1].keys()):
+        if ids[0][word] != ids[1][word]:
+            return f"{word!r} is token {ids[0][word]} in one and {ids[1][word]} in the other"
+    # A word that only one of them builds text from splits it otherwise, unless it is an added token's.
+    for at in sorted(words[0].keys() ^ words[1].keys()):
+        if at not in added[0] and at not in added[1]:
+            return f"token {at}, {(words[0] | words[1])[at]!r}, is in one of them only"
+    merges = [model.pop("merges", []) for model in models]
+    for at in range(max(map(len, merges))):
+        pair = [rules[at] if at < len(rules) else None for rules in merges]
+        if pair[0] != pair[1]:
+            return f"merge {at} is {pair[0]} in one and {pair[1]} in the other"
+    for model in models:
+        model.pop("dropout", None)  # of training
+    for at in sorted(added[0].keys() & added[1].keys()):
+        flags = [
+            {**more[at], "special": None} for more in added
+        ]  # what is hidden when text is made of tokens
+        if flags[0] != flags[1]:
+            return f"the added token {added[0][at]['content']!r} is matched by other rules"
+    parts = [{"model": model} | {name: full[name] for name in ("normalizer", "pre_tokenizer")}
+             for model, full in zip(models, (ours, theirs), strict=True)]  # fmt: skip
+    for name in parts[0]:
+        if parts[0][name] != parts[1][name]:
+            told = [json.dumps(part[name])[:200] for part in parts]
+            return f"the {name} is {told[0]} in one and {told[1]} in the other"
+    return None
+
+
+def _words(vocabulary: Mapping[str, int] | Sequence[tuple[str, float]]) -> dict[int, str]:
+    """Id to word; a Unigram model lists its words in the order of their ids."""
+    if isinstance(vocabulary, Mapping):
+        return {at: word for word, at in vocabulary.items()}
+    return {at: word for at, (word, _) in enumerate(vocabulary)}
+
+
+# ── documents to examples ──
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """All examples of the data, in no order yet."""
+
+    train: list[Marked]
+    held_out: list[Marked]
+    chats: int
+    silent: int
+    """Conversations without a response that is short enough."""
+    cut: int
+    """Conversations that are longer than an example may be."""
+    texts: bool
+
+
+def _examples(
+    documents: Sequence[Document], form: Form, held_out: float, seed: int, progress: Progress
+) -> _Found:
+    chats = [document for document in documents if document.messages]
+    texts = [
+        run for document in documents if not document.messages for run in _runs(document, held_out, seed)
+    ]
+    said: dict[bool, list[Marked]] = {False: [], True: []}
+    pieces: dict[bool, list[Marked]] = {False: [], True: []}
+    problems: list[str] = []
+    silent, long = 0, 0
+    with progress.bar("reading the data", len(chats) + len(texts)) as advance:
+        for document in chats:
+            advance(1)
+            try:
+                whole = conversation(formats.turns(document), form)
+            except BadInput as error:
+                problems.append(f"{document.place}: {error.message}")
+                continue
+            kept = [
+                example
+                for example in (_cut(example, form.length) for example in whole)
+                if example is not None
+            ]
+            silent += not kept
+            long += any(len(tokens) > form.length for tokens, _ in whole)
+            said[_side(document, held_out, seed)] += kept
+        for run in sorted(texts, key=lambda run: _order([run.text, run.ends], seed)):
+            advance(1)
+            pieces[run.held_out] += windows(run.text, form, ends=run.ends)
+    formats.raise_all(problems)
+    return _Found(
+        train=said[False] + pack(pieces[False], form.length),
+        held_out=said[True] + pieces[True],  # not packed: documents are the units that an interval is over
+        chats=len(chats),
+        silent=silent,
+        cut=long,
+        texts=bool(texts),
+    )
+
+
+def _require_enough(found: _Found, documents: int, held_out: float) -> None:
+    if not found.train and not found.held_out:
+        raise BadInput(
+            f"the data have no response tokens: {found.silent} of {found.chats} conversations have no turn of the "
+            "assistant that is short enough",
+            hint='what is trained on is plain text and turns of the role "assistant"; long prompts need a larger length',
+        )
+    for side, least, name, share in (
+        (found.held_out, _HELD_OUT, "held-out", "larger"),
+        (found.train, 1, "training", "smaller"),
+    ):
+        if len(side) < least:
+            raise BadInput(
+                f"{documents} documents, {held_out:g} of them held out, give {len(side)} {name} examples; "
+                f"the least is {least}",
+                hint=f"more documents, or a {share} share to hold out",
+            )
+
+
+def _require_known(found: _Found, form: Form, model: Path) -> None:
+    most = max(int(tokens.max()) for tokens, _ in [*found.train, *found.held_out])
+    if form.rows is not None and most >= form.rows:
+        raise BadInput(
+            f"the tokenizer of {model} gives the token {most}, and the model knows {form.rows}",
+            hint="take the tokenizer that the model was trained with",
+        )
+
+
+def _warnings(found: _Found, form: Form) -> tuple[str, ...]:
+    told = []
+    if found.chats and not form.own:
+        told.append("the model has no chat template: the turns of a chat are written as 'role: content'")
+    if found.texts and form.end is None:
+        told.append("the tokenizer names no end-of-text: nothing stands between the documents of an example")
+    if found.cut:
+        told.append(
+            f"{found.cut} of {found.chats} conversations are longer than {form.length} tokens and were cut"
+        )
+    if found.silent:
+        told.append(
+            f"{found.silent} of {found.chats} conversations have no response within {form.length} tokens "
+            "and were left out"
+        )
+    return tuple(told)
+
+
+# ── conversations ──
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a model's examples are written."""
+
+    tokenizer: Any
+    """A tokenizers.Tokenizer"""
+    template: ChatTemplate
+    own: bool
+    """Whether the template is the model's."""
+    begin: int | None
+    """What the tokenizer puts in front of a text."""
+    end: int | None
+    """Ends a document."""
+    rows: int | None
+    """Of the model's embedding, where its configuration says."""
+    length: int
+
+
+def _form(model: Path, length: int) -> Form:
+    around = encoder.encoder(model)
+    own = chat.template(model)
+    tokens = chat.special_tokens(chat.tokenizer_settings(model))
+    return Form(
+        tokenizer=encoder.load(model),
+        template=own or replace(PLAIN, tokens=tokens),
+        own=own is not None,
+        begin=around.begin,
+        end=around.end,
+        rows=_embedding_rows(model),
+        length=length,
+    )
+
+
+def _embedding_rows(model: Path) -> int | None:
+    place = model / "config.json"
+    if not place.is_file():
+        return None
+    config = serde.read_object(place)
+    inner = config.get("text_config")
+    rows = inner.get("vocab_size") if isinstance(inner, dict) else config.get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def conversation(messages: Sequence[Message], form: Form) -> list[Marked]:
+    """Its examples: one, or one for each of the assistant's turns where the template rewrites earlier ones.
+
+    A response ends with the token that ends the turn. Raises BadInput for what the template refuses.
+    """
+    begin = form.template.tokens.get("bos_token", "")
+    found = []
+    for text, spans in responses(messages, form.template):
+        body = text.removeprefix(begin)
+        shift = len(text) - len(body)
+        encoding = form.tokenizer.encode(body, add_special_tokens=False)
+        ids = encoding.ids
+        marks = _marks(body, encoding.offsets, [(first - shift, last - shift) for first, last in spans])
+        first = form.tokenizer.token_to_id(begin) if form.begin is None and shift else form.begin
+        if first is not None and ids[:1] != [first]:
+            ids, marks = [first, *ids], [False, *marks]
+        found.append((np.array(ids, dtype=np.int32), np.array(marks, dtype=np.bool_)))
+    return found
+
+
+Spans = Sequence[tuple[int, int]]
+"""First character of each response, and the one behind it."""
+
+
+def responses(messages: Sequence[Message], template: ChatTemplate) -> list[tuple[str, Spans]]:
+    """Texts of a conversation with what the assistant says in each, up to the white space behind its end-of-turn.
+
+    Templates such as Qwen3's drop the thinking of earlier turns, so what a turn was answered to is not what the whole
+    conversation says: then there is a text for each turn of the assistant, that ends with it.
+    """
+    whole = template.write(messages)
+    alone: list[tuple[str, Spans]] = []
+    for count, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            text = template.write(messages[:count])
+            alone.append((text, [(_start(messages[:count], text, template), len(text.rstrip()))]))
+    if all(whole.startswith(text[: spans[0][1]]) for text, spans in alone):
+        return [(whole, [span for _, spans in alone for span in spans])]
+    return alone
+
+
+def _start(messages: Sequence[Message], text: str, template: ChatTemplate) -> int:
+    """Where the last message begins to be the model's own: behind the prompt for it.
+
+    Where the template writes no prompt, or one that its own turns do not start with (DeepSeek-R1's, which opens a
+    thought), it is where two turns that differ in their content begin to differ.
+    """
+    before = messages[:-1]
+    try:
+        bare, prompt = template.write(before), template.write(before, prompt=True)
+    except BadInput:  # some refuse to write nothing, or a system's turn alone; the turn itself was written
+        bare = prompt = ""
+    if prompt != bare and text.startswith(prompt):
+        return len(prompt)
+    probes = [template.write([*before, {**messages[-1], "content": probe}]) for probe in ("a", "b")]
+    same = os.path.commonprefix(probes)
+    if not text.startswith(same):
+        raise BadInput(
+            "the chat template writes a turn differently by what it says: its start cannot be told"
+        )
+    return len(same)
+
+
+def _marks(text: str, offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+    """Which tokens are of the spans: by where the first character that is not white space stands.
+
+    So a space that belongs to a word goes with the word, whichever side the template counts it to.
+    """
+    found, reached, at = [], 0, 0
+    for first, last in offsets:
+        # Some tokenizers leave white space out of offsets, and several tokens of one character have the same ones.
+        low, reached = min(first, reached), max(first, last, reached)
+        seen = text[low:last]
+        visible = last - len(seen.lstrip()) if seen.strip() else low
+        while at < len(spans) and visible >= spans[at][1]:
+            at += 1
+        found.append(low < last and at < len(spans) and visible >= spans[at][0])
+    return found
+
+
+def _cut(example: Marked, length: int) -> Marked | None:
+    """Its first tokens, up to the last response in them; None without one. The first token cannot be predicted."""
+    tokens, marks = example
+    marks[:1] = False
+    there = np.flatnonzero(marks[:length])
+    if not len(there):
+        return None
+    return tokens[: there[-1] + 1], marks[: there[-1] + 1]
+
+
+# ── plain text ──
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Passages of a document that follow each other and are on one side."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with it."""
+    held_out: bool
+
+
+def _runs(document: Document, held_out: float, seed: int) -> Iterator[_Run]:
+    """A document that is longer than two passages is split, for there may be no other."""
+    text = document.text
+    sides = [
+        (start, end, _side(replace(document, text=text[start:end].strip()), held_out, seed))
+        for start, end in formats.cuts(text, _PASSAGE)
+    ]
+    start = 0
+    for number, (_, end, side) in enumerate(sides):
+        if number + 1 < len(sides) and sides[number + 1][2] == side:
+            continue
+        if text[start:end].strip():
+            yield _Run(text=text[start:end], ends=end == len(text), held_out=side)
+        start = end
+
+
+def windows(text: str, form: Form, *, ends: bool) -> list[Marked]:
+    """A text as examples of at most the form's length, each of its tokens a response of exactly one of them.
+
+    Each starts with what the tokenizer puts in front of a text, and with the token before, which is not predicted
+    again; so the first token of a text is predicted only where something stands in front of it.
+    """
+    ids = form.tokenizer.encode(text, add_special_tokens=False).ids
+    lead = [] if form.begin is None else [form.begin]
+    if lead and ids[:1] == lead:
+        ids = ids[1:]
+    if ends and form.end is not None and ids[-1:] != [form.end]:
+        ids = [*ids, form.end]
+    stream = np.array(ids, dtype=np.int32)
+    found = []
+    at = 0 if lead else 1
+    while at < len(stream):
+        known = np.concatenate((np.array(lead, dtype=np.int32), stream[max(0, at - 1) : at]))
+        told = stream[at : at + form.length - len(known)]
+        found.append((np.concatenate((known, told)), np.arange(len(known) + len(told)) >= len(known)))
+        at += len(told)
+    return found
+
+
+def pack(pieces: Sequence[Marked], length: int) -> list[Marked]:
+    """Joins them to as few examples of at most ``length`` tokens as best-fit-decreasing finds; none is cut.
+
+    Nothing is cut that need not be, which costs quality (Ding et al., arXiv 2404.10830).
+    """
+    packed: list[list[Marked]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece[0])):
+        size = len(piece[0])
+        place = bisect.bisect_left(rooms, size)
+        if place == len(rooms):
+            room, number = length, len(packed)
+            packed.append([])
+        else:
+            room = rooms[place]
+            number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        packed[number].append(piece)
+        left = room - size
+        if left not in by_room:
+            by_room[left] = []
+            bisect.insort(rooms, left)
+        by_room[left].append(number)
+    return [
+        (np.concatenate([t for t, _ in parts]), np.concatenate([m for _, m in parts])) for parts in packed
+    ]
+
+
+# ── order ──
+
+
+def _side(document: Document, held_out: float, seed: int) -> bool:
+    """Whether a document is held out: by its content, so that copies of it never are on both sides."""
+    drawn = int.from_bytes(_order([document.text, document.messages], seed)[:8], "big")
+    return drawn < held_out * 2**64
+
+
+def _order(content: object, seed: int) -> bytes:
+    text = json.dumps(content, ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), key=str(seed).encode(), digest_size=16).digest()
+
+
+def _shuffled(examples: Iterable[Marked], seed: int) -> list[Marked]:
+    """In an order that depends on the seed and on nothing but their content."""
+
+    def place(example: Marked) -> bytes:
+        tokens, marks = example
+        drawn = hashlib.blake2b(tokens.tobytes(), key=str(seed).encode(), digest_size=16)
+        drawn.update(marks.tobytes())
+        return drawn.digest()
+
+    return sorted(examples, key=place)
+
+
+# ── files ──
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
