@@ -9,7 +9,7 @@ Ways, each once per seed; all see the same examples in the same order:
     online       the same start, the teacher's whole vocabulary at every step
     random       starts as random weights of the same shape; taught as distilled
 
-Measured by `quality` on a text that nobody was trained on: perplexity, KL to the teacher, the same first choice. Prints a
+Measured by `quality` on a text that nobody was trained on: perplexity, KL to the teacher, same first choice. Prints a
 Markdown table (mean and standard deviation over the seeds) and writes DIR/curves.svg and DIR/rows.json.
 """
 

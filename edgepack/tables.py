@@ -120,8 +120,7 @@ def _expected_student(path: str, expected: Mapping[str, Any]) -> list[str]:
     kept = expected["kept_bytes"]
     return [
         f"{path} would hold {expected['parameters']:,} parameters of {expected['teacher_parameters']:,}",
-        f"{expected['steps']} steps over {expected['examples']:,} examples, of which {expected['targets']:,} tokens are "
-        "learned",
+        f"{expected['steps']} steps over {expected['examples']:,} examples; {expected['targets']:,} tokens are learned",
         "the teacher would run beside it"
         if kept is None
         else f"the teacher's logits would take {show(kept)} of disk (exact)",

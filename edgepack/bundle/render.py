@@ -32,11 +32,11 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     ``with_runtime``: the bundle carries bin/llama-server. ``image_digest``: "sha256:…" of the profile's
     image, where the user knows better than the profile. Raises BadInput for a digest that is none.
     """
-    environment = environment(templates() / plan.runtime)
+    files = environment(templates() / plan.runtime)
     values = _values(plan, with_runtime=with_runtime, image=image_for(plan, image_digest))
-    names = (name.removesuffix(".j2") for name in environment.list_templates(extensions=["j2"]))
+    names = (name.removesuffix(".j2") for name in files.list_templates(extensions=["j2"]))
     return {
-        name: environment.get_template(f"{name}.j2").render(values)
+        name: files.get_template(f"{name}.j2").render(values)
         for name in sorted(names)
         if (values["image"] or name not in _CONTAINERS) and (values["jetson"] or name not in _JETSON)
     }
@@ -122,14 +122,14 @@ def _yaml_escape(code: int) -> str:
 def environment(folder: Path) -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=FileSystemLoader(folder, encoding="utf-8"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    found.filters |= {
         "sh": for_sh,
         "systemd": for_systemd,
         "unit_text": for_unit_text,
@@ -138,7 +138,7 @@ def environment(folder: Path) -> Environment:
         "compose": for_compose,
         "variable": for_variable,
     }
-    return environment
+    return found
 
 
 def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> dict[str, object]:

@@ -114,7 +114,7 @@ def checked(recipe: Recipe) -> Recipe:
         (0 < recipe.held_out < 1, f"held_out {recipe.held_out:g} is not between 0 and 1"),
         (recipe.steps is None or recipe.steps >= 1, f"steps {recipe.steps} are none"),
         (recipe.epochs > 0, f"epochs {recipe.epochs:g} are none"),
-        (1 <= recipe.micro, f"micro {recipe.micro} holds no example"),
+        (recipe.micro >= 1, f"micro {recipe.micro} holds no example"),
         (recipe.batch >= 1, f"batch {recipe.batch} has no example"),
         (recipe.rate > 0, f"rate {recipe.rate:g} is not above 0"),
         (0 <= recipe.warmup <= 1, f"warmup {recipe.warmup:g} is not between 0 and 1"),
