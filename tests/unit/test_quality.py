@@ -45,7 +45,18 @@ def test_figures_of_three_windows_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "table"), [(5, 2.571), (7, 2.365), (15, 2.131), (31, 2.040), (127, 1.979)]
+    ("freedom", "table"),
+    [
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (5, 2.571),
+        (7, 2.365),
+        (15, 2.131),
+        (31, 2.040),
+        (127, 1.979),
+    ],
 )
 def test_students_t_is_that_of_the_tables(freedom: int, table: float) -> None:
     assert intervals.student_t(freedom) == pytest.approx(table, rel=0.002)
@@ -95,6 +106,33 @@ def test_the_interval_of_a_share_covers_it_where_windows_differ() -> None:
     truth = float((windows_that_differ(random, 40_000) < 6).mean())
 
     assert 0.91 <= coverage(lambda values: intervals.share(values < 6), truth, times=400) <= 0.99
+
+
+def documents(random: np.random.Generator, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sums over documents of 1 to 200 tokens, and their tokens; the mean of a token is 2."""
+    sizes = random.integers(1, 201, count)
+    return sizes * (2 + 0.5 * random.standard_normal(count)), sizes
+
+
+def test_the_interval_of_a_ratio_covers_it_where_units_differ_in_size() -> None:
+    random = np.random.default_rng(6)
+    found = [intervals.ratio(*documents(random, 24)) for _ in range(400)]
+
+    assert 0.91 <= np.mean([one.low <= 2 <= one.high for one in found]) <= 0.98
+
+
+def test_units_of_one_size_are_a_plain_mean_and_a_plain_share() -> None:
+    values = windows_that_differ(np.random.default_rng(4), 16)
+    means, shares = values.mean(axis=1), (values < 1).mean(axis=1)
+
+    mean, share = intervals.mean(values), intervals.share(values < 1)
+
+    half = intervals.student_t(15) * means.std(ddof=1) / 4
+    assert (mean.value, mean.high) == pytest.approx((means.mean(), means.mean() + half))
+    effect = shares.var(ddof=1) * 60 / (shares.mean() * (1 - shares.mean()))
+    wilson = intervals.wilson(shares.mean(), values.size / max(1, effect))
+    assert (share.value, share.low, share.high) == pytest.approx((wilson.value, wilson.low, wilson.high))
+    assert effect > 1
 
 
 def test_the_interval_of_a_quantile_covers_it() -> None:
