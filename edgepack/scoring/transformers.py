@@ -33,6 +33,7 @@ class Model:
         self.facts = Facts(
             runtime=f"transformers {transformers.__version__}, torch {torch.__version__}, {kind} on {self._device}",
             vocabulary=shape.vocab_size,
+            tokens=self._tokenizer.known,
             context=shape.max_position_embeddings,
             bos=self._tokenizer.bos,
             ends=_ends(self._model.generation_config.eos_token_id),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgepack import heldout, quality, serde, tables
+from edgepack import heldout, quality, scoring, serde, tables
 from edgepack.errors import BadInput, NotFound, QualityTooLow
 from edgepack.evaluation import Estimate, Quality
 from edgepack.progress import Silent
@@ -139,6 +140,41 @@ def test_the_interval_of_a_quantile_covers_it() -> None:
     truth = float(np.quantile(windows_that_differ(np.random.default_rng(20), 40_000), 0.99))
 
     assert 0.88 <= coverage(lambda values: intervals.quantile(values, 0.99, seed=1), truth, times=100) <= 0.99
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Drawn, Drawn], Quality]:
+    """Measures one drawn model against another, as if they were GGUFs."""
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "cache"))
+    files = {name: tmp_path / f"{name}.gguf" for name in ("artifact", "parent")}
+    for name, file in files.items():
+        file.write_text(name, encoding="utf-8")
+    text = heldout.Text(name="t", sha256="0" * 64, content=passage(3, 400))
+
+    def measured(artifact: Drawn, parent: Drawn) -> Quality:
+        models = {files["artifact"]: artifact, files["parent"]: parent}
+        monkeypatch.setattr(scoring, "opened", lambda path, **_: nullcontext(models[path]))
+        return quality.measure(
+            files["artifact"], against=files["parent"], text=text, tokens=800, window=64, progress=Silent()
+        )
+
+    return measured
+
+
+@pytest.mark.parametrize(("artifact", "parent"), [(97, 120), (120, 97), (110, 120)])
+def test_padding_is_left_out_whoever_has_it(
+    pair: Callable[[Drawn, Drawn], Quality], artifact: int, parent: int
+) -> None:
+    found = pair(Drawn(vocabulary=artifact), Drawn(vocabulary=parent)).parent
+
+    assert found is not None
+    assert found.kl.value < 1e-7 and found.same_top.value == 1
+    assert found.log_ratio.value == pytest.approx(0, abs=1e-4)
+
+
+def test_tokens_that_only_one_has_are_no_padding(pair: Callable[[Drawn, Drawn], Quality]) -> None:
+    with pytest.raises(BadInput, match=r"vocabularies of 97 and 120, and .* there are tokens up to 109"):
+        pair(Drawn(), Drawn(vocabulary=120, tokens=110))
 
 
 def test_pairing_makes_the_difference_far_tighter_than_either() -> None:
