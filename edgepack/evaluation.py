@@ -57,6 +57,30 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A model on the held-out responses that it was distilled for, beside its teacher."""
+
+    model: str
+    """Name of its folder."""
+    tokens: int
+    """Responses that were predicted."""
+    nll: Estimate
+    """Negative log-likelihood of the data's own tokens, nats a token."""
+    kl: Estimate | None
+    """Mean of KL(teacher || model), nats a token; None for the teacher itself."""
+    same_top: Estimate | None
+    """Share of tokens whose first choice is the teacher's."""
+    by_example: tuple[float, ...]
+    """Nats of each example's responses together, so that models are compared example by example."""
+
+    @property
+    def perplexity(self) -> Estimate:
+        return Estimate(
+            value=math.exp(self.nll.value), low=math.exp(self.nll.low), high=math.exp(self.nll.high)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """How many items were answered right, and what became of the parent's answers."""
 

@@ -53,8 +53,9 @@ def measure(
     ``artifact``: a .gguf file or the folder of any format. ``against``: the model that it was made from, a folder
     or a .gguf; what it says is computed once and kept in the cache, and so is the result. ``fingerprints``: of the
     text that the artifact was calibrated on (heldout.fingerprints). ``kv_type``: KV cache of a GGUF artifact.
-    Raises BadInput for a text that is too short, a text that the artifact was calibrated on, and a parent with
-    another vocabulary, and what `scoring.opened` raises.
+    Rows of padding that only one of the two has are left out on both sides. Raises BadInput for a text that is too
+    short, a text that the artifact was calibrated on, and a parent with another vocabulary, and what `scoring.opened`
+    raises.
     """
     heldout.require_held_out(text, fingerprints)
     asked = _Asked(
@@ -182,9 +183,8 @@ def _measured(asked: _Asked, progress: Progress) -> Quality:
     with _opened(asked) as scorer:
         pieces = _windows(scorer, asked.cut)
         if known is not None:
-            _require_same(
-                asked, known.windows.tolist(), known.codes.shape[2], pieces, scorer.facts.vocabulary
-            )
+            cut = _Cuts(windows=known.windows.tolist(), vocabulary=known.codes.shape[2], tokens=known.tokens)
+            known = reference.within(known, _common(asked, cut, _cuts(scorer, pieces)))
         right = () if tasks is None else questions.answer(tasks, scorer, progress, title="the artifact")
         if known is None:
             nll = _likelihoods(scorer, pieces, progress)
@@ -245,13 +245,13 @@ def _references(asked: _Asked, parent: Path, progress: Progress) -> tuple[Refere
     if known is not None and (items is None or theirs is not None):
         return known, theirs
     with _opened(asked) as scorer:  # what cannot be compared is found out before the parent is scored
-        pieces, vocabulary = _windows(scorer, asked.cut), scorer.facts.vocabulary
+        ours = _cuts(scorer, _windows(scorer, asked.cut))
     with (
         _runnable(parent, asked.artifact, progress) as model,
         scoring.opened(model, threads=asked.threads) as scorer,
     ):
         own = _windows(scorer, asked.cut)
-        _require_same(asked, own, scorer.facts.vocabulary, pieces, vocabulary)
+        _common(asked, _cuts(scorer, own), ours)
         if tasks is not None and items is not None and theirs is None:
             theirs = questions.answer(tasks, scorer, progress, title="the parent")
             questions.remember(items, theirs)
@@ -294,25 +294,41 @@ def _windows(scorer: Model, cut: Cut) -> list[list[int]]:
     return found
 
 
-def _require_same(
-    asked: _Asked,
-    theirs: list[list[int]],
-    their_vocabulary: int,
-    ours: list[list[int]],
-    our_vocabulary: int,
-) -> None:
-    """Raises BadInput when logits of the parent's and the artifact's are not of the same tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cuts:
+    """A text in a model's tokens, and how many of these the model has."""
+
+    windows: list[list[int]]
+    vocabulary: int
+    """Rows of logits."""
+    tokens: int
+    """Those that are no padding."""
+
+
+def _cuts(scorer: Model, windows: list[list[int]]) -> _Cuts:
+    return _Cuts(windows=windows, vocabulary=scorer.facts.vocabulary, tokens=scorer.facts.tokens)
+
+
+def _common(asked: _Asked, theirs: _Cuts, ours: _Cuts) -> int:
+    """Logits that the parent and the artifact both have, which are of the same tokens.
+
+    Sizes of one family differ by padding: Qwen2.5 has 152,064 rows from 7B on and 151,936 below, for the same 151,665
+    tokens. Raises BadInput when there is more to it.
+    """
     names = f"{asked.artifact.name} and {asked.parent}"
-    if theirs != ours:
+    if theirs.windows != ours.windows:
         raise BadInput(
             f"{names} cut the text into different tokens",
             hint="compare it with the model that it was made from, or with the tokenizer of this version of it",
         )
-    if their_vocabulary != our_vocabulary:
+    common = min(theirs.vocabulary, ours.vocabulary)
+    if theirs.vocabulary != ours.vocabulary and max(theirs.tokens, ours.tokens) > common:
         raise BadInput(
-            f"{names} have vocabularies of {our_vocabulary} and {their_vocabulary}",
+            f"{names} have vocabularies of {ours.vocabulary} and {theirs.vocabulary}, and it is not padding that one "
+            f"has more: there are tokens up to {max(theirs.tokens, ours.tokens) - 1}",
             hint="compare it with the model that it was made from",
         )
+    return common
 
 
 def _likelihoods(scorer: Model, pieces: Sequence[Sequence[int]], progress: Progress) -> Floats:

@@ -12,15 +12,28 @@ from edgepack.scoring import Facts
 
 
 class Drawn:
-    """Letters are tokens; the logits after a token depend on it and its place only. ``noise`` moves them."""
+    """Letters are tokens; the logits after a token depend on it and its place only. ``noise`` moves them.
 
-    def __init__(self, *, vocabulary: int = 97, seed: int = 1, noise: float = 0.0, context: int = 64) -> None:
-        self.facts = Facts(runtime="drawn", vocabulary=vocabulary, context=context, bos=None, ends=(0,))
+    Models of different ``vocabulary`` agree on the logits that they both have, when there is no noise.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int = 97,
+        tokens: int = 97,
+        seed: int = 1,
+        noise: float = 0.0,
+        context: int = 64,
+    ) -> None:
+        self.facts = Facts(
+            runtime="drawn", vocabulary=vocabulary, tokens=tokens, context=context, bos=None, ends=(0,)
+        )
         self.asked = 0
         self._seed, self._noise = seed, noise
 
     def tokenize(self, text: str) -> list[int]:
-        return [ord(letter) % self.facts.vocabulary for letter in text]
+        return [ord(letter) % 97 for letter in text]
 
     def text(self, tokens: Sequence[int]) -> str:
         return "".join(chr(token) for token in tokens)
@@ -39,8 +52,11 @@ class Scripted(Drawn):
     """Knows some texts by heart: the next letter of each is likelier than any other by ``margin`` nats."""
 
     def __init__(self, *texts: str, margin: float = 20.0) -> None:
-        super().__init__(vocabulary=128, context=200)
+        super().__init__(vocabulary=128, tokens=128, context=200)
         self._texts, self._margin = texts, margin
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> NDArray[np.float32]:
         said = self.text(tokens)

@@ -37,6 +37,8 @@ class Facts:
     """Name, version, and the types it computes in where they are not the model's own."""
     vocabulary: int
     """Logits a row: rows of the output matrix, padding included."""
+    tokens: int
+    """Ids below it are tokens; what rows from it on say is nothing (a matrix is padded for speed)."""
     context: int
     """Tokens it was trained on; longer windows mean nothing."""
     bos: int | None

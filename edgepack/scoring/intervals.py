@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +19,17 @@ Floats = NDArray[np.float64]
 
 def mean(values: Floats, *, least: float = -math.inf) -> Estimate:
     """Mean over [windows, tokens] with the t interval of the windows' means; ends below ``least`` cannot be."""
-    means = values.mean(axis=1)
-    center = float(means.mean())
-    half = student_t(len(means) - 1) * float(means.std(ddof=1)) / math.sqrt(len(means))
-    return Estimate(value=center, low=max(least, center - half), high=center + half)
+    return ratio(values.sum(axis=1), np.full(len(values), values.shape[1]), least=least)
+
+
+def ratio(above: Floats, below: Floats | NDArray[np.int64], *, least: float = -math.inf) -> Estimate:
+    """Sum over sum of units of unequal size, such as nats over tokens: ``above`` and ``below`` are [units].
+
+    The t interval of the linearized ratio (Cochran, Sampling Techniques, 1977, section 6.4).
+    """
+    value = float(above.sum() / below.sum())
+    half = student_t(len(above) - 1) * _deviation(above, below, value)
+    return Estimate(value=value, low=max(least, value - half), high=value + half)
 
 
 def exp(log: Estimate) -> Estimate:
@@ -29,15 +37,28 @@ def exp(log: Estimate) -> Estimate:
 
 
 def share(hits: NDArray[np.bool_]) -> Estimate:
-    """Share of true values in [windows, tokens]: Wilson's interval at the number of independent tokens.
+    """Share of true values in [windows, tokens], with the interval of `proportion`."""
+    return proportion(hits.sum(axis=1), np.full(len(hits), hits.shape[1]))
 
-    That number is the tokens over the design effect, the variance of the windows' shares relative to independent
+
+def proportion(hits: NDArray[np.int64], of: NDArray[np.int64]) -> Estimate:
+    """Share of ``hits`` in ``of``, both tokens [units]: Wilson's interval at the number of independent tokens.
+
+    That number is the tokens over the design effect, the variance of the units' shares relative to independent
     tokens' (Kish 1965); never more than the tokens. So it is no point where all agree.
     """
-    value = float(hits.mean())
-    independent = value * (1 - value) / hits.shape[1]
-    effect = float(hits.mean(axis=1).var(ddof=1)) / independent if independent else 1.0
-    return wilson(value, hits.size / max(1.0, effect))
+    total = int(of.sum())
+    value = float(hits.sum()) / total
+    independent = value * (1 - value) / total
+    effect = _deviation(hits, of, value) ** 2 / independent if independent else 1.0
+    return wilson(value, total / max(1.0, effect))
+
+
+def _deviation(above: NDArray[Any], below: NDArray[Any], value: float) -> float:
+    """Standard error of the ratio ``value`` of two sums."""
+    apart = above - value * below
+    count = len(apart)
+    return math.sqrt(count / (count - 1) * float((apart**2).sum())) / float(below.sum())
 
 
 def wilson(value: float, count: float) -> Estimate:
@@ -64,11 +85,17 @@ def quantile(values: Floats, at: float, *, seed: int) -> Estimate:
     return Estimate(value=drawn(np.ones(count, dtype=np.int64)), low=float(low), high=float(high))
 
 
+_FEW = (12.7062, 4.3027, 3.1824, 2.7764)
+"""Student's t at LEVEL for 1 to 4 degrees of freedom, where the expansion is off (Abramowitz & Stegun, table 26.10)."""
+
+
 def student_t(freedom: int) -> float:
-    """Two-sided quantile of Student's t at LEVEL, to 0.2 % from 5 degrees of freedom on.
+    """Two-sided quantile of Student's t at LEVEL, to 0.2 %.
 
     Expansion around the normal quantile (Abramowitz & Stegun 26.7.5).
     """
+    if freedom <= len(_FEW):
+        return _FEW[freedom - 1]
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
     terms = (
         z,

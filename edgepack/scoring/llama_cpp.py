@@ -22,6 +22,8 @@ UBATCH = 256
 """Tokens computed at once: the weights are read once for so many, and llama.cpp holds as many rows of logits, 156 MB
 for a vocabulary of 152,000."""
 
+_UNUSED = 1 << 1
+"""LLAMA_TOKEN_ATTR_UNUSED (llama.h): what converters call rows without a token."""
 _ROOM = 256
 """A context is made for so many tokens or a multiple of it."""
 
@@ -54,6 +56,12 @@ class Model:
         self.facts = Facts(
             runtime=f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}), KV cache {options.kv_type}",
             vocabulary=vocabulary,
+            tokens=1
+            + max(
+                token
+                for token in range(vocabulary)
+                if not self._llama.llama_vocab_get_attr(self._vocab, token) & _UNUSED
+            ),
             context=self._llama.llama_model_n_ctx_train(self._model),
             bos=self._llama.llama_vocab_bos(self._vocab) if adds else None,
             ends=tuple(

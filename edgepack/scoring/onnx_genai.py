@@ -46,6 +46,7 @@ class Model:
         self.facts = Facts(
             runtime=f"onnxruntime-genai {onnxruntime_genai.__version__}",
             vocabulary=told["vocab_size"],
+            tokens=self._tokenizer.known,
             context=told["context_length"],
             bos=self._tokenizer.bos,
             ends=(ends,) if isinstance(ends, int) else tuple(ends),

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ CACHE_LIMIT = 16 * GIB
 """Most that all of them may take together; those longest unused go first."""
 
 _STEPS = 65535
-VERSION = 1
+VERSION = 2
 """Raised when a reference is made otherwise, so that old ones are not taken for new ones."""
 _CHUNK = 1 << 22
 """Logits worked on at a time."""
@@ -52,6 +52,8 @@ class Reference:
     """The parent's distributions; rows are those after every token of a window but its last."""
 
     runtime: str
+    tokens: int
+    """Ids of the parent below it are tokens, the others padding."""
     windows: NDArray[np.int32]
     """[windows, tokens]"""
     codes: NDArray[np.uint16]
@@ -100,6 +102,7 @@ def find(name: str) -> Reference | None:
     facts = json.loads((place / "reference.json").read_text(encoding="utf-8"))
     return Reference(
         runtime=facts["runtime"],
+        tokens=facts["tokens"],
         windows=np.load(place / "windows.npy", allow_pickle=False),
         codes=np.memmap(place / "codes.u16", mode="r", dtype=np.uint16, shape=tuple(facts["shape"])),
         lines=np.load(place / "lines.npy", allow_pickle=False),
@@ -139,7 +142,14 @@ def make(name: str, parent: Model, windows: list[list[int]], progress: Progress)
         codes.flush()
         for title, values in (("windows", tokens), ("lines", lines), ("top", top), ("nll", nll)):
             np.save(place / f"{title}.npy", values, allow_pickle=False)
-        text = json.dumps({"schema_version": 1, "runtime": parent.facts.runtime, "shape": shape})
+        text = json.dumps(
+            {
+                "runtime": parent.facts.runtime,
+                "schema_version": 2,
+                "shape": shape,
+                "tokens": parent.facts.tokens,
+            }
+        )
         (place / "reference.json").write_text(text, encoding="utf-8")
     found = find(name)
     if found is None:
@@ -147,14 +157,35 @@ def make(name: str, parent: Model, windows: list[list[int]], progress: Progress)
     return found
 
 
+def within(reference: Reference, vocabulary: int) -> Reference:
+    """The parent's distributions among its first tokens alone, as if the rows behind them were not there.
+
+    Likelihoods are then off by no more than the codes' rounding: half a step, times what the other rows had of 1.
+    """
+    if vocabulary == reference.codes.shape[2]:
+        return reference
+    nll, top = reference.nll.copy(), reference.top.copy()
+    for window, codes in enumerate(reference.codes):
+        for piece in _pieces(codes.shape):
+            weights = np.exp(decode(codes[piece], reference.lines[window, piece]))
+            inside = weights[:, :vocabulary]
+            nll[window, piece] += np.log(inside.sum(1, dtype=np.float64) / weights.sum(1, dtype=np.float64))
+            best = inside.argmax(axis=1).astype(np.int32)
+            top[window, piece] = np.where(top[window, piece] < vocabulary, top[window, piece], best)
+    return replace(reference, codes=reference.codes[..., :vocabulary], nll=nll, top=top)
+
+
 def compare(scorer: Model, reference: Reference, progress: Progress) -> Scores:
-    """Scores the reference's windows with another model, one window in memory at a time."""
-    shape = reference.top.shape
+    """Scores the reference's windows with another model, one window in memory at a time.
+
+    The model may have more rows than the reference; they are cut off before the softmax.
+    """
+    shape, vocabulary = reference.top.shape, reference.codes.shape[2]
     nll, kl = np.empty(shape), np.empty(shape)
     agrees = np.empty(shape, dtype=np.bool_)
     with progress.bar("scoring the artifact", shape[0]) as advance:
         for at, row in enumerate(reference.windows):
-            logits = scorer.logits(row[:-1])
+            logits = scorer.logits(row[:-1])[:, :vocabulary]
             nll[at] = likelihood(logits, row[1:])
             agrees[at] = logits.argmax(axis=1) == reference.top[at]
             kl[at] = divergence(reference.codes[at], reference.lines[at], logits)

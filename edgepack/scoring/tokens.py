@@ -28,6 +28,8 @@ class Tokenizer:
         self._tokenizer.no_padding()
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self.known: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        """Ids below it are tokens."""
         self.bos: int | None = whole[0] if whole[: len(plain)] != plain else None
 
     def tokenize(self, text: str) -> list[int]:

@@ -87,6 +87,26 @@ def test_llama_cpp_and_transformers_compute_the_same_distributions(models: Path)
         assert abs((found.nll - known.nll).mean()) < 1e-4, name
 
 
+def test_rows_of_padding_are_no_difference_on_either_side(tmp_path: Path, models: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    more = shutil.copytree(DEMO, tmp_path / "padded")
+    config = json.loads((more / "config.json").read_text(encoding="utf-8")) | {"vocab_size": 2176}
+    (more / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(more / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = np.concatenate((table, 1.5 * table[300:428]))  # likely ones
+    save_file(tensors, more / "model.safetensors", metadata={"format": "pt"})
+    padded = convert.convert(more, tmp_path / "padded.gguf", outtype="F16", progress=Silent())
+
+    for artifact, against in ((padded, models / "F16.gguf"), (models / "F16.gguf", more)):
+        found = measured(artifact, against=against, tokens=512, window=64).parent
+
+        assert found is not None
+        assert found.kl.value < 5e-7 and found.same_top.value > 0.99
+        assert abs(found.log_ratio.value) < 1e-4
+
+
 def test_schemes_lose_in_the_order_of_their_bits(models: Path) -> None:
     found = {name: measured(models / f"{name}.gguf").parent for name in ("F16", "Q8_0", "Q4_K_M", "Q2_K")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgepack import heldout, quality, serde, tables
+from edgepack import heldout, quality, scoring, serde, tables
 from edgepack.errors import BadInput, NotFound, QualityTooLow
 from edgepack.evaluation import Estimate, Quality
 from edgepack.progress import Silent
@@ -45,7 +46,18 @@ def test_figures_of_three_windows_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("freedom", "table"), [(5, 2.571), (7, 2.365), (15, 2.131), (31, 2.040), (127, 1.979)]
+    ("freedom", "table"),
+    [
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (4, 2.776),
+        (5, 2.571),
+        (7, 2.365),
+        (15, 2.131),
+        (31, 2.040),
+        (127, 1.979),
+    ],
 )
 def test_students_t_is_that_of_the_tables(freedom: int, table: float) -> None:
     assert intervals.student_t(freedom) == pytest.approx(table, rel=0.002)
@@ -97,10 +109,72 @@ def test_the_interval_of_a_share_covers_it_where_windows_differ() -> None:
     assert 0.91 <= coverage(lambda values: intervals.share(values < 6), truth, times=400) <= 0.99
 
 
+def documents(random: np.random.Generator, count: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Sums over documents of 1 to 200 tokens, and their tokens; the mean of a token is 2."""
+    sizes = random.integers(1, 201, count)
+    return sizes * (2 + 0.5 * random.standard_normal(count)), sizes
+
+
+def test_the_interval_of_a_ratio_covers_it_where_units_differ_in_size() -> None:
+    random = np.random.default_rng(6)
+    found = [intervals.ratio(*documents(random, 24)) for _ in range(400)]
+
+    assert 0.91 <= np.mean([one.low <= 2 <= one.high for one in found]) <= 0.98
+
+
+def test_units_of_one_size_are_a_plain_mean_and_a_plain_share() -> None:
+    values = windows_that_differ(np.random.default_rng(4), 16)
+    means, shares = values.mean(axis=1), (values < 1).mean(axis=1)
+
+    mean, share = intervals.mean(values), intervals.share(values < 1)
+
+    half = intervals.student_t(15) * means.std(ddof=1) / 4
+    assert (mean.value, mean.high) == pytest.approx((means.mean(), means.mean() + half))
+    effect = shares.var(ddof=1) * 60 / (shares.mean() * (1 - shares.mean()))
+    wilson = intervals.wilson(shares.mean(), values.size / max(1, effect))
+    assert (share.value, share.low, share.high) == pytest.approx((wilson.value, wilson.low, wilson.high))
+    assert effect > 1
+
+
 def test_the_interval_of_a_quantile_covers_it() -> None:
     truth = float(np.quantile(windows_that_differ(np.random.default_rng(20), 40_000), 0.99))
 
     assert 0.88 <= coverage(lambda values: intervals.quantile(values, 0.99, seed=1), truth, times=100) <= 0.99
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Drawn, Drawn], Quality]:
+    """Measures one drawn model against another, as if they were GGUFs."""
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "cache"))
+    files = {name: tmp_path / f"{name}.gguf" for name in ("artifact", "parent")}
+    for name, file in files.items():
+        file.write_text(name, encoding="utf-8")
+    text = heldout.Text(name="t", sha256="0" * 64, content=passage(3, 400))
+
+    def measured(artifact: Drawn, parent: Drawn) -> Quality:
+        models = {files["artifact"]: artifact, files["parent"]: parent}
+        monkeypatch.setattr(scoring, "opened", lambda path, **_: nullcontext(models[path]))
+        return quality.measure(
+            files["artifact"], against=files["parent"], text=text, tokens=800, window=64, progress=Silent()
+        )
+
+    return measured
+
+
+@pytest.mark.parametrize(("artifact", "parent"), [(97, 120), (120, 97), (110, 120)])
+def test_padding_is_left_out_whoever_has_it(
+    pair: Callable[[Drawn, Drawn], Quality], artifact: int, parent: int
+) -> None:
+    found = pair(Drawn(vocabulary=artifact), Drawn(vocabulary=parent)).parent
+
+    assert found is not None
+    assert found.kl.value < 1e-7 and found.same_top.value == 1
+    assert found.log_ratio.value == pytest.approx(0, abs=1e-4)
+
+
+def test_tokens_that_only_one_has_are_no_padding(pair: Callable[[Drawn, Drawn], Quality]) -> None:
+    with pytest.raises(BadInput, match=r"vocabularies of 97 and 120, and .* there are tokens up to 109"):
+        pair(Drawn(), Drawn(vocabulary=120, tokens=110))
 
 
 def test_pairing_makes_the_difference_far_tighter_than_either() -> None:

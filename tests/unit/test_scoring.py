@@ -116,6 +116,29 @@ def test_the_figures_are_those_of_the_whole_distributions() -> None:
     assert (found.agrees[3] == (p.argmax(axis=1) == q.argmax(axis=1))).all()
 
 
+def test_rows_that_only_the_parent_has_are_as_if_they_were_not_there() -> None:
+    plain = reference.make("plain", Drawn(), windows(), Silent())
+    padded = reference.make("padded", Drawn(vocabulary=120), windows(), Silent())
+    assert (padded.nll > plain.nll + 0.01).any() and (padded.top >= 97).any()
+
+    cut = reference.within(padded, 97)
+    found = reference.compare(Drawn(), cut, Silent())
+
+    assert cut.nll == pytest.approx(plain.nll, abs=3e-4)  # half a step of logits that span 35
+    assert (cut.top == plain.top).all()
+    assert found.kl.max() < 1e-7 and found.agrees.all()
+    assert reference.within(plain, 97) is plain
+
+
+def test_rows_that_only_the_artifact_has_are_as_if_they_were_not_there() -> None:
+    known = reference.make("a", Drawn(), windows(), Silent())
+
+    found = reference.compare(Drawn(vocabulary=120), known, Silent())
+
+    assert (found.nll == known.nll).all()
+    assert found.kl.max() < 1e-7 and found.agrees.all()
+
+
 def test_a_reference_that_was_stopped_leaves_nothing_and_is_made_again() -> None:
     class Stops(Drawn):
         def logits(self, tokens: Sequence[int], first: int = 0) -> NDArray[np.float32]:

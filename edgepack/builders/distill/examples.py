@@ -427,12 +427,13 @@ def form(model: Path, length: int) -> Form:
         own=own is not None,
         begin=around.begin,
         end=around.end,
-        rows=_embedding_rows(model),
+        rows=embedding_rows(model),
         length=length,
     )
 
 
-def _embedding_rows(model: Path) -> int | None:
+def embedding_rows(model: Path) -> int | None:
+    """Tokens that a model has rows for, padding included; None where its configuration does not say."""
     place = model / "config.json"
     if not place.is_file():
         return None
