@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+import importlib.util
+import io
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgepack.errors import BadInput
+from edgepack import serde
+from edgepack.artifact import Checkpoint
+from edgepack.builders import child, safetensors
+from edgepack.builders.distill import Precision
+from edgepack.builders.distill.examples import Examples
+from edgepack.calibration import encoder
+from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, Unsupported
+from edgepack.progress import Progress
+from edgepack.units import MIB
+from edgepack.workspace import fsync_dir, require_space, sha256_file, whole_file, write_text
 
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_K = 64
+"""Outcomes that are kept of each token."""
+BATCH_TOKENS = 4096
+"""Tokens that go through the teacher at once."""
+SHARD_ROWS = 32768
+"""About 9 MB, and what a killed process does again at most; in one, examples of like length share a batch."""
 ABOUT = "about.json"
 """Written last: where it is, all shards are."""
-VERSION = 1
+
+_VERSION = 1
 """Raised when the same inputs give other bytes."""
+_HEAD_VALUES = 1 << 26
+"""Logits that are made at once. More rows serve the large matrix of a head better: 128 MiB in 16 bits."""
+_CACHED_VALUES = 1 << 19
+"""Logits that are looked at in one go: 2 MiB in 32 bits stay in a core's cache."""
+_SMALLEST = float(np.finfo(np.float16).min)
+_AGAIN = "run the same command again: what is whole is kept, the rest is made again"
+_SHARD = re.compile(r"(\d{6})-([0-9a-f]{16})\.npy\Z")
+"""Its number, and the start of its own sha256."""
+
+Computed = Literal["bf16", "fp32"]
+Shard = NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +63,7 @@ class Rows:
     logits: NDArray[np.float32]
     """[n, k]: theirs, less the largest of the row, to 16 bits."""
     lse: NDArray[np.float32]
-    """[n]: log-sum-exp over the whole vocabulary of such logits; with it the tail's mass is exact, not to 16 bits."""
+    """[n]: log-sum-exp of such logits over the whole vocabulary, by which the tail has its mass exactly."""
     lse_t: NDArray[np.float32]
     """[n]: of the logits divided by ``temperature``."""
     target: NDArray[np.float32]
@@ -37,35 +73,63 @@ class Rows:
     """The ids from 0 that the log-sum-exps are over."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """All that the bytes depend on, beside the machine's own rounding."""
+
+    version: int = _VERSION
+    teacher: str
+    """Revision of its checkpoint."""
+    tokenizer: str
+    """sha256 of tokenizer.json."""
+    examples: str
+    """Their digest."""
+    k: int
+    temperature: float
+    vocabulary: int
+    precision: Computed
+    """What the teacher's matrices are multiplied in."""
+    batch_tokens: int
+    shard_rows: int
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(serde.to_json(self).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """What is in a folder."""
+
+    identity: Identity
+    rows: int
+    bytes_per_token: int
+    shards: tuple[str, ...]
+    """File names, in the order of their rows."""
+
+
 class Kept:
     """A teacher's rows, memory-mapped; row r is of the r-th token of a response in the examples' order."""
 
-    def __init__(self, folder: Path, about: Mapping[str, object]) -> None:
+    def __init__(self, folder: Path, about: About) -> None:
         self.folder = folder
         self.about = about
-        self.k = _whole(about, "k", folder)
-        self.vocabulary = _whole(about, "vocabulary", folder)
-        self.temperature = float(str(about["temperature"]))
+        self.k = about.identity.k
+        self.vocabulary = about.identity.vocabulary
+        self.temperature = about.identity.temperature
         self._row = row_type(self.k, self.vocabulary)
-        self._shards: list[NDArray[np.void]] = []
-        starts = [0]
-        for name in _names(about, folder):
-            shard = _open(folder / name, self._row)
-            self._shards.append(shard)
-            starts.append(starts[-1] + len(shard))
-        self._starts = np.array(starts)
-        if starts[-1] != _whole(about, "rows", folder):
-            raise BadInput(f"{folder} has {starts[-1]} rows and not {about['rows']}", hint=_AGAIN)
+        self._shards = [_open(folder / name, self._row) for name in about.shards]
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        if len(self) != about.rows:
+            raise BadInput(f"{folder} has {len(self)} rows and not {about.rows}", hint=_AGAIN)
 
     @classmethod
     def open(cls, folder: Path) -> Kept:
         """Raises BadInput for a folder that is not whole."""
         try:
-            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            about = serde.load_json(About, folder / ABOUT)
+        except OSError as error:
             raise BadInput(f"{folder} holds no kept teacher: {error}", hint=_AGAIN) from error
-        if not isinstance(about, dict) or about.get("version") != VERSION:
-            raise BadInput(f"{folder / ABOUT} is not of version {VERSION}", hint=_AGAIN)
         return cls(folder, about)
 
     @property
@@ -81,7 +145,7 @@ class Kept:
             raise IndexError(f"rows {first} to {last} of {len(self)}")
         parts = [
             shard[max(0, first - start) : last - start]
-            for shard, start in zip(self._shards, self._starts[:-1].tolist(), strict=True)
+            for shard, start in zip(self._shards, self._starts.tolist(), strict=False)
             if start < last and first < start + len(shard)
         ]
         found = np.concatenate(parts) if parts else np.empty(0, self._row)
@@ -94,6 +158,96 @@ class Kept:
             temperature=self.temperature,
             vocabulary=self.vocabulary,
         )
+
+
+def keep(
+    teacher: Checkpoint,
+    examples: Path,
+    folder: Path,
+    *,
+    k: int = DEFAULT_K,
+    temperature: float,
+    vocabulary: int | None = None,
+    precision: Precision = "auto",
+    threads: int,
+    progress: Progress,
+    batch_tokens: int = BATCH_TOKENS,
+    shard_rows: int = SHARD_ROWS,
+) -> Path:
+    """Where, below ``folder``, it is kept what the teacher says of the examples; made now unless it is there.
+
+    ``vocabulary``: the ids from 0 that its distributions are over, by default those that its tokenizer knows: a model's
+    rows beyond are padding, and another student may have more or fewer of them. Killed and run again, it keeps the
+    shards that are whole, makes the others and those that are damaged, and ends with the same bytes.
+
+    Raises MissingTool, BadInput for examples that are not in the teacher's tokens and for logits that are no numbers,
+    Unsupported for a model that is not in safetensors or makes its logits in an unknown way, NoSpace, BuildFailed.
+    """
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingTool(f"{package} is not installed", hint="pip install 'edgepack[distill]'")
+    safetensors.checkpoint(teacher.path)
+    data = Examples.open(examples)
+    known = known_ids(teacher.path)
+    vocabulary = known if vocabulary is None else min(known, vocabulary)
+    _require_examples(data, vocabulary, teacher)
+    identity = Identity(
+        teacher=teacher.revision,
+        tokenizer=sha256_file(teacher.path / "tokenizer.json"),
+        examples=data.digest,
+        k=min(k, vocabulary),
+        temperature=float(temperature),
+        vocabulary=vocabulary,
+        precision=computed(precision),
+        batch_tokens=batch_tokens,
+        shard_rows=shard_rows,
+    )
+    place = folder / identity.digest
+    if _whole(place):
+        return place
+    place.mkdir(parents=True, exist_ok=True)
+    there = sum(path.stat().st_size for path in _shards(place).values())
+    row = row_type(identity.k, vocabulary)
+    require_space(place, max(0, data.response_tokens * row.itemsize - there) + MIB)
+    job = _Job(
+        teacher=str(teacher.path.resolve()), name=teacher.source, examples=str(examples.resolve()),
+        folder=str(place.resolve()), identity=identity, threads=threads,
+    )  # fmt: skip
+    write_text(place / "job.json", serde.to_json(job))
+    child.run(
+        "edgepack.builders.distill.teacher",
+        [place.resolve() / "job.json"],
+        title=f"{teacher.source} reads {data.response_tokens} tokens of responses",
+        cwd=place,
+        log=folder / f"{identity.digest}.log",
+        threads=threads,
+        progress=progress,
+    )
+    (place / "job.json").unlink()
+    Kept.open(place)
+    return place
+
+
+def known_ids(model: Path) -> int:
+    """The ids from 0 that a model's tokenizer may give, and the model has rows for."""
+    words = encoder.load(model).get_vocab(with_added_tokens=True)
+    config = serde.read_object(model / "config.json")
+    text = config.get("text_config", config)
+    rows = text.get("vocab_size") if isinstance(text, Mapping) else None
+    if not isinstance(rows, int):
+        raise BadInput(f"{model / 'config.json'} has no vocab_size")
+    return min(rows, 1 + max(int(at) for at in words.values()))
+
+
+def computed(precision: Precision) -> Computed:
+    """What "auto" is on this machine: bf16 where a GPU or a CPU multiplies it (AVX512-BF16, AMX, ARM's BF16)."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def row_type(k: int, vocabulary: int) -> np.dtype[np.void]:
@@ -150,10 +304,46 @@ def _lanes(bits: int) -> list[tuple[int, int, int, int]]:
     return [(i, i * bits // 8, i * bits % 8, -(-(i * bits % 8 + bits) // 8)) for i in range(8)]
 
 
-def _open(path: Path, row: np.dtype[np.void]) -> NDArray[np.void]:
+def _require_examples(data: Examples, vocabulary: int, teacher: Checkpoint) -> None:
+    if not data.response_tokens:
+        raise BadInput(f"{data.folder} has no token of a response", hint="nothing could be learned from it")
+    largest = int(data.tokens.max())
+    if largest >= vocabulary or data.tokens.min() < 0:
+        raise BadInput(
+            f"{data.folder} has the token {largest}, and {teacher.source} knows {vocabulary}",
+            hint="examples must be in the teacher's own tokens",
+        )
+
+
+def _whole(place: Path) -> bool:
+    """Whether all is there, to the last bit; what is damaged is removed, so that it is made again."""
+    if not (place / ABOUT).is_file():
+        return False
+    about = serde.load_json(About, place / ABOUT)
+    there = {path.name for path in _shards(place).values()}
+    if set(about.shards) <= there:
+        return True
+    (place / ABOUT).unlink()
+    fsync_dir(place)
+    return False
+
+
+def _shards(place: Path) -> Mapping[int, Path]:
+    """The shards that are what their names say, by number; others are removed."""
+    found = {}
+    for path in sorted(place.glob("*.npy")):
+        name = _SHARD.match(path.name)
+        if name is not None and sha256_file(path).startswith(name[2]):
+            found[int(name[1])] = path
+        else:
+            path.unlink()
+    return found
+
+
+def _open(path: Path, row: np.dtype[np.void]) -> Shard:
     """A shard, memory-mapped."""
     try:
-        shard: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+        shard: Shard = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadInput(f"{path} is no whole shard: {error}", hint=_AGAIN) from error
     if shard.dtype != row or shard.ndim != 1:
@@ -161,18 +351,316 @@ def _open(path: Path, row: np.dtype[np.void]) -> NDArray[np.void]:
     return shard
 
 
-def _names(about: Mapping[str, object], folder: Path) -> list[str]:
-    names = about.get("shards")
-    if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names):
-        raise BadInput(f"{folder / ABOUT} does not name its shards", hint=_AGAIN)
-    return names
+# ── the other process ──
 
 
-def _whole(about: Mapping[str, object], name: str, folder: Path) -> int:
-    value = about.get(name)
-    if not isinstance(value, int):
-        raise BadInput(f"{folder / ABOUT} has no {name}", hint=_AGAIN)
-    return value
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    teacher: str
+    name: str
+    examples: str
+    folder: str
+    identity: Identity
+    threads: int
 
 
-_AGAIN = "run the same command again: what is whole is kept, the rest is made again"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Examples that go through the teacher together."""
+
+    examples: tuple[int, ...]
+    length: int
+    """Tokens of the longest, up to its last response."""
+
+
+def batches(data: Examples, first: int, last: int, tokens: int) -> Iterator[Batch]:
+    """The examples from ``first`` to ``last`` that have responses, those of like length together, longest first."""
+    lengths = {
+        at: int(np.flatnonzero(data[at].response)[-1]) + 1
+        for at in range(first, last)
+        if data.rows[at + 1] > data.rows[at]
+    }
+    order = sorted(lengths, key=lambda at: (-lengths[at], at))
+    while order:
+        longest = lengths[order[0]]
+        count = max(1, tokens // longest)
+        yield Batch(examples=tuple(order[:count]), length=longest)
+        order = order[count:]
+
+
+def ranges(data: Examples, rows: int) -> list[tuple[int, int]]:
+    """The examples of each shard, (first, last): as many as have ``rows`` rows together, and at least one."""
+    found, first = [], 0
+    while first < len(data) and data.rows[first] < data.rows[-1]:
+        last = int(np.searchsorted(data.rows, data.rows[first] + rows, side="right")) - 1
+        last = min(max(last, first + 1), len(data))
+        found.append((first, last))
+        first = last
+    return found
+
+
+class Teacher:
+    """A transformers model that says what follows each token of a response."""
+
+    def __init__(self, path: Path, name: str, precision: Computed, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        from edgepack.builders.distill import loss
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        self.name = name
+        self.threads = threads
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision], local_files_only=True,
+                use_safetensors=True, trust_remote_code=False,
+            )  # fmt: skip
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            raise BuildFailed(f"transformers does not load {name}: {error}") from error
+        self.model.eval().to(self.device)
+        self.head = loss.head(self.model)
+        self._check()
+
+    def logits(self, data: Examples, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pieces of (logits [n, V], the data's tokens [n]) of a batch's responses, example by example."""
+        import torch
+
+        from edgepack.builders.distill import loss
+
+        shape = (len(batch.examples), batch.length)
+        tokens, response = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+        for row, at in enumerate(batch.examples):
+            example = data[at]
+            n = min(batch.length, len(example.tokens))
+            tokens[row, :n], response[row, :n] = example.tokens[:n], example.response[:n]
+        ids, wanted = (torch.from_numpy(values).to(self.device) for values in (tokens, response))
+        # Padding is on the right, where causal attention never looks: without a mask, kernels are faster.
+        states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states, targets = loss.select(states, ids, wanted)
+        rows = max(1, _HEAD_VALUES // self.model.get_output_embeddings().weight.shape[0])
+        for first in range(0, len(states), rows):
+            yield self.head(states[first : first + rows]), targets[first : first + rows]
+
+    def _check(self) -> None:
+        """Refuses a model whose own logits are made in a way that `loss.head` does not know."""
+        import torch
+
+        ids = torch.arange(8, device=self.device)[None]
+        with torch.inference_mode():
+            own = self.model(input_ids=ids, use_cache=False).logits
+            ours = self.head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        if not torch.allclose(own.float(), ours.float(), rtol=0.02, atol=0.02, equal_nan=True):
+            raise Unsupported(
+                f"{self.name} ({type(self.model).__name__}) makes its logits in a way that is not known"
+            )
+
+
+class Outcomes:
+    """Takes of logits what is kept of them, in as many threads as there are."""
+
+    def __init__(self, identity: Identity, threads: int) -> None:
+        import torch
+
+        self.k, self.vocabulary, self.temperature = identity.k, identity.vocabulary, identity.temperature
+        self.row = row_type(self.k, self.vocabulary)
+        self.threads = threads
+        # k of v / b maxima of blocks, then k of k · b members: b = sqrt(v / k) takes least. Few ids gain nothing by it.
+        few = self.vocabulary <= 64 * self.k
+        self.blocks = 1 if few else 1 << round(np.log2(self.vocabulary / self.k) / 2)
+        self.apart = -(-self.vocabulary // self.blocks)
+        # Each computes for itself. The number is a thread's own for OpenMP and everyone's for MKL, so it is set again.
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        for _ in self.pool.map(lambda _: None, range(threads)):
+            pass
+        torch.set_num_threads(threads)
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> Shard:
+        """Rows [n] of logits [n, at least the vocabulary] and the data's tokens [n].
+
+        A row with a logit that is NaN or +inf has a NaN as its ``lse``.
+        """
+        import torch
+
+        n = len(logits)
+        rows = np.empty(n, self.row)
+        logits = logits[:, : self.vocabulary]
+        # A GPU takes all at once, a core what its cache holds.
+        together = max(1, _CACHED_VALUES // self.vocabulary) if logits.device.type == "cpu" else n
+
+        def take(first: int, last: int) -> None:
+            with torch.inference_mode():
+                space = torch.empty((min(together, n), self.blocks * self.apart), device=logits.device)
+                parts = [slice(at, min(at + together, last)) for at in range(first, last, together)]
+                found = [self._sums(logits[part], space) for part in parts]
+                ids, largest, tail, tail_t = (torch.cat(each) for each in zip(*found, strict=True))
+                share = slice(first, last)
+                rows[share] = self._rows(logits[share], targets[share], ids, largest, tail, tail_t)
+
+        shares = np.linspace(0, n, self.threads + 1).astype(int).tolist() if n >= self.threads else [0, n]
+        list(self.pool.map(take, shares[:-1], shares[1:]))
+        return rows
+
+    def _sums(
+        self, logits: torch.Tensor, space: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(the likeliest ids [n, k], the largest logit, the others' summed odds at 1 and at T: [n, 1] each).
+
+        ``space``: [at least n, at least the vocabulary], written over.
+        """
+        import torch
+
+        powers = space[: len(logits)]
+        powers[:, : self.vocabulary] = logits
+        powers[:, self.vocabulary :] = -torch.inf
+        largest = powers.amax(1, keepdim=True)
+        powers.sub_(largest)
+        if self.temperature != 1:
+            powers.mul_(1 / self.temperature)
+        powers.exp_()
+        ids = self._likeliest(powers)
+        # The others by themselves: what is left of 1 would be nothing where they are few.
+        powers.scatter_(1, ids, 0.0)
+        tail_t = powers.sum(1, keepdim=True)
+        tail = tail_t if self.temperature == 1 else powers.pow_(self.temperature).sum(1, keepdim=True)
+        return ids, largest, tail, tail_t
+
+    def _rows(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        ids: torch.Tensor,
+        largest: torch.Tensor,
+        tail: torch.Tensor,
+        tail_t: torch.Tensor,
+    ) -> Shard:
+        import torch
+
+        shifted = logits.gather(1, ids).float() - largest
+        rounded = shifted.clamp(min=_SMALLEST).half()
+        found = np.empty(len(logits), self.row)
+        for name, temperature, outside in (("lse_t", self.temperature, tail_t), ("lse", 1.0, tail)):
+            inside = (shifted / temperature).exp().sum(1, keepdim=True)
+            # Of the rounded logits, and as far above them as the tail is.
+            lse = (rounded.double() / temperature).exp().sum(1, keepdim=True).log() + (
+                outside / inside
+            ).log1p()
+            found[name] = lse[:, 0].cpu().numpy()
+        target = logits.gather(1, targets[:, None]).float() - largest - (inside + outside).log()
+        found["target"] = target[:, 0].cpu().numpy()
+        # Bits of floats that are not negative are in the order of the floats.
+        order = (rounded.abs().view(torch.int16).long() << 32 | ids).cpu().numpy()
+        order.sort(1)
+        found["ids"] = pack((order & 0xFFFFFFFF).astype(np.int32), id_bits(self.vocabulary))
+        found["logits"] = 0 - (order >> 32).astype(np.int16).view(np.float16)
+        return found
+
+    def _likeliest(self, powers: torch.Tensor) -> torch.Tensor:
+        """Where in [n, at least the vocabulary] the k largest of each row are, int64 [n, k] in any order.
+
+        On a CPU, of outcomes whose odds are within a thousandth of the k-th's any may be among them; the sums over the
+        others are exact whichever they are. There torch.topk costs as much as a small teacher itself.
+        """
+        import torch
+
+        if powers.device.type != "cpu":
+            return powers.topk(self.k, dim=1).indices
+        if self.blocks == 1:
+            return _largest(powers, self.k)
+        # The k largest are in the k blocks with the largest maxima. A block's members lie a row of blocks apart.
+        chosen = _largest(powers.view(-1, self.blocks, self.apart).amax(1), self.k)
+        members = (chosen[:, :, None] + torch.arange(0, powers.shape[1], self.apart)).flatten(1)
+        return members.gather(1, _largest(powers.gather(1, members), self.k))
+
+
+def _largest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 [n, k]: where the k largest of each row of values that are not negative are, in any order.
+
+    A value's lowest bits make room for where it is, so that one partition of whole numbers finds both.
+    """
+    import torch
+
+    width = values.shape[1]
+    bits = max(1, (width - 1).bit_length())
+    places = torch.arange(width, dtype=torch.int32)
+    keys: NDArray[np.int32] = (values.view(torch.int32) & (-1 << bits)).bitwise_or_(places).numpy()
+    keys.partition(width - k, axis=1)
+    return torch.from_numpy(keys[:, width - k :] & ((1 << bits) - 1)).long()
+
+
+def _keep(place: str) -> None:
+    job = serde.load_json(_Job, Path(place))
+    identity, folder = job.identity, Path(job.folder)
+    data = Examples.open(Path(job.examples))
+    parts = ranges(data, identity.shard_rows)
+    there = _shards(folder)
+    done = sum(int(data.rows[parts[number][1]] - data.rows[parts[number][0]]) for number in there)
+    teacher = Teacher(Path(job.teacher), job.name, identity.precision, job.threads)
+    outcomes = Outcomes(identity, job.threads)
+    writing: list[Future[None]] = []
+    try:
+        with ThreadPoolExecutor(1) as writer:
+            for number, (first, last) in enumerate(parts):
+                if number in there:
+                    continue
+                shard = np.empty(int(data.rows[last] - data.rows[first]), outcomes.row)
+                for batch in batches(data, first, last, identity.batch_tokens):
+                    rows = read(teacher, outcomes, data, batch)
+                    where = [np.arange(data.rows[at], data.rows[at + 1]) for at in batch.examples]
+                    shard[np.concatenate(where) - data.rows[first]] = rows
+                    done += len(rows)
+                    child.report(done, data.response_tokens)
+                for earlier in writing:
+                    earlier.result()
+                writing = [writer.submit(_write, shard, number, folder)]
+        for last_one in writing:
+            last_one.result()
+    except NoSpace as error:
+        raise NoSpace(
+            f"the disk is full while keeping what {job.name} says: {len(_shards(folder))} of {len(parts)} shards "
+            f"are whole in {folder}",
+            hint="free some space; the same command goes on from there",
+        ) from error
+    about = About(
+        identity=identity,
+        rows=data.response_tokens,
+        bytes_per_token=outcomes.row.itemsize,
+        shards=tuple(path.name for _, path in sorted(_shards(folder).items())),
+    )
+    write_text(folder / ABOUT, serde.to_json(about))
+
+
+def read(teacher: Teacher, outcomes: Outcomes, data: Examples, batch: Batch) -> Shard:
+    """What is kept of a batch, example by example. Raises BadInput for logits that are no numbers, with the token."""
+    import torch
+
+    with torch.inference_mode():
+        rows = np.concatenate([outcomes(*piece) for piece in teacher.logits(data, batch)])
+    bad = np.flatnonzero(~np.isfinite(rows["lse"]))
+    if bad.size:
+        ends = np.cumsum([data.rows[at + 1] - data.rows[at] for at in batch.examples])
+        at = batch.examples[int(np.searchsorted(ends, bad[0], side="right"))]
+        before = sum(int(data.rows[n + 1] - data.rows[n]) for n in batch.examples[: batch.examples.index(at)])
+        token = np.flatnonzero(data[at].response)[bad[0] - before]
+        raise BadInput(
+            f"{teacher.name} gives logits that are no numbers for token {token} of example {at} in {data.folder}",
+            hint="its weights are damaged, or it overflows in 16 bits: try fp32",
+        )
+    return rows
+
+
+def _write(shard: Shard, number: int, folder: Path) -> None:
+    """Puts a shard under a name with its own digest, whole."""
+    file = io.BytesIO()
+    np.save(file, shard, allow_pickle=False)
+    digest = hashlib.sha256(file.getbuffer()).hexdigest()
+    with whole_file(folder / f"{number:06d}-{digest[:16]}.npy") as temporary:
+        temporary.write_bytes(file.getbuffer())
+
+
+if __name__ == "__main__":
+    child.main(_keep, sys.argv[1:])
