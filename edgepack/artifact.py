@@ -15,7 +15,7 @@ class Checkpoint:
     path: Path
     """A Hugging Face folder or a .gguf file."""
     source: str
-    """What the user named: a folder, a Hub id, "demo"."""
+    """What the user named: a folder, a Hub id, a built-in model."""
     revision: str
     """Commit of a Hub repository, or "sha256:…" over the files of a local one."""
     license: str

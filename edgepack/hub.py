@@ -70,17 +70,16 @@ def resolve(
 ) -> Checkpoint:
     """The model that ``source`` names, on this disk.
 
-    ``source`` is "demo", a folder, a .gguf file, a config.json, a catalog id, a Hub repository
+    ``source`` is a built-in model ("demo"), a folder, a .gguf file, a config.json, a catalog id, a Hub repository
     (``org/name`` or ``org/name@revision``) or ``modelscope:org/name``. Without ``weights`` only config and
     tokenizer are fetched. A catalog model is fetched at its pinned commit unless ``revision`` says otherwise.
     Raises NotFound, Offline (with the repository and the way around), Untrusted for content that is not what
     the Hub says it is, NoSpace before a download that would not fit or when the disk fills up meanwhile, and
     Unsupported for pickled weights only.
     """
-    if source == catalog.BUILT_IN:
-        return _local(catalog.built_in_folder(), source, progress)
-    if source and Path(source).exists():
-        return _local(Path(source), source, progress)
+    own = catalog.built_in().get(source)
+    if own is not None or (source and Path(source).exists()):
+        return _local(own or Path(source), source, progress)
     if source.startswith("modelscope:"):
         return _modelscope(source, revision, offline=offline, weights=weights, progress=progress)
     name, _, asked = source.partition("@")
@@ -131,7 +130,7 @@ def _local(path: Path, source: str, progress: Progress) -> Checkpoint:
             f"{path} is not a model", hint="give a Hugging Face folder, a config.json or a .gguf file"
         )
     folder = path if path.is_dir() else path.parent
-    known = catalog.find(source) if source == catalog.BUILT_IN else None
+    known = catalog.find(source) if path in catalog.built_in().values() else None
     return Checkpoint(
         path=path.resolve(),
         source=source,

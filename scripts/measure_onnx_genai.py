@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgepack import layouts, memory, modelspec
-from edgepack.catalog import built_in_folder
+from edgepack.catalog import built_in
 from edgepack.runtimes import onnx_genai
 from edgepack.units import MIB
 
@@ -70,7 +70,7 @@ def main() -> None:
         checkpoint, built = Path(folder) / "hf", Path(folder) / "built"
         run("-c", MAKE, json.dumps(config), str(checkpoint))
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            (checkpoint / name).write_bytes((built_in_folder() / name).read_bytes())
+            (checkpoint / name).write_bytes((built_in()["demo"] / name).read_bytes())
         asked = layouts.parse(scheme)
         rounding = "k_quant_mixed" if asked.mixed else "default"
         builder = (

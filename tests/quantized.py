@@ -19,7 +19,7 @@ from edgepack.builders.quantizers import Job
 from edgepack.profile import Backend
 from edgepack.progress import Silent
 
-DEMO = catalog.built_in_folder()
+DEMO = catalog.built_in()["demo"]
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -8,9 +8,10 @@ from functools import cache
 from pathlib import Path
 
 from edgepack import modelspec, serde
+from edgepack.degradation import Measure
 
-BUILT_IN = "demo"
-"""Name and repository of the model that the package itself carries."""
+MODELS = Path(__file__).parent.parent / "models"
+"""Hugging Face folders that the package itself carries, each by its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +21,15 @@ class Panel:
     name: str
     source: str
     benchmarks: tuple[str, ...]
+    measure: Measure = "answers"
+    """How its scores fall with a model's loss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogModel:
     id: str
     repo: str
-    """Hugging Face repository, or "demo"."""
+    """Hugging Face repository, or name of a built-in model."""
     revision: str | None = None
     """Pinned commit; None when it is only known once fetched, which the plan warns about."""
     license: str
@@ -59,15 +62,15 @@ class _Panels:
 
 @cache
 def models() -> tuple[CatalogModel, ...]:
-    """All models, by family and then by size; the built-in one where its files are here."""
+    """All models, by family and then by size; of the built-in ones those whose files are here."""
     here = Path(__file__).parent
     families = [path for path in sorted(here.glob("*.yaml")) if path.name != "panels.yaml"]
     listed = tuple(model for path in families for model in serde.load_yaml(_Family, path).models)
-    own = (built_in_folder() / "config.json").is_file()  # not so in a checkout before the first training
+    own = built_in()
     return tuple(
-        _with_own_config(model) if model.repo == BUILT_IN else model
+        _with_own_config(model, own[model.repo]) if model.repo in own else model
         for model in listed
-        if own or model.repo != BUILT_IN
+        if model.repo in own or "/" in model.repo  # a checkout before a model's training lacks its folder
     )
 
 
@@ -88,12 +91,12 @@ def find(name: str, extra: Sequence[CatalogModel] = ()) -> CatalogModel | None:
     return next((m for m in (*extra, *models()) if wanted in (m.id.lower(), m.repo.lower())), None)
 
 
-def built_in_folder() -> Path:
-    """The Hugging Face folder of the built-in model."""
-    return Path(__file__).parent.parent / "models" / BUILT_IN
+def built_in() -> Mapping[str, Path]:
+    """Name -> Hugging Face folder of each model that the package itself carries."""
+    return {config.parent.name: config.parent for config in sorted(MODELS.glob("*/config.json"))}
 
 
-def _with_own_config(model: CatalogModel) -> CatalogModel:
-    config = serde.read_object(built_in_folder() / "config.json")
+def _with_own_config(model: CatalogModel, folder: Path) -> CatalogModel:
+    config = serde.read_object(folder / "config.json")
     spec = modelspec.from_config(config, name=model.id)
     return replace(model, config=config, parameters=spec.parameters)

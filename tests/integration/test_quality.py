@@ -21,7 +21,7 @@ import pytest
 from edgepack import bundle, heldout, quality, scoring, serde, toolchain
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.builders import child, convert, quantize
-from edgepack.catalog import built_in_folder
+from edgepack.catalog import built_in
 from edgepack.errors import BadInput, BuildFailed, MissingTool
 from edgepack.evaluation import Quality
 from edgepack.progress import Silent
@@ -32,7 +32,7 @@ from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
 
-DEMO = built_in_folder()
+DEMO = built_in()["demo"]
 TOKENS = 4096
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from edgepack import record, scoring, serde
-from edgepack.catalog import built_in_folder
+from edgepack.catalog import built_in
 from edgepack.evaluation import Quality
 from tests.integration.test_command_line import edgepack, fresh_cache, refused, succeeded
 
 pytestmark = pytest.mark.integration
 
-DEMO = built_in_folder()
+DEMO = built_in()["demo"]
 QUICK = ("--quality-tokens", 2048, "--calibration-tokens", 4096, "--jobs", 1)
 
 

@@ -1,4 +1,4 @@
-"""What an installed edgepack carries: profiles, templates, catalog and the built-in model, and nothing of the tests."""
+"""What an installed edgepack carries: profiles, templates, catalog and built-in models, and nothing of the tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from edgepack import catalog
 
 pytestmark = pytest.mark.integration
 
@@ -25,7 +27,13 @@ def test_the_wheel_carries_what_the_program_reads(tmp_path: Path) -> None:
     rendered = ROOT / "templates"
     templates = {f"edgepack/_data/templates/{p.relative_to(rendered)}" for p in rendered.rglob("*.j2")}
     assert profiles | templates <= names
-    assert {"edgepack/models/demo/model.safetensors", "edgepack/device/agent.py"} <= names
+    carried = {
+        f"edgepack/models/{folder.name}/{file.name}"
+        for folder in catalog.built_in().values()
+        for file in folder.iterdir()
+    }
+    assert "edgepack/models/demo/model.safetensors" in carried
+    assert {*carried, "edgepack/device/agent.py"} <= names
     assert "edgepack/calibration/builtin.jsonl" in names
     assert any(name.startswith("edgepack/catalog/") and name.endswith(".yaml") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]

@@ -58,7 +58,7 @@ PUBLISHED = {
     "smollm2-1.7b-instruct": (1_711_376_384, 196_608),
     "smollm3-3b": (3_075_098_624, 73_728),
 }
-HOSTED = [model for model in catalog.models() if model.repo != catalog.BUILT_IN]
+HOSTED = [model for model in catalog.models() if model.repo not in catalog.built_in()]
 
 
 def weights(model: CatalogModel) -> int:
@@ -129,8 +129,19 @@ def test_a_score_is_in_a_known_panel_which_it_fills(model: CatalogModel) -> None
 
 
 def test_every_panel_compares_at_least_two_models() -> None:
-    for name in catalog.panels():
-        assert sum(name in model.panels for model in catalog.models()) >= 2
+    for name in {name for model in HOSTED for name in model.panels}:
+        assert sum(name in model.panels for model in HOSTED) >= 2
+
+
+def test_one_panel_compares_all_built_in_models_and_no_other() -> None:
+    """The half and the quarter are not there before their training."""
+    scored = {model.id for model in catalog.models() if "demo_heldout" in model.panels}
+
+    assert scored == set(catalog.built_in())
+    assert catalog.panels()["demo_heldout"].measure == "tokens"
+    assert {panel.measure for name, panel in catalog.panels().items() if name != "demo_heldout"} == {
+        "answers"
+    }
 
 
 def test_only_the_research_licence_forbids_commercial_use() -> None:
@@ -142,11 +153,11 @@ def test_ids_and_repositories_name_one_model_each_and_unknown_ones_none() -> Non
 
     assert len(set(ids)) == len(ids)
     assert {model.id for model in HOSTED} == set(PUBLISHED)
-    assert {model.id for model in catalog.models()} - set(PUBLISHED) <= {"demo"}
+    assert {model.id for model in catalog.models()} - set(PUBLISHED) == set(catalog.built_in())
     assert catalog.find("qwen9") is None
 
 
-def test_the_built_in_model_takes_its_shapes_from_its_own_folder(
+def test_a_built_in_model_takes_its_shapes_from_its_own_folder_and_is_left_out_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {
@@ -160,15 +171,18 @@ def test_the_built_in_model_takes_its_shapes_from_its_own_folder(
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    monkeypatch.setattr(catalog, "built_in_folder", lambda: tmp_path)
+    (tmp_path / "demo-half").mkdir()
+    (tmp_path / "demo-half" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr(catalog, "MODELS", tmp_path)
     catalog.models.cache_clear()
 
-    model = catalog.find("demo")
+    model, others = catalog.find("demo-half"), (catalog.find("demo"), catalog.find("demo-quarter"))
 
     catalog.models.cache_clear()
+    assert others == (None, None)
     assert model is not None
-    assert (model.repo, model.revision, model.license) == ("demo", None, "Apache-2.0")
+    assert (model.repo, model.revision, model.license) == ("demo-half", None, "Apache-2.0")
+    assert model.teacher == "demo"
     assert model.config == config
     assert model.parameters == weights(model) == 4096 * 256 + 6 * (256 * 256 * 3 + 3 * 256 * 768 + 512) + 256
 

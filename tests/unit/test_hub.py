@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import hub
+from edgepack import catalog, hub
 from edgepack.artifact import Checkpoint
 from edgepack.errors import BadInput, MissingTool, NotFound, Offline
 from edgepack.progress import Silent
@@ -156,3 +156,20 @@ def test_modelscope_is_asked_for_safetensors_at_the_revision(
     assert asked == [("acme/tiny", "v1", True)]
     assert checkpoint.source == "modelscope:acme/tiny@v1"
     assert checkpoint.revision == hub.content_revision(folder, Silent())
+
+
+def test_a_built_in_model_is_resolved_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "demo-half")
+    monkeypatch.setattr(catalog, "MODELS", tmp_path)
+
+    found = resolve("demo-half")
+
+    assert (found.path, found.source) == (tmp_path / "demo-half", "demo-half")
+    assert found.revision == hub.content_revision(tmp_path / "demo-half", Silent())
+    with pytest.raises(NotFound):
+        resolve("demo-quarter")
+
+
+@pytest.mark.parametrize("name", catalog.built_in())
+def test_a_built_in_models_licence_is_the_catalogs(name: str) -> None:
+    assert resolve(name).license == "Apache-2.0"

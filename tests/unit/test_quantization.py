@@ -15,7 +15,7 @@ from edgepack.errors import BadInput
 from edgepack.progress import Silent
 from edgepack.units import parse_share
 
-DEMO = catalog.built_in_folder()
+DEMO = catalog.built_in()["demo"]
 LIMITS = quantization.Limits(max_kl=0.1)
 QWEN = next(m for m in catalog.models() if m.id == "qwen2.5-1.5b-instruct").spec()
 
