@@ -112,8 +112,9 @@ def explain(chosen: Plan, request: Request, candidates: Sequence[Candidate]) -> 
 
     Changes are tried, not guessed: each is a request of its own, surveyed for the near misses.
     """
+    guessed = "" if chosen.model.prune is None else "; what it scores is a guess by size until it is made"
     return Explanation(
-        why=_why(chosen, request.goal),
+        why=f"{_why(chosen, request.goal)}{guessed}",
         against=tuple(_against(chosen)),
         binding=_binding(chosen),
         change=_change(chosen, request, candidates),
@@ -272,7 +273,7 @@ def _worth_trying(chosen: Plan, candidates: Sequence[Candidate]) -> list[Candida
         for name in names
         if name in by_id
         and name != chosen.model.id
-        and (panel == "none" or by_id[name].panels.get(panel, 0.0) >= whole)
+        and (panel == "none" or (panel in by_id[name].panels and by_id[name].score(panel) >= whole))
     ]
     return [by_id[chosen.model.id], *near[:NEAR_MISSES]]
 

@@ -28,6 +28,7 @@ PLANNED = (
     "desktop",
     "model",
     "teacher",
+    "distill",
     "scheme",
     "runtime",
     "context",
@@ -35,6 +36,8 @@ PLANNED = (
     "min_decode",
 )
 """Options of `build` that a plan file has already answered."""
+TEACHING = ("data", "steps", "distill_preset")
+"""Options of `build` that only a student that is still to be made has a use for."""
 ANYWHERE = frozenset({"-q", "--quiet", "-v", "--verbose"})
 
 
@@ -120,6 +123,16 @@ def _model_options(command: Command) -> Command:
         click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="YAML file of more models, in the form of edgepack/catalog/*.yaml."),
         click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M, gptq-int4-g128, onnx-int4."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _student_options(command: Command) -> Command:
+    for option in (
+        click.option("--distill", is_flag=True,
+                     help="Choose a student of --teacher, known or cut out of it to fit; a build makes the latter."),
+        click.option("--teacher", metavar="T", help="Choose among this teacher's students."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -250,7 +263,7 @@ def fit(progress: Progress, /, **options: Any) -> None:
 @cli.command()
 @_device_options
 @click.option("--model", metavar="M", help="Folder, config.json, .gguf, catalog id, or Hub id.")
-@click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
+@_student_options
 @_model_options
 @click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
 @click.option("--calibrated", is_flag=True,
@@ -275,6 +288,7 @@ def plan(
       edgepack plan --profile consumer-8gb --goal throughput --slots 8 --context 16384
       edgepack plan --profile raspberry-pi-5-8gb --license Apache-2.0 --disk 3GiB --pareto
       edgepack plan --profile jetson-orin --model ./my-model -o my.plan.json
+      edgepack plan --profile raspberry-pi-5-4gb --teacher ./my-model --distill
     """
     from edgepack import choice, pipeline, serde, tables, workspace
 
@@ -299,10 +313,14 @@ def plan(
 @cli.command()
 @_device_options
 @click.option("--model", metavar="M", help="Folder, .gguf, catalog id, or Hub id.")
-@click.option("--teacher", metavar="T", help="Choose among this teacher's students.")
+@_student_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
 @_choice_options
+@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+              help="With --distill: chats or text to teach a student on; one is then made (repeat it).")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="With --distill: updates of its weights.")
+@click.option("--distill-preset", metavar="NAME", help="With --distill: how it is taught, e.g. article.")
 @_calibration_options
 @_quality_options
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
@@ -341,6 +359,7 @@ def build(
       edgepack build --profile jetson-orin --model demo --key ~/.ssh/edgepack -o out/
       edgepack build --profile raspberry-pi-5-8gb --model ./my-model --scheme Q4_K_M --with-runtime
       edgepack build --profile jetson-orin --model ./my-model --calibration mine.jsonl --max-ppl-loss 2%
+      edgepack build --profile raspberry-pi-5-4gb --teacher ./my-model --distill --data mine.jsonl
       edgepack build --plan my.plan.json
     """
     from edgepack import pipeline, serde, tables
@@ -358,6 +377,14 @@ def build(
         weighted = calibrated or bool(options["imatrix_file"])
         more = {"imatrix": weighted, "budgeted": calibrated and pipeline.fills_budgets(), "offline": offline}
         chosen = _planned(pipeline, {**options, **more})
+    teaching = {name: options[name] for name in TEACHING}
+    shared = {"seed": options["seed"], "jobs": options["jobs"], "offline": offline}
+    if chosen.model.prune is None and any(teaching.values()):
+        raise BadInput(
+            f"--{next(name for name in TEACHING if options[name]).replace('_', '-')} says how a student is taught, and "
+            f"{chosen.model.id} is there already",
+            hint="leave it out, or have one made: --teacher T --distill",
+        )
     if not as_json and not isinstance(progress, Silent):
         click.echo(tables.plan(chosen, None), nl=False, err=True)
     if dry_run:
@@ -373,6 +400,7 @@ def build(
             image_digest=image_digest,
             sequence=release_sequence,
             offline=offline,
+            distillation=None if chosen.model.prune is None else {**teaching, **shared},
         ),
         progress,
     )
@@ -876,6 +904,8 @@ def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candid
         revision=options.get("revision"),
         offline=bool(options.get("offline")),
         extra=pipeline.extra_models(options),
+        distill=bool(options.get("distill")),
+        taught=any(options.get(name) for name in TEACHING),
     )
     return request, models
 

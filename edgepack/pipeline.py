@@ -57,6 +57,9 @@ class BuildOptions:
     sequence: int = 1
     """release_sequence: devices refuse a lower one than they run."""
     offline: bool = False
+    distillation: Mapping[str, Any] | None = None
+    """How a student that is still to be made is taught, in the command line's words (`distillation.student`); None
+    leaves it to the defaults."""
 
 
 def candidates(
@@ -66,25 +69,36 @@ def candidates(
     revision: str | None = None,
     offline: bool = False,
     extra: Sequence[catalog.CatalogModel] = (),
+    distill: bool = False,
+    taught: bool = False,
 ) -> list[Candidate]:
     """The models to choose from: one that is named, the students of a teacher, or the catalog.
 
-    Of the catalog those that edgepack can build; the ones it only plans for are there by name. ``extra``: models of
-    a user's catalog, which come before those of the same id.
+    Of the catalog those that edgepack can build; the ones it only plans for are there by name, and so are the built-in
+    ones, which are for trying things out. ``extra``: models of a user's catalog, which come before those of the same
+    id. ``distill``: also the students that can be cut out of the teacher, and never the teacher itself; only those
+    where it is said how a student is ``taught``. Raises BadInput, NotFound, Offline, Unsupported.
     """
+    if distill and (teacher is None or model is not None):
+        raise BadInput(
+            "--distill makes a student of a teacher", hint="--teacher T --distill, without --model"
+        )
     if model is not None:
         return [named(model, revision=revision, offline=offline, extra=extra)]
     hidden = {m.id for m in extra}
     everything = (*extra, *(m for m in catalog.models() if m.id not in hidden))
     if teacher is not None:
-        wanted = teacher.lower()
-        students = [m for m in everything if wanted in (m.id.lower(), m.repo.lower())]
-        students += [m for m in everything if (m.teacher or "").lower() == wanted]
-        if not students:
-            known = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
-            raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(known)}")
-        return [_from_catalog(m) for m in students]
-    return [_from_catalog(m) for m in everything if m.id != "demo" and modelspec.converts(m.config)]
+        if distill:
+            known = () if taught else everything
+            return _distilled(teacher, known, revision=revision, offline=offline, extra=extra)
+        itself = [m for m in everything if teacher.lower() in (m.id.lower(), m.repo.lower())]
+        family = [*itself, *_taught_by((teacher,), everything)]
+        if not family:
+            names = sorted({m.teacher for m in everything if m.teacher} | {m.id for m in everything})
+            raise NotFound(f"no student of {teacher} is known", hint=f"teachers known: {', '.join(names)}")
+        return [_from_catalog(m) for m in family]
+    own = catalog.built_in()
+    return [_from_catalog(m) for m in everything if m.repo not in own and modelspec.converts(m.config)]
 
 
 def named(
@@ -95,7 +109,7 @@ def named(
     extra: Sequence[catalog.CatalogModel] = (),
     converted: bool = True,
 ) -> Candidate:
-    """A catalog id, "demo", a folder, a config.json, a GGUF file or a Hub id, as a candidate.
+    """A catalog id, a built-in model, a folder, a config.json, a GGUF file or a Hub id, as a candidate.
 
     Of a Hub repository only config and tokenizer are fetched. ``converted``: whether it is to become a GGUF. Raises
     NotFound, Offline, Unsupported.
@@ -180,9 +194,14 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
-    checkpoint = hub.resolve(
-        chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
-    )
+    if chosen.model.prune is not None:
+        from edgepack import distillation
+
+        checkpoint = distillation.student(chosen, options.distillation, progress)
+    else:
+        checkpoint = hub.resolve(
+            chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
+        )
     spec = read_model(checkpoint.path)
     _same_model(chosen, spec)
     tools = toolchain.install(progress)
@@ -543,12 +562,74 @@ def _from_catalog(entry: catalog.CatalogModel, *, revision: str | None = None) -
         teacher=entry.teacher,
     )
     panels = {name: sum(scores.values()) / len(scores) for name, scores in entry.panels.items() if scores}
-    return Candidate(model=reference, spec=spec, panels=panels)
+    known = catalog.panels()
+    measures = {name: known[name].measure for name in panels if name in known}
+    return Candidate(model=reference, spec=spec, panels=panels, measures=measures)
+
+
+def _distilled(
+    name: str,
+    known: Sequence[catalog.CatalogModel],
+    *,
+    revision: str | None,
+    offline: bool,
+    extra: Sequence[catalog.CatalogModel],
+) -> list[Candidate]:
+    """Those of the ``known`` models that are students of a teacher, and the students that can be cut out of it."""
+    if Path(name).is_file() and not name.endswith(".json"):
+        raise Unsupported(
+            f"{name} is no teacher: nothing can be trained from it", hint="give a Hugging Face folder"
+        )
+    teacher = named(name, revision=revision, offline=offline, extra=extra)
+    config = _config(name, teacher, offline=offline, extra=extra)
+    family = _taught_by((name, teacher.model.id, teacher.model.source), known)
+    cut = [_cut(teacher, config, prune) for prune in students.ladder(config)]
+    return [*(_from_catalog(m) for m in family), *cut]
+
+
+def _taught_by(
+    names: Sequence[str], everything: Sequence[catalog.CatalogModel]
+) -> list[catalog.CatalogModel]:
+    """The models distilled from one that has any of these names, with or without its organization."""
+    wanted = {part for name in names for part in (name.lower(), name.lower().rsplit("/", 1)[-1])}
+    return [m for m in everything if m.teacher is not None and m.teacher.lower() in wanted]
+
+
+def _config(
+    name: str, teacher: Candidate, *, offline: bool, extra: Sequence[catalog.CatalogModel]
+) -> Mapping[str, object]:
+    """The config.json of a teacher."""
+    path = Path(name)
+    if path.exists():
+        return serde.read_object(path / "config.json" if path.is_dir() else path)
+    entry = catalog.find(name, extra)
+    if entry is not None:
+        return entry.config
+    from edgepack import hub
+
+    found = hub.resolve(
+        name, revision=teacher.model.revision, offline=offline, weights=False, progress=Silent()
+    )
+    return serde.read_object(found.path / "config.json")
+
+
+def _cut(teacher: Candidate, config: Mapping[str, object], prune: students.Prune) -> Candidate:
+    """A student that is still to be made: its shapes are sure, its quality is what its size lets one expect."""
+    how = students.label(prune)
+    name = f"{teacher.model.id.rsplit('/', 1)[-1]}-{how.replace('=', '').replace(',', '-')}"
+    spec = modelspec.from_config(students.shrunk(config, prune), name=name)
+    reference = replace(
+        teacher.model, id=name, parameters=spec.parameters, teacher=teacher.model.id, prune=how
+    )
+    lost = students.expected(teacher.spec.parameters, spec.parameters)
+    return replace(teacher, model=reference, spec=spec, lost=lost)
 
 
 def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:
+    """What was built: a student that was to be made is a model of its own now."""
     license_name = model.license if model.license != "unknown" else checkpoint.license
-    return replace(model, revision=checkpoint.revision, license=license_name)
+    source = model.source if model.prune is None else checkpoint.source
+    return replace(model, source=source, revision=checkpoint.revision, license=license_name, prune=None)
 
 
 def _same_model(chosen: Plan, spec: modelspec.ModelSpec) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
+from edgepack.degradation import Loss, Measure
 from edgepack.errors import BadInput, Unsupported
 from edgepack.fit import binding, excess, longest, tightest
 from edgepack.memory import MemoryEstimate
@@ -20,6 +21,7 @@ from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
 from edgepack.runtimes import Machine, Runtime, llama_cpp
 from edgepack.settings import Settings
 from edgepack.speed import Speed
+from edgepack.students import Expected
 from edgepack.units import MIB, Bytes, show
 
 Goal = Literal["quality", "latency", "throughput", "context"]
@@ -27,6 +29,7 @@ Goal = Literal["quality", "latency", "throughput", "context"]
 DEFAULT_CONTEXT = 4096
 """Tokens a slot."""
 FORCED = "forced: "
+TO_BE_MADE = "to be made: "
 DEFAULT_MIN_DECODE = 5.0
 """Tokens per second: about the pace at which people read; slower is refused unless asked for."""
 
@@ -38,14 +41,17 @@ class ModelRef:
     id: str
     """Catalog id, folder name or Hub id."""
     source: str
-    """A path, "demo", or a Hub repository id."""
+    """A path, the name of a built-in model, or a Hub repository id."""
     revision: str | None
     architecture: str
     parameters: int
     license: str
     commercial: bool = True
     teacher: str | None = None
-    """The model it was distilled from, when the catalog says so."""
+    """The model it was distilled from, when the catalog says so, or is to be."""
+    prune: str | None = None
+    """How a build is to cut it out of ``source``, its teacher (`students.parse` reads it); None for a model that is
+    there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +62,25 @@ class Candidate:
     spec: ModelSpec
     panels: Mapping[str, float]
     """Mean score per single-source panel; scores of different panels are never compared."""
+    measures: Mapping[str, Measure] = field(default_factory=dict)
+    """How a panel's scores fall with a model's loss; as answers do where nothing is said."""
+    lost: Expected | None = None
+    """Of a student that is still to be made: what it is expected to lose against its teacher, whose scores ``panels``
+    then has."""
+
+    def measure(self, panel: str) -> Measure:
+        return self.measures.get(panel, "answers")
+
+    def made(self, panel: str) -> Loss:
+        """What is left of the scores in ``panels`` once the model is there: all of them where it is already."""
+        if self.lost is None:
+            return degradation.left(0.0, least=0.0, most=0.0, measure=self.measure(panel))
+        nats = self.lost
+        return degradation.left(nats.nats, least=nats.low, most=nats.high, measure=self.measure(panel))
+
+    def score(self, panel: str) -> float:
+        """Expected score before quantization; 100 stands for the whole model, or teacher, in a panel without it."""
+        return self.panels.get(panel, 100.0) * self.made(panel).retention
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +115,9 @@ class Request:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     score: float
-    """Mean of the panel's benchmarks times what the scheme keeps; comparable only within `panel`."""
+    """Mean of the panel's benchmarks times what the scheme keeps; comparable only within `panel`.
+
+    Of a student that is still to be made its teacher's mean, times what a scaling law expects to be left."""
     low: float
     high: float
     retention: float
@@ -279,11 +306,15 @@ def label(plan: Plan) -> str:
 
 
 def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
-    """The same plan with its memory counted again from the weights at hand, exact down to the header."""
+    """The same plan with its memory counted again from the weights at hand, exact down to the header.
+
+    A student that was to be made is there now, and no warning says otherwise.
+    """
     estimate = _memory(
         plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
     )
-    return replace(plan, model=model, memory=estimate)
+    warnings = tuple(text for text in plan.warnings if not text.startswith(TO_BE_MADE))
+    return replace(plan, model=model, memory=estimate, warnings=warnings)
 
 
 def _power_mode(request: Request) -> PowerMode:
@@ -433,18 +464,25 @@ def _filled(
 
 
 def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, imatrix: bool) -> Quality:
-    """What is left of the model's score after the scheme's loss and the KV cache's."""
+    """What is left of the model's score after its making, where it is still to be made, the scheme and the KV cache."""
     family = degradation.family_of(candidate.model.id)
-    weights = degradation.of_scheme(candidate.spec, scheme, imatrix=imatrix, family=family)
+    weights = degradation.of_scheme(
+        candidate.spec, scheme, imatrix=imatrix, family=family, measure=candidate.measure(panel)
+    )
     cache = degradation.cache_loss(kv_type)
-    score = candidate.panels.get(panel, 100.0)
+    score, made = candidate.panels.get(panel, 100.0), candidate.made(panel)
     kept, low, high = (
         weights.retention * cache.retention,
         weights.low * cache.low,
         weights.high * cache.high,
     )
     return Quality(
-        score=score * kept, low=score * low, high=score * high, retention=kept, kept_low=low, panel=panel
+        score=score * made.retention * kept,
+        low=score * made.low * low,
+        high=score * made.high * high,
+        retention=kept,
+        kept_low=low,
+        panel=panel,
     )
 
 
@@ -453,6 +491,12 @@ def _warnings(
 ) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
+    if model.prune is not None:
+        yield f"{TO_BE_MADE}{model.id} is cut out of {model.teacher} ({model.prune}) and taught by the build"
+        yield (
+            f"the score of {model.id} is what a scaling law expects of {model.parameters:,} parameters that are taught to "
+            "the end: nothing of it was measured, and a short teaching leaves less"
+        )
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
     for image in request.profile.software.images:

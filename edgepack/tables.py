@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgepack.choice import Explanation
-from edgepack.plan import Plan, label
+from edgepack.plan import ModelRef, Plan, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.units import show
 
@@ -134,17 +134,12 @@ def _estimated(found: Mapping[str, float], form: str) -> str:
 
 def plan(chosen: Plan, explanation: Explanation | None) -> str:
     """The choice in one sentence, its memory map, its speed, and what was not chosen; with an explanation, why."""
-    settings, pace, quality = chosen.settings, chosen.speed, chosen.quality
+    settings, pace = chosen.settings, chosen.speed
     parts: list[dict[str, Any]] = [
         {"name": p.name, "bytes": p.bytes, "low": p.low, "high": p.high, "provenance": p.provenance,
          "place": p.place}
         for p in chosen.memory.parts
     ]  # fmt: skip
-    score = (
-        f"keeps {quality.retention:.1%} of the unquantized model (fitted)"
-        if quality.panel == "none"
-        else f"{quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}] in {quality.panel} (fitted)"
-    )
     lines = [
         f"{chosen.profile.title}: {chosen.model.id} at {chosen.scheme} on {chosen.runtime} "
         f"{chosen.runtime_version}",
@@ -164,10 +159,9 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         f"{pace.decode_full:.1f} with a full context, at least {pace.decode_full_low:.1f}",
         f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}] (fitted), "
         f"first token after {pace.first_token:.2f} s, up to {pace.first_token_high:.2f}, for {pace.prompt} tokens",
-        f"quality {score}",
+        f"quality {_score(chosen)}",
         f"revision {chosen.model.revision or 'not pinned yet: recorded when fetched'}; "
-        f"licence {chosen.model.license}"
-        + (f"; distilled by its makers from {chosen.model.teacher}" if chosen.model.teacher else ""),
+        f"licence {chosen.model.license}" + _descent(chosen.model),
     ]
     if settings.slots > 1:
         lines.append(
@@ -186,6 +180,25 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         lines += ["", "runners-up (--explain shows all):"]
         lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected[:3]]
     return _text(lines)
+
+
+def _score(chosen: Plan) -> str:
+    quality, unmade = chosen.quality, chosen.model.prune is not None
+    how = "fitted, by a scaling law: the student is still to be made" if unmade else "fitted"
+    score = f"{quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}]"
+    if quality.panel != "none":
+        return f"{score} in {quality.panel} ({how})"
+    return (
+        f"{score} % of its teacher ({how})"
+        if unmade
+        else f"keeps {quality.retention:.1%} of the unquantized model ({how})"
+    )
+
+
+def _descent(model: ModelRef) -> str:
+    if model.prune is not None:
+        return f"; to be cut out of {model.teacher} ({model.prune}) and taught by it"
+    return f"; distilled by its makers from {model.teacher}" if model.teacher else ""
 
 
 def pareto(chosen: Plan) -> str:
