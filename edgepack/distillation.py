@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import edgepack.calibration as calibrations
@@ -98,13 +98,13 @@ def expected(
         more = examples.Examples.open(old.train)
         count += round(_replayed(count, len(more), options) * len(more))
         rows += more.response_tokens + examples.Examples.open(old.held_out).response_tokens
-    each = teacher.row_bytes(options.k, min(whole.vocab, spec.vocab))
+    each = teacher.row_type(options.k, min(whole.vocab, spec.vocab)).itemsize
     return Expected(
         parameters=spec.parameters,
         teacher_parameters=whole.parameters,
         examples=count,
         targets=new.response_tokens,
-        steps=train.steps(options.recipe, count),
+        steps=train.updates(options.recipe, count),
         kept_bytes=Bytes(rows * each) if _keeps(options) else None,
     )
 
@@ -150,6 +150,7 @@ def make(
             held_out=checks,
             recipe=options.recipe,
             online=parent.path if options.online else None,
+            layers=begun.layers,
             threads=options.threads,
         )
         trained = train.train(job, progress, accelerate=options.accelerate)
@@ -178,7 +179,7 @@ def make(
         )
         with workspace.whole_dir(done) as partial:
             shutil.copytree(trained.folder, partial, dirs_exist_ok=True)
-            modelcard.write(report, trained.log, partial)
+            modelcard.write(report, job.work / train.LOG, partial)
         shutil.rmtree(trained.folder)
     return Student(path=done, report=serde.load_json(Report, done / modelcard.NAME))
 
@@ -241,17 +242,26 @@ def _prepared(
     progress: Progress,
 ) -> examples.Prepared:
     """The data as the teacher's tokens, no longer than either model reads."""
-    length = min(options.recipe.length, whole.context_train)
+    recipe = options.recipe
+    length = min(recipe.length, whole.context_train)
     if isinstance(start, Checkpoint):
         examples.same_tokens(parent.path, start.path)
         length = min(length, modelspec.read(start.path).context_train)
+    there = [file for file in files if file.is_file()]  # what is not is named by `prepare`
+    inputs = (
+        parent.revision,
+        length,
+        recipe.held_out,
+        recipe.seed,
+        [workspace.sha256_file(f) for f in there],
+    )
     return examples.prepare(
         parent.path,
         files,
         length=length,
-        held_out=options.recipe.held_out,
-        seed=options.recipe.seed,
-        folder=folder / "examples",
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+        folder=folder / "examples" / _named(*inputs),
         progress=progress,
     )
 
@@ -336,13 +346,15 @@ def _digest(
     tools: Mapping[str, str],
 ) -> str:
     """Different for every input that changes the student or its report."""
-    sets = [(examples.Examples.open(part.examples).digest, part.share) for part in (*parts, *checks)]
+    sets = [
+        (examples.Examples.open(part.examples).digest, part.teacher and part.teacher.name, part.share)
+        for part in (*parts, *checks)
+    ]
     launch = None if options.accelerate is None else workspace.sha256_file(options.accelerate)
     tasks = None if options.tasks is None else options.tasks.sha256
-    kept = options.k if _keeps(options) else None
     return _named(
-        parent.revision, begun.digest, sets, serde.to_json(options.recipe), kept, options.online, tasks, launch,
-        options.threads, sorted(tools.items()), train.VERSION, teacher.VERSION,
+        parent.revision, begun.digest, sets, serde.to_json(options.recipe), options.online, tasks, launch,
+        options.threads, sorted(tools.items()), train.VERSION,
     )  # fmt: skip
 
 
@@ -383,7 +395,12 @@ def _readings(
             [begun, trained], parent.path, place, threads=options.threads, progress=progress
         )
         share = measure.recovered(before, after, master)
-        found.append(Held(name=name, teacher=master, before=before, after=after, recovered=share))
+        told = {
+            "teacher": replace(master, model="teacher", by_example=()),
+            "before": replace(before, model="start", by_example=()),
+            "after": replace(after, model="student", by_example=()),
+        }
+        found.append(Held(name=name, **told, recovered=share))
     return tuple(found)
 
 

@@ -34,7 +34,7 @@ from edgepack.builders.distill import Recipe
 from edgepack.builders.distill.course import Course, Exam, Pool, collate
 from edgepack.builders.distill.learner import Learner, adapt, load, trainable, vocabulary
 from edgepack.builders.distill.teacher import computed
-from edgepack.builders.distill.train import LOG, Check, Curves, Job, Step, read
+from edgepack.builders.distill.train import LOG, Check, Curves, Job, Step, read, updates
 from edgepack.errors import BadInput, BuildFailed, NoSpace, Unsupported
 from edgepack.units import MIB
 from edgepack.workspace import free_bytes, fsync_dir, is_full, require_space, whole_dir, write_text
@@ -87,7 +87,7 @@ class Plan:
         each = recipe.batch // processes
         micro = max(size for size in range(1, min(recipe.micro, each) + 1) if each % size == 0)
         pool = Pool(job.parts, recipe.seed)
-        steps = recipe.steps or math.ceil(recipe.epochs * len(pool) / recipe.batch)
+        steps = updates(recipe, len(pool))
         return cls(
             pool=pool,
             held_out=Pool(job.held_out, recipe.seed),

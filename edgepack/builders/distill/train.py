@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -141,6 +142,11 @@ def train(job: Job, progress: Progress, *, accelerate: Path | None = None) -> Tr
         best=curves.best.step if curves.best is not None else steps,
         stopped_early=curves.out_of_patience(job.recipe.patience),
     )
+
+
+def updates(recipe: Recipe, examples: int) -> int:
+    """Steps of a recipe over so many examples."""
+    return recipe.steps or math.ceil(recipe.epochs * examples / recipe.batch)
 
 
 def read(log: Path) -> Curves:
