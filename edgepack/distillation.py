@@ -278,9 +278,13 @@ def _begun(
         _require_checkpoint(start)
         return _Begun(path=start.path, digest=start.revision, layers=None)
     inputs = (parent.revision, students.label(start), examples.Examples.open(data.train).digest)
-    out = folder / "starts" / _named(*inputs, str(prune.VERSION))
-    report = prune.prune(parent.path, start, data.train, out, threads=options.threads, progress=progress)
-    return _Begun(path=out, digest=out.name, layers=report.layers)
+    out = folder / "starts" / _named(*inputs, options.threads)
+    told = out.with_suffix(".json")
+    if not told.is_file():
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was killed between the two
+        cut = prune.prune(parent.path, start, data.train, out, threads=options.threads, progress=progress)
+        workspace.write_text(told, serde.to_json(cut))
+    return _Begun(path=out, digest=out.name, layers=serde.load_json(prune.Report, told).layers)
 
 
 def _require_smaller(parent: Checkpoint, whole: ModelSpec, spec: ModelSpec) -> None:

@@ -752,7 +752,7 @@ def _start(options: Mapping[str, Any], teacher: Candidate) -> Prune | str:
         return str(options["student"])
     if options.get("prune"):
         return students.parse(options["prune"])
-    raise NotImplementedError
+    raise BadInput("--profile is not known to distill yet")
 
 
 def _suffix(start: Prune | str) -> str:
