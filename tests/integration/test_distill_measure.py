@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig
 
+from edgepack.builders import child
 from edgepack.builders.distill import examples
+from edgepack.builders.distill import measure as module
 from edgepack.builders.distill.examples import Examples
 from edgepack.builders.distill.measure import measure
 from edgepack.errors import BuildFailed
@@ -110,6 +112,26 @@ def test_figures_are_those_of_a_plain_computation_in_double_precision(measured: 
         assert one.kl.value == pytest.approx(float(kl.mean()), rel=1e-4)
         assert one.same_top.value == pytest.approx(float(same.double().mean()))
         assert float(kl.mean()) > 0.05
+
+
+def test_figures_do_not_depend_on_how_much_is_computed_at_once(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BATCH", 70)
+    monkeypatch.setattr(module, "_LOGITS", 7 * COMMON)
+    monkeypatch.setattr(child, "run", lambda _, words, **__: module._main(str(words[0])))
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path))
+
+    found = module.measure(
+        [measured.models["scaled"]], measured.models["teacher"], measured.known.folder,
+        tokens=300, threads=1, progress=Silent(),
+    )  # fmt: skip
+
+    whole = measured.readings[2]
+    assert found[1].by_example == pytest.approx(whole.by_example, rel=1e-5)
+    assert found[1].kl is not None and whole.kl is not None
+    assert found[1].kl.value == pytest.approx(whole.kl.value, rel=1e-5)
+    assert found[1].same_top == whole.same_top
 
 
 def test_a_model_whose_numbers_are_broken_is_named(measured: Measured, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,6 +156,8 @@ def prepare(
     long text's passages, that is kept from training; drawn by ``seed`` and their content. Raises NotFound, MissingTool,
     NoSpace, and BadInput with all problems of the data.
     """
+    if not files:
+        raise BadInput("there are no data to train on", hint="--data FILE")
     if length < _LEAST or not 0 < held_out < 1:
         raise BadInput(
             f"examples of {length} tokens with a share of {held_out:g} held out are nothing to train on",
@@ -233,8 +236,9 @@ def same_tokens(teacher: Path, student: Path) -> None:
 
     Tokens that only one of them defines are none: a later version adds some, and rows of padding have no name.
     """
-    ours, theirs = (json.loads(encoder.load(model).to_str()) for model in (teacher, student))
-    difference = _difference(ours, theirs)
+    # As the library writes them, so that files of different versions of it are comparable.
+    pair = [json.loads(encoder.load(model).to_str()) for model in (teacher, student)]
+    difference = next(_differences(*pair), None)
     if difference is not None:
         raise BadInput(
             f"the tokenizers of {teacher} and {student} differ: {difference}",
@@ -242,53 +246,51 @@ def same_tokens(teacher: Path, student: Path) -> None:
         )
 
 
-def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """In the first of two tokenizer.json, both as this library writes them, and the second."""
-    models = [dict(tokenizer["model"]) for tokenizer in (ours, theirs)]
-    words = [_words(model.pop("vocab")) for model in models]
-    added = [{row["id"]: row for row in tokenizer["added_tokens"]} for tokenizer in (ours, theirs)]
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Between two tokenizer.json: what tokens are, then what makes them of a text."""
+    pair = (ours, theirs)
+    words = [_words(tokenizer["model"]["vocab"]) for tokenizer in pair]
+    added = [{row["id"]: row for row in tokenizer["added_tokens"]} for tokenizer in pair]
     tables = [
-        table | {at: row["content"] for at, row in more.items()}
-        for table, more in zip(words, added, strict=True)
+        known | {at: row["content"] for at, row in more.items()}
+        for known, more in zip(words, added, strict=True)
     ]
     for at in sorted(tables[0].keys() & tables[1].keys()):
         if tables[0][at] != tables[1][at]:
-            return f"token {at} is {tables[0][at]!r} in one and {tables[1][at]!r} in the other"
-    ids = [{word: at for at, word in table.items()} for table in tables]
-    for word in sorted(ids[0].keys() & ids[1].keys()):
-        if ids[0][word] != ids[1][word]:
-            return f"{word!r} is token {ids[0][word]} in one and {ids[1][word]} in the other"
-    # A word that only one of them builds text from splits it otherwise, unless it is an added token's.
-    for at in sorted(words[0].keys() ^ words[1].keys()):
-        if at not in added[0] and at not in added[1]:
-            return f"token {at}, {(words[0] | words[1])[at]!r}, is in one of them only"
-    merges = [model.pop("merges", []) for model in models]
-    for at in range(max(map(len, merges))):
-        pair = [rules[at] if at < len(rules) else None for rules in merges]
-        if pair[0] != pair[1]:
-            return f"merge {at} is {pair[0]} in one and {pair[1]} in the other"
-    for model in models:
-        model.pop("dropout", None)  # of training
+            yield f"token {at} is {tables[0][at]!r} in one and {tables[1][at]!r} in the other"
+    places = [{word: at for at, word in table.items()} for table in tables]
+    for word in sorted(places[0].keys() & places[1].keys()):
+        if places[0][word] != places[1][word]:
+            yield f"{word!r} is token {places[0][word]} in one and {places[1][word]} in the other"
+    for at in sorted((words[0].keys() ^ words[1].keys()) - added[0].keys() - added[1].keys()):
+        yield f"token {at}, {(words[0] | words[1])[at]!r}, is in one of them only"
     for at in sorted(added[0].keys() & added[1].keys()):
-        flags = [
-            {**more[at], "special": None} for more in added
-        ]  # what is hidden when text is made of tokens
-        if flags[0] != flags[1]:
-            return f"the added token {added[0][at]['content']!r} is matched by other rules"
-    parts = [{"model": model} | {name: full[name] for name in ("normalizer", "pre_tokenizer")}
-             for model, full in zip(models, (ours, theirs), strict=True)]  # fmt: skip
-    for name in parts[0]:
-        if parts[0][name] != parts[1][name]:
-            told = [json.dumps(part[name])[:200] for part in parts]
-            return f"the {name} is {told[0]} in one and {told[1]} in the other"
-    return None
+        # "special" only says what is hidden when tokens become text.
+        if {**added[0][at], "special": None} != {**added[1][at], "special": None}:
+            yield f"the added token {added[0][at]['content']!r} is matched by other rules"
+    for at, rules in enumerate(zip_longest(*(tokenizer["model"].get("merges", ()) for tokenizer in pair))):
+        if rules[0] != rules[1]:
+            yield f"merge {at} is {rules[0]} in one and {rules[1]} in the other"
+    for name in ("normalizer", "pre_tokenizer", "model"):
+        told = [json.dumps(_rules(tokenizer, name), ensure_ascii=False) for tokenizer in pair]
+        if told[0] != told[1]:
+            yield f"the {name} is {told[0][:200]} in one and {told[1][:200]} in the other"
 
 
 def _words(vocabulary: Mapping[str, int] | Sequence[tuple[str, float]]) -> dict[int, str]:
-    """Id to word; a Unigram model lists its words in the order of their ids."""
+    """Id to word; a Unigram model lists its words, with their scores, in the order of their ids."""
     if isinstance(vocabulary, Mapping):
         return {at: word for word, at in vocabulary.items()}
     return {at: word for at, (word, _) in enumerate(vocabulary)}
+
+
+def _rules(tokenizer: Mapping[str, Any], name: str) -> object:
+    """A part of a tokenizer.json without what was compared already, and without what is for training only."""
+    part = tokenizer[name]
+    if name != "model":
+        return part
+    known = ("merges", "dropout", *(("vocab",) if isinstance(part["vocab"], Mapping) else ()))
+    return {key: value for key, value in part.items() if key not in known}
 
 
 # ── documents to examples ──

@@ -232,7 +232,7 @@ class _Model:
                 attention_mask=batch.there.to(self._device),
                 use_cache=False,
             ).last_hidden_state
-            return found[batch.before.to(self._device)]
+            return found[batch.before.to(self._device)].cpu()
 
     def drop_body(self) -> None:
         """Frees all but the head."""
