@@ -39,7 +39,7 @@ def main() -> None:
         _fall(options.damage, options.text)
         return
     for name, folder in catalog.built_in().items():
-        model = _model(folder)
+        model = loaded(folder)
         loss, accuracy, count = score(model, windows(folder, options.text))
         print(
             f"{name:<16}{model.num_parameters():>12,} parameters  next_token {100 * accuracy:.2f}  "
@@ -70,7 +70,7 @@ def score(model: PreTrainedModel, batches: list[torch.Tensor]) -> tuple[float, f
 
 def _fall(folder: Path, text: Path) -> None:
     """Accuracy is exp(-k * nats) of the whole model's: prints k of each damage, and by least squares of all."""
-    model, batches = _model(folder), windows(folder, text)
+    model, batches = loaded(folder), windows(folder, text)
     loss, accuracy, _ = score(model, batches)
     products = squares = 0.0
     for name, damaged in _damaged(model):
@@ -99,7 +99,7 @@ def _damaged(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
         yield f"without {gone}", shorter
 
 
-def _model(folder: Path) -> PreTrainedModel:
+def loaded(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 

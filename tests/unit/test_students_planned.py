@@ -362,11 +362,13 @@ def test_a_build_makes_the_student_that_the_plan_describes(made: Made, tmp_path:
 
 def test_a_plan_file_of_a_student_needs_no_more_words(made: Made, tmp_path: Path) -> None:
     file = tmp_path / "x.plan.json"
-    planned = run(
-        "plan", "--profile", "x86-laptop", "--teacher", "demo", "--distill", "--scheme", "Q8_0", "-o", file
-    )
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+    words = ("--teacher", tmp_path / "teacher", "--distill", "--scheme", "Q8_0")
+    planned = run("plan", "--profile", "x86-laptop", *words, "-o", file)
     assert planned.exit_code == 0, planned.stderr
     prune = pipeline.read_plan(file).model.prune
+    assert prune is not None
 
     run("build", "--plan", file, "-o", tmp_path)
     run("build", "--plan", file, "--steps", 5, "-o", tmp_path)
