@@ -580,7 +580,16 @@ def _distilled(
         raise Unsupported(
             f"{name} is no teacher: nothing can be trained from it", hint="give a Hugging Face folder"
         )
-    teacher = named(name, revision=revision, offline=offline, extra=extra)
+    try:
+        teacher = named(name, revision=revision, offline=offline, extra=extra)
+    except NotFound as error:
+        ready = ", ".join(m.id for m in _taught_by((name,), known))
+        if not ready:
+            raise
+        raise NotFound(
+            f"{error.message} to cut a student out of",
+            hint=f"give its folder or Hub id; or leave out --distill, to choose of its known students: {ready}",
+        ) from error
     config = _config(name, teacher, offline=offline, extra=extra)
     family = _taught_by((name, teacher.model.id, teacher.model.source), known)
     cut = [_cut(teacher, config, prune) for prune in students.ladder(config)]

@@ -310,6 +310,9 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
         pipeline.candidates(None, str(packed), distill=True)
     with pytest.raises(NotFound, match="no model 'nobody'"):
         pipeline.candidates(None, "nobody", distill=True)
+    with pytest.raises(NotFound, match="to cut a student out of") as caught:
+        pipeline.candidates(None, "Qwen3-32B", distill=True)
+    assert "known students: qwen3-0.6b, qwen3-1.7b" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(("model", "teacher"), [("demo", None), ("demo", "demo"), (None, None)])
