@@ -494,8 +494,8 @@ def _warnings(
     if model.prune is not None:
         yield f"{TO_BE_MADE}{model.id} is cut out of {model.teacher} ({model.prune}) and taught by the build"
         yield (
-            f"the score of {model.id} is what a scaling law expects of {model.parameters:,} parameters that are taught to "
-            "the end: nothing of it was measured, and a short teaching leaves less"
+            f"the score of {model.id} is what a scaling law expects of {model.parameters:,} parameters: nothing of it "
+            "was measured, and too short a teaching leaves less"
         )
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
