@@ -36,7 +36,7 @@ PLANNED = (
     "min_decode",
 )
 """Options of `build` that a plan file has already answered."""
-TEACHING = ("data", "steps", "distill_preset")
+TEACHING = {"data_files": "--data", "steps": "--steps", "preset": "--preset"}
 """Options of `build` that only a student that is still to be made has a use for."""
 ANYWHERE = frozenset({"-q", "--quiet", "-v", "--verbose"})
 
@@ -131,8 +131,9 @@ def _model_options(command: Command) -> Command:
 def _student_options(command: Command) -> Command:
     for option in (
         click.option("--distill", is_flag=True,
-                     help="Choose a student of --teacher, known or cut out of it to fit; a build makes the latter."),
-        click.option("--teacher", metavar="T", help="Choose among this teacher's students."),
+                     help="Choose what a student of --teacher begins as, to fit: a smaller model of its family, or what "
+                          "is kept of itself; a build teaches it."),
+        click.option("--teacher", metavar="T", help="Choose among this teacher's known students."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -193,13 +194,14 @@ def _quality_options(command: Command) -> Command:
 
 def _distillation_options(command: Command) -> Command:
     for option in (
-        click.option("--preset", metavar="NAME|FILE", default="default", show_default=True,
-                     help="How it is taught: default, article (T = 2, 0.7 CE + 0.3 KL, LoRA 64), hard-labels (no "
-                          "teacher, to compare with), or a YAML file (docs/distilling.md)."),
+        click.option("--preset", metavar="NAME|FILE",
+                     help="How a student is taught: article (T = 2, 0.7 CE + 0.3 KL, LoRA 64), hard-labels (no teacher, "
+                          "to compare with), or a YAML file (docs/distilling.md)."),
         click.option("--steps", type=click.IntRange(1), metavar="N",
-                     help="Updates of the weights (default: as many as three passes over the data take)."),
+                     help="Updates of a student's weights (default: three passes over the data)."),
         click.option("--data", "data_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-                     help="Text, or jsonl of texts, chats or instructions (repeat it; default: a built-in text)."),
+                     help="Text, or jsonl of texts, chats or instructions, to teach a student on (repeat it; default: "
+                          "a built-in text)."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -317,10 +319,7 @@ def plan(
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
 @_choice_options
-@click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
-              help="With --distill: chats or text to teach a student on; one is then made (repeat it).")  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), metavar="N", help="With --distill: updates of its weights.")
-@click.option("--distill-preset", metavar="NAME", help="With --distill: how it is taught, e.g. article.")
+@_distillation_options
 @_calibration_options
 @_quality_options
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path),
@@ -365,10 +364,10 @@ def build(
     from edgepack import pipeline, serde, tables
 
     if plan_file is not None:
-        given = [name for name in PLANNED if options.get(name)]
-        if given:
+        planned = [name for name in PLANNED if options.get(name)]
+        if planned:
             raise BadInput(
-                f"--plan holds the whole plan, and --{given[0].replace('_', '-')} would change it",
+                f"--plan holds the whole plan, and --{planned[0].replace('_', '-')} would change it",
                 hint="plan again with `edgepack plan … -o FILE`",
             )
         chosen = pipeline.read_plan(plan_file)
@@ -377,12 +376,10 @@ def build(
         weighted = calibrated or bool(options["imatrix_file"])
         more = {"imatrix": weighted, "budgeted": calibrated and pipeline.fills_budgets(), "offline": offline}
         chosen = _planned(pipeline, {**options, **more})
-    teaching = {name: options[name] for name in TEACHING}
-    shared = {"seed": options["seed"], "jobs": options["jobs"], "offline": offline}
-    if chosen.model.prune is None and any(teaching.values()):
+    given = [flag for name, flag in TEACHING.items() if options[name]]
+    if chosen.model.lesson is None and given:
         raise BadInput(
-            f"--{next(name for name in TEACHING if options[name]).replace('_', '-')} says how a student is taught, and "
-            f"{chosen.model.id} is there already",
+            f"{given[0]} says how a student is taught, and {chosen.model.id} is there already",
             hint="leave it out, or have one made: --teacher T --distill",
         )
     if not as_json and not isinstance(progress, Silent):
@@ -400,7 +397,7 @@ def build(
             image_digest=image_digest,
             sequence=release_sequence,
             offline=offline,
-            distillation=None if chosen.model.prune is None else {**teaching, **shared},
+            distillation=None if chosen.model.lesson is None else pipeline.distillation_options(options),
         ),
         progress,
     )
@@ -905,7 +902,6 @@ def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candid
         offline=bool(options.get("offline")),
         extra=pipeline.extra_models(options),
         distill=bool(options.get("distill")),
-        taught=any(options.get(name) for name in TEACHING),
     )
     return request, models
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgepack import (
     catalog,
     choice,
+    degradation,
     fit,
     modelspec,
     plan,
@@ -57,9 +58,8 @@ class BuildOptions:
     sequence: int = 1
     """release_sequence: devices refuse a lower one than they run."""
     offline: bool = False
-    distillation: Mapping[str, Any] | None = None
-    """How a student that is still to be made is taught, in the command line's words (`distillation.student`); None
-    leaves it to the defaults."""
+    distillation: distillation.Options | None = None
+    """How a student that is still to be made is taught; None: the default way, on the built-in text."""
 
 
 def candidates(
@@ -70,14 +70,13 @@ def candidates(
     offline: bool = False,
     extra: Sequence[catalog.CatalogModel] = (),
     distill: bool = False,
-    taught: bool = False,
 ) -> list[Candidate]:
     """The models to choose from: one that is named, the students of a teacher, or the catalog.
 
     Of the catalog those that edgepack can build; the ones it only plans for are there by name, and so are the built-in
     ones, which are for trying things out. ``extra``: models of a user's catalog, which come before those of the same
-    id. ``distill``: also the students that can be cut out of the teacher, and never the teacher itself; only those
-    where it is said how a student is ``taught``. Raises BadInput, NotFound, Offline, Unsupported.
+    id. ``distill``: what a student of the teacher can begin as, smaller models of its family and what is kept of
+    itself; a build teaches it. Raises BadInput, NotFound, Offline, Unsupported.
     """
     if distill and (teacher is None or model is not None):
         raise BadInput(
@@ -89,8 +88,7 @@ def candidates(
     everything = (*extra, *(m for m in catalog.models() if m.id not in hidden))
     if teacher is not None:
         if distill:
-            known = () if taught else everything
-            return _distilled(teacher, known, revision=revision, offline=offline, extra=extra)
+            return _distilled(teacher, everything, revision=revision, offline=offline, extra=extra)
         itself = [m for m in everything if teacher.lower() in (m.id.lower(), m.repo.lower())]
         family = [*itself, *_taught_by((teacher,), everything)]
         if not family:
@@ -194,10 +192,8 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
-    if chosen.model.prune is not None:
-        from edgepack import distillation
-
-        checkpoint = distillation.student(chosen, options.distillation, progress)
+    if chosen.model.lesson is not None:
+        checkpoint = _student(chosen, options, progress)
     else:
         checkpoint = hub.resolve(
             chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
@@ -575,7 +571,7 @@ def _distilled(
     offline: bool,
     extra: Sequence[catalog.CatalogModel],
 ) -> list[Candidate]:
-    """Those of the ``known`` models that are students of a teacher, and the students that can be cut out of it."""
+    """Those of the ``known`` models that a student of this teacher can begin as, and what can be kept of itself."""
     if Path(name).is_file() and not name.endswith(".json"):
         raise Unsupported(
             f"{name} is no teacher: nothing can be trained from it", hint="give a Hugging Face folder"
@@ -591,9 +587,37 @@ def _distilled(
             hint=f"give its folder or Hub id; or leave out --distill, to choose of its known students: {ready}",
         ) from error
     config = _config(name, teacher, offline=offline, extra=extra)
-    family = _taught_by((name, teacher.model.id, teacher.model.source), known)
     cut = [_cut(teacher, config, prune) for prune in students.ladder(config)]
-    return [*(_from_catalog(m) for m in family), *cut]
+    return [*(_taught(m, teacher) for m in _smaller(teacher, config, known)), *cut]
+
+
+def _smaller(
+    teacher: Candidate, config: Mapping[str, object], known: Sequence[catalog.CatalogModel]
+) -> list[catalog.CatalogModel]:
+    """Models that are smaller and read the same tokens, as far as configurations tell; distilling looks closer."""
+    return [
+        model
+        for model in known
+        if model.parameters < teacher.spec.parameters
+        and model.config.get("model_type") == config.get("model_type")
+        and abs(model.spec().vocab - teacher.spec.vocab) <= PADDING
+        and degradation.family_of(model.id)
+        == (degradation.family_of(teacher.model.id) or degradation.family_of(model.id))
+    ]
+
+
+PADDING = 512
+"""Rows by which the vocabularies of one family differ at most: Qwen2.5 has 151,936 or 152,064."""
+
+
+def _taught(model: catalog.CatalogModel, teacher: Candidate) -> Candidate:
+    """A smaller model that is still to be taught; it scores at least what it does."""
+    own = _from_catalog(model)
+    lesson = plan.Lesson(teacher=teacher.model.source, revision=teacher.model.revision, prune=None)
+    return replace(
+        own,
+        model=replace(own.model, id=f"{own.model.id}-taught", teacher=teacher.model.id, lesson=lesson),
+    )
 
 
 def _taught_by(
@@ -625,10 +649,11 @@ def _config(
 def _cut(teacher: Candidate, config: Mapping[str, object], prune: students.Prune) -> Candidate:
     """A student that is still to be made: its shapes are sure, its quality is what its size lets one expect."""
     how = students.label(prune)
-    name = f"{teacher.model.id.rsplit('/', 1)[-1]}-{how.replace('=', '').replace(',', '-')}"
+    name = f"{teacher.model.id.rsplit('/', 1)[-1]}-{_suffix(prune)}"
     spec = modelspec.from_config(students.shrunk(config, prune), name=name)
+    lesson = plan.Lesson(teacher=teacher.model.source, revision=teacher.model.revision, prune=how)
     reference = replace(
-        teacher.model, id=name, parameters=spec.parameters, teacher=teacher.model.id, prune=how
+        teacher.model, id=name, parameters=spec.parameters, teacher=teacher.model.id, lesson=lesson
     )
     lost = students.expected(teacher.spec.parameters, spec.parameters)
     return replace(teacher, model=reference, spec=spec, lost=lost)
@@ -637,8 +662,8 @@ def _cut(teacher: Candidate, config: Mapping[str, object], prune: students.Prune
 def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:
     """What was built: a student that was to be made is a model of its own now."""
     license_name = model.license if model.license != "unknown" else checkpoint.license
-    source = model.source if model.prune is None else checkpoint.source
-    return replace(model, source=source, revision=checkpoint.revision, license=license_name, prune=None)
+    source = model.source if model.lesson is None else checkpoint.source
+    return replace(model, source=source, revision=checkpoint.revision, license=license_name, lesson=None)
 
 
 def _same_model(chosen: Plan, spec: modelspec.ModelSpec) -> None:
@@ -659,6 +684,29 @@ def _same_size(exact: Plan, artifact: Artifact) -> None:
         )
 
 
+def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpoint:
+    """The student that a plan describes, made now unless the cache has it; its licence is its teacher's."""
+    from edgepack import distillation, hub, modelcard
+
+    model, lesson = chosen.model, chosen.model.lesson
+    if lesson is None:
+        raise BadInput(f"{model.id} is there already")
+    parent = hub.resolve(lesson.teacher, revision=lesson.revision, offline=options.offline, progress=progress)
+    start: Prune | Checkpoint
+    if lesson.prune is not None:
+        start = students.parse(lesson.prune)
+    else:
+        start = hub.resolve(model.source, revision=model.revision, offline=options.offline, progress=progress)
+    how = options.distillation or distillation.Options(threads=len(os.sched_getaffinity(0)))
+    made = distillation.make(
+        parent, start, how, workspace.cache_root() / "distilled", progress, name=model.id
+    )
+    for held in made.report.held_out:
+        progress.step(f"student  {modelcard.recovery(held)}")
+    found = hub.resolve(str(made.path), progress=progress)
+    return replace(found, license=parent.license)
+
+
 def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> dict[str, Any]:
     """The JSON document of ``edgepack distill``: the student's folder, how it was made and what was measured."""
     from edgepack import distillation, hub
@@ -670,7 +718,7 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
         offline=bool(options["offline"]),
         converted=False,
     )
-    chosen = _start(options, teacher)
+    chosen = _start(options, progress)
     stem = teacher.model.id.rsplit("/", 1)[-1].lower()
     place = out or Path(f"{stem}-{_suffix(chosen)}")
     document: dict[str, Any] = {"schema_version": 1, "path": str(place)}
@@ -722,7 +770,7 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
     """A preset by name or file, with what the command line changes of it."""
     from edgepack.builders import distill
 
-    name = options["preset"]
+    name = options["preset"] or "default"
     if name in distill.PRESETS:
         recipe = distill.PRESETS[name]
     elif Path(name).is_file():
@@ -747,7 +795,7 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
     return distill.checked(changed)
 
 
-def _start(options: Mapping[str, Any], teacher: Candidate) -> Prune | str:
+def _start(options: Mapping[str, Any], progress: Progress) -> Prune | str:
     """What the student begins as: kept of the teacher, or the name of smaller weights."""
     ways = [name for name in ("student", "prune", "profile") if options.get(name)]
     if len(ways) != 1:
@@ -761,7 +809,15 @@ def _start(options: Mapping[str, Any], teacher: Candidate) -> Prune | str:
         return str(options["student"])
     if options.get("prune"):
         return students.parse(options["prune"])
-    raise BadInput("--profile is not known to distill yet")
+    request = Request(profile=profile.load(options["profile"]))
+    offered = candidates(
+        None, options["teacher"], revision=options["revision"], offline=bool(options["offline"]), distill=True
+    )
+    chosen = make_plan(request, offered).model
+    progress.step(
+        f"{options['profile']} takes {chosen.id}: {chosen.parameters:,} parameters, {plan.beginning(chosen)}"
+    )
+    return chosen.source if chosen.prune is None else students.parse(chosen.prune)
 
 
 def _suffix(start: Prune | str) -> str:

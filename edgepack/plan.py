@@ -35,6 +35,18 @@ DEFAULT_MIN_DECODE = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What makes a student, beside the data and how it is taught."""
+
+    teacher: str
+    """Source of the teacher, as a ModelRef has it."""
+    revision: str | None
+    prune: str | None
+    """What is kept of the teacher (`students.parse` reads it), `ModelRef.source` being the teacher; None: the student
+    begins as `ModelRef.source`, a smaller model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelRef:
     """Which weights, exactly."""
 
@@ -49,9 +61,13 @@ class ModelRef:
     commercial: bool = True
     teacher: str | None = None
     """The model it was distilled from, when the catalog says so, or is to be."""
-    prune: str | None = None
-    """How a build is to cut it out of ``source``, its teacher (`students.parse` reads it); None for a model that is
-    there."""
+    lesson: Lesson | None = None
+    """How a build is to make it; None for a model that is there."""
+
+    @property
+    def prune(self) -> str | None:
+        """What is to be kept of the teacher, where it is to be cut out of it."""
+        return None if self.lesson is None else self.lesson.prune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +321,13 @@ def label(plan: Plan) -> str:
     return f"{plan.model.id} {plan.scheme} kv {plan.settings.kv_type} ctx {plan.settings.context}"
 
 
+def beginning(model: ModelRef) -> str:
+    """How a student that is to be made begins."""
+    if model.prune is None:
+        return f"taught by {model.teacher}"
+    return f"cut out of {model.teacher} ({model.prune}) and taught"
+
+
 def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     """The same plan with its memory counted again from the weights at hand, exact down to the header.
 
@@ -491,8 +514,9 @@ def _warnings(
 ) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
+    if model.lesson is not None:
+        yield f"{TO_BE_MADE}{model.id} is {beginning(model)} by the build"
     if model.prune is not None:
-        yield f"{TO_BE_MADE}{model.id} is cut out of {model.teacher} ({model.prune}) and taught by the build"
         yield (
             f"the score of {model.id} is what a scaling law expects of {model.parameters:,} parameters: nothing of it "
             "was measured, and too short a teaching leaves less"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from edgepack.choice import Explanation
-from edgepack.plan import ModelRef, Plan, label
+from edgepack.plan import ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.units import show
 
@@ -196,8 +196,8 @@ def _score(chosen: Plan) -> str:
 
 
 def _descent(model: ModelRef) -> str:
-    if model.prune is not None:
-        return f"; to be cut out of {model.teacher} ({model.prune}) and taught by it"
+    if model.lesson is not None:
+        return f"; to be {beginning(model)}"
     return f"; distilled by its makers from {model.teacher}" if model.teacher else ""
 
 
