@@ -131,7 +131,7 @@ def _model_options(command: Command) -> Command:
 def _student_options(command: Command) -> Command:
     for option in (
         click.option("--distill", is_flag=True,
-                     help="Choose what a student of --teacher begins as, to fit: a smaller model of its family, or what "
+                     help="Choose what a student of --teacher begins as: a smaller model of its family, or what "
                           "is kept of itself; a build teaches it."),
         click.option("--teacher", metavar="T", help="Choose among this teacher's known students."),
     ):  # fmt: skip
@@ -195,7 +195,7 @@ def _quality_options(command: Command) -> Command:
 def _distillation_options(command: Command) -> Command:
     for option in (
         click.option("--preset", metavar="NAME|FILE",
-                     help="How a student is taught: article (T = 2, 0.7 CE + 0.3 KL, LoRA 64), hard-labels (no teacher, "
+                     help="How a student is taught: article (T = 2, 0.7 CE + 0.3 KL, LoRA), hard-labels (no teacher, "
                           "to compare with), or a YAML file (docs/distilling.md)."),
         click.option("--steps", type=click.IntRange(1), metavar="N",
                      help="Updates of a student's weights (default: three passes over the data)."),
