@@ -992,6 +992,11 @@ def check(
     arch, here = plan.profile.arch, platform.machine()
     emulator = _emulator(arch, here) if emulate else None
     carried = agent.find_file(found, bundles.SERVER) is not None
+    if emulator is not None and server is None and not carried:
+        raise BadInput(
+            f"{bundle.name} carries no llama-server to emulate",
+            hint="build it --with-runtime, or give one for its device with --server PATH",
+        )
     runs = carried and verified and (emulator is not None or arch == here)
     if server is None and not runs:
         server = toolchain.find_server() if emulator is None else toolchain.find_static(arch)
@@ -999,7 +1004,7 @@ def check(
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="check-", dir=cache) as folder:
         place = Path(folder)
-        program, notes = _agent(found, place, verified=verified, emulated=emulate)
+        program, notes = _agent(found, place, verified=verified, foreign=arch != here)
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
         words += ["--work", work or place / "work"]
         words += ["--server", server] if server is not None else []
@@ -1040,20 +1045,18 @@ def _broken(status: int, output: str) -> EdgepackError:
 
 
 def _agent(
-    found: agent.Bundle, folder: Path, *, verified: bool, emulated: bool
+    found: agent.Bundle, folder: Path, *, verified: bool, foreign: bool
 ) -> tuple[Path, tuple[str, ...]]:
     """The agent to run: the bundle's when it may be, else ours with a note.
 
-    Under an emulator it is ours: the agent runs on this machine then, and an older one knows no emulator.
+    For a ``foreign`` architecture it is ours: an older one takes the carried server for one that runs here.
     """
     ours = Path(agent.__file__)
     carried = agent.find_file(found, "agent.py")
     if carried is None or carried["digest"] == f"sha256:{workspace.sha256_file(ours)}":
         return ours, ()
-    if emulated:
-        return ours, (
-            "the bundle's agent differs from this edgepack's: ours was run, which knows the emulator",
-        )
+    if foreign:
+        return ours, ("the bundle's agent differs from this edgepack's: ours was run, which knows emulators",)
     if verified:
         theirs = folder / "agent.py"
         theirs.write_bytes(agent.read_file(found, "agent.py"))

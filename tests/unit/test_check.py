@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgepack.schemes import Provenance
 from edgepack.units import MIB, Bytes
 from tests.plans import example_plan
 from tests.scorers import measured
+from tests.unit.test_bundle import write
 
 CASES = Path(__file__).parents[1] / "cases"
 RECORDED = json.loads((CASES / "check" / "qwen2.5-0.5b-q8_0.facts.json").read_text(encoding="utf-8"))
@@ -253,6 +255,20 @@ def test_the_static_emulator_is_taken_first(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path))
 
     assert check._emulator("aarch64", "x86_64") == tmp_path / "qemu-aarch64-static"
+
+
+def test_a_bundle_without_a_server_has_nothing_to_emulate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write(tmp_path, tmp_path / "b.tar")
+    (tmp_path / "qemu-aarch64").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+    with pytest.raises(BadInput, match=r"b\.tar carries no llama-server to emulate") as caught:
+        check.check(written.path, progress=Silent(), emulate=True)
+
+    assert caught.value.hint == "build it --with-runtime, or give one for its device with --server PATH"
 
 
 def test_a_bundle_for_this_machine_needs_no_emulator() -> None:
