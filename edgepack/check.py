@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,16 +15,18 @@ from edgepack import bundle as bundles
 from edgepack import serde, toolchain, workspace
 from edgepack.bundle.sbom import commit
 from edgepack.device import agent
-from edgepack.errors import EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
+from edgepack.errors import BadInput, EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
 from edgepack.evaluation import Quality
 from edgepack.memory import Part
 from edgepack.plan import Plan
+from edgepack.profile import Arch
 from edgepack.progress import Progress
 from edgepack.shell import run
 from edgepack.units import MIB, show
 
-Status = Literal["pass", "warn", "fail", "note"]
-"""``note``: measured, but nothing was promised for it or this is not the device it was promised for."""
+Status = Literal["pass", "warn", "fail", "note", "not-comparable"]
+"""``note``: measured, but nothing was promised for it or this is not the device it was promised for.
+``not-comparable``: measured under an emulator, whose own it is: neither passed nor failed, and never counted."""
 
 LOG_ROUNDING = MIB * 0.005
 """llama.cpp's buffer lines are rounded to 0.01 MiB."""
@@ -120,6 +123,17 @@ class LimitFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatorFacts:
+    name: str
+    version: str
+    cpu: str
+    """The CPU that it emulates; "default" when it is the emulator's own choice."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
     program: str
     source: Literal["bundle", "option", "path"]
@@ -127,6 +141,8 @@ class ServerFacts:
     environment: dict[str, str]
     load_seconds: float | None = None
     build: str | None = None
+    emulator: EmulatorFacts | None = None
+    """What ran the server when it is for another architecture than this machine's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +296,8 @@ def facts_from(document: object, *, source: str) -> Facts:
 
 # ── the report ───────────────────────────────────────────────────────────────────────────────────────
 
+Verdict = Literal["passed", "passed under emulation", "failed"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
@@ -314,7 +332,9 @@ class CheckReport:
     plan: str
     """Digest of the plan that was checked."""
     same_device: bool
-    """Whether nothing here contradicts the plan's profile; else speed is not judged."""
+    """Whether nothing here contradicts the plan's profile; else speed is not judged. An emulation never is."""
+    emulated: str | None
+    """Name and version of the emulator that ran the server; None when it ran on this machine itself."""
     items: tuple[Item, ...]
     residuals: tuple[Residual, ...]
     facts: Facts
@@ -323,7 +343,14 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
+        """Nothing failed; with ``emulated``, nothing of what an emulation can show."""
         return all(item.status != "fail" for item in self.items)
+
+    @property
+    def verdict(self) -> Verdict:
+        if not self.passed:
+            return "failed"
+        return "passed" if self.emulated is None else "passed under emulation"
 
 
 def evaluate(
@@ -335,11 +362,12 @@ def evaluate(
     notes: tuple[str, ...] = (),
 ) -> CheckReport:
     """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
-    same_device = all(row.status != "fail" for row in facts.match)
+    emulator = facts.server.emulator
+    same_device = emulator is None and all(row.status != "fail" for row in facts.match)
     same_backend = _server_backend(facts) == plan.profile.backend
     residuals = tuple(_residuals(plan, facts, same_backend=same_backend))
     judged = _Judged(plan=plan, facts=facts, same_device=same_device, same_backend=same_backend)
-    items = (
+    items: tuple[Item, ...] = (
         _integrity(facts),
         _signature(facts),
         _device(facts, strict=strict_device),
@@ -355,9 +383,12 @@ def evaluate(
         *_measured(measured),
         *_quality(facts),
     )
+    if emulator is not None:
+        items = tuple(_under_emulation(item) for item in items)
     return CheckReport(
         plan=plan.digest,
         same_device=same_device,
+        emulated=None if emulator is None else str(emulator),
         items=items,
         residuals=residuals,
         facts=facts,
@@ -366,28 +397,87 @@ def evaluate(
 
 
 def to_document(report: CheckReport) -> dict[str, object]:
-    """The report as JSON: verdicts, residuals, and the facts they rest on."""
+    """The report as JSON: verdicts, residuals, and the facts they rest on.
+
+    ``emulated`` is null or what ran the server, as "qemu-aarch64-static 7.2.22"; ``verdict`` then says "passed
+    under emulation", and each item's ``status`` is one of Status.
+    """
     residuals = [
         {**_object(serde.dump(r)), "bytes": r.bytes, "relative": round(r.relative, 6)}
         for r in report.residuals
     ]
-    return {**_object(serde.dump(report)), "passed": report.passed, "residuals": residuals}
+    verdicts = {"passed": report.passed, "verdict": report.verdict}
+    return {**_object(serde.dump(report)), **verdicts, "residuals": residuals}
 
 
 def table(report: CheckReport) -> str:
     """The report for people."""
-    signs: dict[Status, str] = {"pass": "ok", "warn": "warn", "fail": "FAIL", "note": "-"}
+    signs: dict[Status, str] = {
+        "pass": "ok", "warn": "warn", "fail": "FAIL", "note": "-", "not-comparable": "n/c",
+    }  # fmt: skip
     lines = [f"{report.facts.bundle.name}  {report.facts.bundle.manifest_digest}", ""]
     lines += _columns(
         [("", "check", "expected", "measured")]
         + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items]
     )
-    remarks = [f"{i.name}: {i.message}" for i in report.items if i.message]
+    remarks = [f"{i.name}: {i.message}" for i in report.items if i.message and i.status != "not-comparable"]
+    remarks += [f"not comparable: {names}: {why}" for why, names in _not_comparable(report.items).items()]
     if remarks or report.notes:
         lines += ["", *remarks, *report.notes]
-    bad = [i.name for i in report.items if i.status == "fail"]
-    lines += ["", f"FAILED: {', '.join(bad)}" if bad else "passed"]
+    lines += ["", _conclusion(report)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _conclusion(report: CheckReport) -> str:
+    bad = ", ".join(item.name for item in report.items if item.status == "fail")
+    match report.verdict:
+        case "failed":
+            return f"FAILED: {bad}" if report.emulated is None else f"FAILED under emulation: {bad}"
+        case "passed under emulation":
+            return "passed under emulation: speed and peak memory were not comparable"
+        case "passed":
+            return "passed"
+
+
+def _not_comparable(items: tuple[Item, ...]) -> dict[str, str]:
+    """Reasons, each with the names of the items that it holds for."""
+    reasons: dict[str, str] = {}
+    for item in items:
+        if item.status == "not-comparable":
+            reasons[item.message] = (
+                f"{reasons[item.message]}, {item.name}" if item.message in reasons else item.name
+            )
+    return reasons
+
+
+# ── what an emulation cannot show ────────────────────────────────────────────────────────────────────
+
+_HOST = "this machine is not the device, only its instructions are emulated"
+_SLOW = "each instruction is translated, which says nothing of the device's speed"
+_BIGGER = "the emulator and the code it translated are in the process"
+_OF_THE_EMULATION = {
+    "device": _HOST,
+    "free memory": _HOST,
+    "free card memory": _HOST,
+    "peak memory": _BIGGER,
+    "unexplained rest": _BIGGER,
+    "budget": _BIGGER,
+    "host budget": _BIGGER,
+    "decode": _SLOW,
+    "prefill": _SLOW,
+    "first token": _SLOW,
+    "decode, context full": _SLOW,
+}
+"""Items that are not-comparable under an emulator, and why. All others are the server's own doing: what it allocates
+by its own log, its slots, what it reuses and what it answers are the same on the device."""
+_PAGED = "this machine's memory was short, with the emulator in it"
+
+
+def _under_emulation(item: Item) -> Item:
+    reason = _OF_THE_EMULATION.get(item.name)
+    if item.name == "paging" and item.status != "pass":
+        reason = _PAGED
+    return item if reason is None else replace(item, status="not-comparable", message=reason)
 
 
 # ── judgements, in the order in which they are shown ─────────────────────────────────────────────────
@@ -401,8 +491,9 @@ class _Judged:
     same_backend: bool
 
     def at_home(self, status: Status) -> Status:
-        """A failure counts as one only on the device that the plan is for."""
-        return "warn" if status == "fail" and not (self.same_device and self.same_backend) else status
+        """A failure counts as one only on the device that the plan is for, or under an emulator of it."""
+        home = (self.same_device or self.facts.server.emulator is not None) and self.same_backend
+        return "warn" if status == "fail" and not home else status
 
     @property
     def driver(self) -> int:
@@ -517,15 +608,22 @@ def _server(plan: Plan, facts: Facts) -> Item:
     planned, built = commit(plan.runtime_version), _built_from(server.build or facts.log.build)
     remarks = []
     if facts.bundle.server is not None and server.source != "bundle":
-        remarks.append(f"the bundle's own was not run: {_NOT_RUN[facts.signature.state]}")
+        foreign = any(row.fact == "architecture" and row.status == "fail" for row in facts.match)
+        why = (
+            f"it is for {plan.profile.arch}"
+            if foreign and server.emulator is None
+            else _NOT_RUN[facts.signature.state]
+        )
+        remarks.append(f"the bundle's own was not run: {why}")
     if planned and built and not (planned.startswith(built) or built.startswith(planned)):
         remarks.append(f"commit {built} is not the planned {planned}, so its buffers may differ")
     program = Path(server.program).name if server.source == "bundle" else server.program
+    under = "" if server.emulator is None else f" under {server.emulator}, {server.emulator.cpu}"
     return Item(
         name="server",
         status="warn" if remarks else "pass",
         expected=f"{plan.runtime} {plan.runtime_version}",
-        measured=f"{server.source}: {program} ({built or 'commit unknown'})",
+        measured=f"{server.source}: {program} ({built or 'commit unknown'}){under}",
         message="; ".join(remarks),
     )
 
@@ -870,27 +968,43 @@ def check(
     allowed_signers: Path | None = None,
     strict_device: bool = False,
     load_mode: str | None = None,
+    emulate: bool = False,
 ) -> CheckReport:
     """Runs a bundle on this machine and judges it; the weights are unpacked under ``work`` or the cache.
 
     Our own agent verifies first. The bundle's own agent runs when it is ours, or when its signer is verified;
-    otherwise ours runs in its place. Raises Untrusted, MissingTool, NoSpace, Interrupted, and EdgepackError
-    when the agent itself breaks; a device that does not carry the bundle is a report.
+    otherwise ours runs in its place. ``emulate`` runs the server of another architecture under QEMU. Raises
+    BadInput, Untrusted, MissingTool, NoSpace, Interrupted, and EdgepackError when the agent itself breaks; a
+    device that does not carry the bundle is a report.
     """
+    if emulate and (memory_limit is not None or strict_device):
+        other = "--memory-limit" if memory_limit is not None else "--strict-device"
+        raise BadInput(
+            f"{other} and --emulate exclude each other",
+            hint="the emulator's own memory would be limited too, and it is never the planned device",
+        )
     progress.step(f"verifying {bundle.name}")
     found, signature = bundles.verified(bundle, allowed_signers)
     verified = signature["state"] == "verified"
     measured = bundles.quality_in(found, bundle)
     with bundles.translated(bundle):
         plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+    arch, here = plan.profile.arch, platform.machine()
+    emulator = _emulator(arch, here) if emulate else None
     carried = agent.find_file(found, bundles.SERVER) is not None
-    if server is None and not (carried and verified):
-        server = toolchain.find_server()
+    if emulator is not None and server is None and not carried:
+        raise BadInput(
+            f"{bundle.name} carries no llama-server to emulate",
+            hint="build it --with-runtime, or give one for its device with --server PATH",
+        )
+    runs = carried and verified and (emulator is not None or arch == here)
+    if server is None and not runs:
+        server = toolchain.find_server() if emulator is None else toolchain.find_static(arch)
     cache = workspace.cache_root()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="check-", dir=cache) as folder:
         place = Path(folder)
-        program, notes = _agent(found, place, verified=verified)
+        program, notes = _agent(found, place, verified=verified, foreign=arch != here)
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
         words += ["--work", work or place / "work"]
         words += ["--server", server] if server is not None else []
@@ -898,11 +1012,29 @@ def check(
         words += ["--full"] if full else []
         words += ["--memory-limit", str(memory_limit)] if memory_limit is not None else []
         words += ["--load-mode", load_mode] if load_mode is not None else []
+        words += ["--emulator", emulator] if emulator is not None else []
         finished = run(words, check=False, on_line=progress.step)
         if finished.returncode not in (0, 5):
             raise _broken(finished.returncode, finished.stdout)
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
+    if not emulate and carried and arch != here and toolchain.find_emulator(arch) is not None:
+        notes = (*notes, f"--emulate runs the bundle's own {arch} server here, under QEMU")
     return evaluate(plan, facts, strict_device=strict_device, measured=measured, notes=notes)
+
+
+def _emulator(arch: Arch, here: str) -> Path:
+    """The emulator of ``arch`` for a machine that is none. Raises BadInput and MissingTool."""
+    if arch == here:
+        raise BadInput(
+            f"the bundle is for {arch}, as this machine is: nothing to emulate", hint="leave --emulate out"
+        )
+    found = toolchain.find_emulator(arch)
+    if found is None:
+        raise MissingTool(
+            f"no emulator of {arch}: neither qemu-{arch}-static nor qemu-{arch} is on PATH",
+            hint="apt install qemu-user-static",
+        )
+    return found
 
 
 def _broken(status: int, output: str) -> EdgepackError:
@@ -912,12 +1044,19 @@ def _broken(status: int, output: str) -> EdgepackError:
     return raises(f"the agent ended with status {status}: {tail[0]}")
 
 
-def _agent(found: agent.Bundle, folder: Path, *, verified: bool) -> tuple[Path, tuple[str, ...]]:
-    """The agent to run: the bundle's when it may be, else ours with a note."""
+def _agent(
+    found: agent.Bundle, folder: Path, *, verified: bool, foreign: bool
+) -> tuple[Path, tuple[str, ...]]:
+    """The agent to run: the bundle's when it may be, else ours with a note.
+
+    For a ``foreign`` architecture it is ours: an older one takes the carried server for one that runs here.
+    """
     ours = Path(agent.__file__)
     carried = agent.find_file(found, "agent.py")
     if carried is None or carried["digest"] == f"sha256:{workspace.sha256_file(ours)}":
         return ours, ()
+    if foreign:
+        return ours, ("the bundle's agent differs from this edgepack's: ours was run, which knows emulators",)
     if verified:
         theirs = folder / "agent.py"
         theirs.write_bytes(agent.read_file(found, "agent.py"))

@@ -608,6 +608,11 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
 @click.option("--full", is_flag=True, help="Fill every slot, not only one.")
 @click.option("--memory-limit", metavar="SIZE", help="Simulate a smaller device, e.g. 2GiB.")
 @click.option("--strict-device", is_flag=True, help="Fail when this is not the planned device.")
+@click.option(
+    "--emulate",
+    is_flag=True,
+    help="Run a bundle of another CPU architecture under QEMU; speed and peak memory are then not judged.",
+)
 @click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
@@ -621,6 +626,7 @@ def check(
     full: bool,
     memory_limit: str | None,
     strict_device: bool,
+    emulate: bool,
     server: Path | None,
     output: Path | None,
     as_json: bool,
@@ -632,6 +638,7 @@ def check(
       edgepack check out/demo.tar
       edgepack check out/demo.tar --full --json -o report.json
       edgepack check out/demo.tar --memory-limit 2GiB
+      edgepack check out/demo-f16-raspberry-pi-5-4gb.tar --emulate
     """
     from edgepack import check as checks
     from edgepack import workspace
@@ -644,6 +651,7 @@ def check(
         memory_limit=parse_bytes(memory_limit) if memory_limit else None,
         allowed_signers=allowed_signers,
         strict_device=strict_device,
+        emulate=emulate,
         progress=progress,
     )
     document = checks.to_document(report)

@@ -126,6 +126,26 @@ def find_server() -> Path:
     return find().server
 
 
+def find_emulator(arch: Machine) -> Path | None:
+    """QEMU's user-mode emulator of ``arch`` on PATH; None when there is none."""
+    for name in (f"qemu-{arch}-static", f"qemu-{arch}"):
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found)
+    return None
+
+
+def find_static(arch: Machine) -> Path:
+    """The static llama-server that was built here for bundles of ``arch``. Raises MissingTool when none was."""
+    binary = _static_home(arch) / "llama-server"
+    if not binary.is_file():
+        raise MissingTool(
+            f"no llama-server for {arch} was built here, and none in the bundle may be run",
+            hint="check a signed bundle made --with-runtime with --allowed-signers, or give --server PATH",
+        )
+    return binary
+
+
 def is_known(version_text: str) -> bool:
     """Whether the text of ``llama-server --version`` names a build that edgepack was held against."""
     match = re.search(r"commit ([0-9a-f]{7,40})", version_text)
@@ -193,8 +213,8 @@ def static_runtime(arch: Machine, progress: Progress) -> Path:
         raise Unsupported(
             f"a static llama-server for {arch} cannot be built on {host}", hint=f"build on a {arch} machine"
         )
-    options = (*_options(arch), *_cross_options()) if cross else _options(arch)
-    home = _root() / f"static-{_key(arch, options)}"
+    options = _static_options(arch)
+    home = _static_home(arch)
     binary = home / "llama-server"
     if binary.is_file():
         return binary
@@ -252,6 +272,10 @@ def _machine() -> Machine:
 
 def _root() -> Path:
     return cache_root() / "toolchain"
+
+
+def _static_home(arch: Machine) -> Path:
+    return _root() / f"static-{_key(arch, _static_options(arch))}"
 
 
 def _home(machine: Machine) -> Path:
@@ -395,6 +419,10 @@ def _options(machine: Machine) -> tuple[str, ...]:
     if machine == "aarch64" and (platform.machine() != "aarch64" or "asimddp" in _cpu_features()):
         return (*_OPTIONS, _ARM_DOTPROD)
     return _OPTIONS
+
+
+def _static_options(arch: Machine) -> tuple[str, ...]:
+    return _options(arch) if arch == _machine() else (*_options(arch), *_cross_options())
 
 
 def _cross_options() -> tuple[str, ...]:

@@ -1119,7 +1119,11 @@ class Server:
             status = None
         log = _read(self.log) or ""
         group = cgroup_facts(self.limit)
-        last = [line for line in log.splitlines() if re.search(r"^[\d.]+ E |^ggml_|terminate called", line)]
+        last = [
+            line
+            for line in log.splitlines()
+            if re.search(r"^[\d.]+ E |^ggml_|terminate called|^qemu[-:]", line)
+        ]
         detail = re.sub(r"^[\d.]+ E ", "", last[0]).strip() if last else str(error or "no message")
         if (group is not None and group["oom_kills"]) or status == -signal.SIGKILL:
             return Failed("oom-killed", stage, "the kernel killed llama-server: out of memory")
@@ -1162,16 +1166,18 @@ def running_server(
     folder: str,
     environment: Dict[str, str],
     limit: Limit,
+    under: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Starts llama-server on a free loopback port with a key of its own; it is gone when the block ends.
 
-    The key lies in ``folder`` (mode 0600) beside server.log. The server also dies with this process, however
-    that ends (PR_SET_PDEATHSIG).
+    ``under``: the emulator and its flags, when the server is for another architecture. The key lies in
+    ``folder`` (mode 0600) beside server.log. The server also dies with this process, however that ends
+    (PR_SET_PDEATHSIG).
     """
     key = secrets.token_urlsafe(24)
     key_file = os.path.join(folder, "server.key")
     port = _free_port()
-    argv = [program, *args, "-m", model, "--host", "127.0.0.1", "--port", str(port)]
+    argv = [*under, program, *args, "-m", model, "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--api-key-file", key_file, "--log-verbosity", "4"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     log = os.path.join(folder, "server.log")
@@ -1206,7 +1212,7 @@ def running_server(
                     preexec_fn=in_child,
                 )
             except OSError as error:
-                raise MissingProgram("%s cannot be started: %s" % (program, error.strerror)) from None
+                raise MissingProgram("%s cannot be started: %s" % (argv[0], error.strerror)) from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         server = Server(process, Meter(process, os.path.getsize(model)), port, key, log, limit)
         server.meter.start()
@@ -1238,6 +1244,61 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+# ── a server for another architecture ────────────────────────────────────────────────────────────────
+
+EMULATED_CPUS = {"aarch64": "cortex-a76", "x86_64": "max"}
+"""The CPU to emulate. The A76 has what every aarch64 profile counts on (Armv8.2 with asimddp and asimdhp) and no i8mm
+or sve: a server that needs more ends here as it would there. QEMU's default x86_64 CPU has no AVX2, its "max" has."""
+EMULATED_SHARE = 2
+"""One thread for so many cores: threads that wait for each other in a busy loop do so in translated code. Two threads
+on two cores that others used as well took three times as long as one (a 260K model: 181 s, 60 s)."""
+
+
+class Emulator(NamedTuple):
+    """QEMU's user-mode emulation: one process of another architecture on this machine's kernel."""
+
+    program: str
+    version: str
+    cpu: str
+
+    @property
+    def under(self) -> List[str]:
+        """The words before the server's own command line."""
+        return [self.program] if self.cpu == "default" else [self.program, "-cpu", self.cpu]
+
+    @property
+    def facts(self) -> Dict[str, str]:
+        return {"name": os.path.basename(self.program), "version": self.version, "cpu": self.cpu}
+
+
+def find_emulator(program: str, arch: str) -> Emulator:
+    """Asks ``program`` (qemu-ARCH or qemu-ARCH-static) for its version and CPUs. Raises MissingProgram.
+
+    ``cpu`` is "default" where QEMU is too old to know the one of EMULATED_CPUS.
+    """
+    version = re.search(r"version (\d\S*)", _said([program, "--version"]))
+    if version is None:
+        raise MissingProgram("%s does not say its version, as QEMU's user-mode emulator does" % program)
+    wanted = EMULATED_CPUS.get(arch, "default")
+    known = re.findall(r"[\w.-]+", _said([program, "-cpu", "help"]))
+    return Emulator(program, version.group(1), wanted if wanted in known else "default")
+
+
+def _said(argv: List[str]) -> str:
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingProgram("%s cannot be run: %s" % (argv[0], error)) from None
+    return done.stdout.decode("utf-8", "replace")
 
 
 # ── measuring a process ──────────────────────────────────────────────────────────────────────────────
@@ -1745,18 +1806,30 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     facts["match"] = match_device(plan["profile"], facts["machine"])
     facts["preflight"] = preflight(bundle, plan, options.work, options.memory_limit)
     os.makedirs(options.work, exist_ok=True)
-    program, source = _server_program(bundle, facts["signature"], options)
+    arch = plan["profile"]["arch"]
+    emulator = find_emulator(options.emulator, arch) if options.emulator is not None else None
+    if emulator is not None:
+        args = with_threads(args, max(1, facts["machine"]["cores"] // EMULATED_SHARE))
+    runs_here = emulator is not None or arch == facts["machine"]["arch"]
+    program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
     say("unpacking %s" % WEIGHTS)
     model = extract(bundle, WEIGHTS, options.work)
     if options.memory_limit is not None:
         _forget_pages(model)
     facts["server"] = {"program": program, "source": source, "args": args, "environment": environment}
+    facts["server"]["emulator"] = emulator.facts if emulator is not None else None
     by_group = options.limit_by == "cgroup"
     with memory_limit(options.memory_limit, cgroup=by_group, threads=count_threads(args)) as limit:
         facts["limit"] = limit_facts(limit)
         before = facts["machine"]["gpus"]
         with running_server(
-            program, args, model=model, folder=options.work, environment=environment, limit=limit
+            program,
+            args,
+            model=model,
+            folder=options.work,
+            environment=environment,
+            limit=limit,
+            under=emulator.under if emulator is not None else (),
         ) as server:
             try:
                 _measure(server, facts, plan, selftest, before, options)
@@ -1819,17 +1892,25 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
 
 
 def _server_program(
-    bundle: Bundle, signature: Dict[str, Any], options: argparse.Namespace
+    bundle: Bundle, signature: Dict[str, Any], options: argparse.Namespace, *, carried_runs: bool
 ) -> Tuple[str, str]:
-    """Which llama-server to run: the bundle's own if it may be trusted, --server, or the one on PATH."""
+    """Which llama-server to run: the bundle's own if it may be trusted, --server, or the one on PATH.
+
+    ``carried_runs``: the bundle's own is for this architecture, or there is an emulator for it. An emulation is
+    never of a host's own program: no server on PATH is taken for it.
+    """
     carried = find_file(bundle, SERVER)
-    if carried is not None and (signature["state"] == "verified" or options.run_unverified):
+    if carried is not None and carried_runs and (signature["state"] == "verified" or options.run_unverified):
         return extract(bundle, SERVER, options.work), "bundle"
     if options.server is not None:
         return options.server, "option"
-    found = shutil.which("llama-server")
+    found = shutil.which("llama-server") if options.emulator is None else None
     if found is not None:
         return found, "path"
+    if carried is not None and not carried_runs:
+        raise MissingProgram(
+            "the llama-server in the bundle is for another architecture: give --server, or --emulator"
+        )
     if carried is not None:
         raise MissingProgram(
             "the bundle carries a llama-server, but its signer is not verified: give --allowed-signers, "
@@ -1954,6 +2035,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "preflight":
             continue
         command.add_argument("--server", metavar="PATH", help="llama-server to run")
+        command.add_argument(
+            "--emulator", metavar="PATH", help="qemu-ARCH: run a server of another architecture"
+        )
         command.add_argument("--run-unverified", action="store_true", help="run the bundle's llama-server")
         command.add_argument("--full", action="store_true", help="fill every slot, not one")
         command.add_argument(

@@ -404,6 +404,46 @@ def test_a_load_mode_replaces_the_planned_one_and_threads_never_exceed_cores() -
     assert agent.with_threads(args, 2) == ["-c", "512", "--load-mode", "mmap", "--threads", "2", "--repack"]
 
 
+# ── an emulator ──
+
+
+def program(path: Path, *cases: tuple[str, str]) -> str:
+    arms = "".join(f"{words}) printf '%b' '{said}' ;;\n" for words, said in cases)
+    path.write_text(f'#!/bin/sh\ncase "$*" in\n{arms}*) exit 1 ;;\nesac\n', encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+QEMU_SAYS = "qemu-aarch64 version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\\nCopyright (c)\\n"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cpu", "flags"),
+    [
+        ("Available CPUs:\\n  cortex-a72\\n  cortex-a76\\n  max\\n", "cortex-a76", ["-cpu", "cortex-a76"]),
+        ("Available CPUs:\\n  cortex-a72\\n  max\\n", "default", []),
+    ],
+)
+def test_an_emulator_is_asked_for_its_version_and_for_the_least_cpu_of_the_devices(
+    tmp_path: Path, cpus: str, cpu: str, flags: list[str]
+) -> None:
+    path = program(tmp_path / "qemu-aarch64", ("--version", QEMU_SAYS), ("'-cpu help'", cpus))
+
+    emulator = agent.find_emulator(path, "aarch64")
+
+    assert emulator.facts == {"name": "qemu-aarch64", "version": "7.2.22", "cpu": cpu}
+    assert emulator.under == [path, *flags]
+
+
+def test_a_program_that_is_no_emulator_is_not_taken_for_one(tmp_path: Path) -> None:
+    other = program(tmp_path / "other", ("--version", "GNU nano"))
+
+    with pytest.raises(agent.MissingProgram, match="does not say its version"):
+        agent.find_emulator(other, "aarch64")
+    with pytest.raises(agent.MissingProgram, match="cannot be run"):
+        agent.find_emulator(str(tmp_path / "none"), "aarch64")
+
+
 # ── the machine and the log ──
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 import yaml
 
 from edgepack import check, serde
-from edgepack.errors import BadInput
+from edgepack.errors import BadInput, MissingTool
 from edgepack.memory import MemoryEstimate, Part
 from edgepack.plan import Plan
+from edgepack.progress import Silent
 from edgepack.schemes import Provenance
 from edgepack.units import MIB, Bytes
 from tests.plans import example_plan
 from tests.scorers import measured
+from tests.unit.test_bundle import write
 
 CASES = Path(__file__).parents[1] / "cases"
 RECORDED = json.loads((CASES / "check" / "qwen2.5-0.5b-q8_0.facts.json").read_text(encoding="utf-8"))
@@ -164,6 +167,8 @@ def test_the_report_goes_to_json_whole() -> None:
 
     assert document["schema_version"] == 1
     assert document["passed"] is True
+    assert document["verdict"] == "passed"
+    assert document["emulated"] is None
     assert document["plan"] == recorded_plan().digest
     assert document["facts"] == RECORDED
     assert [item["name"] for item in document["items"]] == [item.name for item in report.items]
@@ -178,6 +183,97 @@ def test_the_table_says_what_failed_and_why() -> None:
     assert "FAILED: paging" in text
     assert "the memory is not enough" in text
     assert check.table(judged({})).endswith("\npassed\n")
+
+
+EMULATED: dict[str, Any] = next(case["change"] for case in TABLE if case["name"] == "under an emulator")
+
+
+def test_what_passes_under_an_emulator_does_not_look_like_a_pass_on_the_device() -> None:
+    report = judged(EMULATED)
+
+    document = check.to_document(report)
+    text = check.table(report)
+    assert (document["verdict"], document["same_device"]) == ("passed under emulation", False)
+    assert document["emulated"] == "qemu-aarch64-static 7.2.22"
+    assert text.endswith("\npassed under emulation: speed and peak memory were not comparable\n")
+    assert "\npassed\n" not in text
+    assert "under qemu-aarch64-static 7.2.22, cortex-a76" in text
+    assert all(item.message for item in report.items if item.status == "not-comparable")
+
+
+def test_what_fails_under_an_emulator_fails() -> None:
+    report = judged({**EMULATED, "log.caches.0.bytes": 25_165_824})
+
+    assert report.verdict == "failed"
+    assert check.table(report).endswith("\nFAILED under emulation: kv_cache\n")
+
+
+def test_a_card_of_its_own_is_not_comparable_either() -> None:
+    report = judged({**EMULATED, "memory.gpu": 838_132_256}, device="rtx-4060-8gb")
+
+    found = {item.name: item.status for item in report.items}
+    assert found["free card memory"] == found["host budget"] == found["budget"] == "not-comparable"
+
+
+def test_a_server_of_another_architecture_was_not_run_for_that_reason() -> None:
+    match = [{"fact": "architecture", "status": "fail", "expected": "aarch64", "measured": "x86_64"}]
+    foreign = {"bundle.server": "sha256:00", "match": match, "signature.state": "verified"}
+
+    item = next(item for item in judged(foreign).items if item.name == "server")
+
+    assert item.message == "the bundle's own was not run: it is for aarch64"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"memory_limit": 1 << 30}, "--memory-limit and --emulate"),
+        ({"strict_device": True}, "--strict-device and --emulate"),
+    ],
+)
+def test_what_an_emulator_makes_meaningless_is_refused_before_the_work(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadInput, match=words):
+        check.check(Path("none.tar"), progress=Silent(), emulate=True, **options)
+
+
+def test_an_emulator_that_is_not_installed_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(MissingTool, match="neither qemu-aarch64-static nor qemu-aarch64") as caught:
+        check._emulator("aarch64", "x86_64")
+
+    assert caught.value.hint == "apt install qemu-user-static"
+
+
+def test_the_static_emulator_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("qemu-aarch64", "qemu-aarch64-static"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert check._emulator("aarch64", "x86_64") == tmp_path / "qemu-aarch64-static"
+
+
+def test_a_bundle_without_a_server_has_nothing_to_emulate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = write(tmp_path, tmp_path / "b.tar")
+    (tmp_path / "qemu-aarch64").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+    with pytest.raises(BadInput, match=r"b\.tar carries no llama-server to emulate") as caught:
+        check.check(written.path, progress=Silent(), emulate=True)
+
+    assert caught.value.hint == "build it --with-runtime, or give one for its device with --server PATH"
+
+
+def test_a_bundle_for_this_machine_needs_no_emulator() -> None:
+    with pytest.raises(BadInput, match="nothing to emulate"):
+        check._emulator("aarch64", "aarch64")
 
 
 def test_what_was_measured_at_build_stands_above_the_drift_that_comes_on_top() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from edgepack import toolchain
 from edgepack.errors import BuildFailed, MissingTool, Untrusted
+from edgepack.progress import Silent
 from edgepack.serde import to_json
 
 
@@ -109,6 +110,20 @@ def test_a_server_on_path_is_used_when_its_commit_is_known(
     monkeypatch.setenv("PATH", str(tmp_path))
 
     assert (toolchain.status().server == server) is used
+
+
+def test_the_static_server_of_another_architecture_is_the_one_that_was_built_for_its_bundles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path))
+    with pytest.raises(MissingTool, match="no llama-server for aarch64 was built here"):
+        toolchain.find_static("aarch64")
+    built = toolchain._static_home("aarch64") / "llama-server"
+    built.parent.mkdir(parents=True)
+    built.touch()
+
+    assert toolchain.find_static("aarch64") == built
+    assert toolchain.static_runtime("aarch64", Silent()) == built
 
 
 def elf(kinds: list[int]) -> bytes:
