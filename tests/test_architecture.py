@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEVELS = (
     {"errors"},
     {"units"},
-    {"settings", "ggufheader", "architectures", "parts", "shell", "workspace", "progress", "serde"},
+    {"settings", "ggufheader", "architectures", "parts", "shell", "workspace", "progress", "serde", "drawing"},
     {"profile", "modelspec", "l4t"},
     {"layouts", "students"},
     {"schemes"},
@@ -32,7 +32,7 @@ LEVELS = (
     {"choice"},
     {"artifact", "evaluation"},
     {"toolchain", "hub", "probe", "calibration", "heldout", "record"},
-    {"bundle", "check", "builders", "selftest", "quality", "scoring"},
+    {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation"},
     {"cli"},
 )

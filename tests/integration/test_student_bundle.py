@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import edgepack
 from edgepack import hub, pipeline, profile, quantization
 from edgepack.artifact import Checkpoint
 from edgepack.bundle import inspect
@@ -29,19 +24,16 @@ def test_the_bundle_of_a_student_names_the_student_and_no_longer_the_teachers_we
 ) -> None:
     """The stand-in for `distillation` cuts layers off and teaches nothing."""
 
-    def student(chosen: Plan, options: Mapping[str, Any] | None, progress: Progress) -> Checkpoint:
+    def student(chosen: Plan, options: pipeline.BuildOptions, progress: Progress) -> Checkpoint:
         layers = parse(str(chosen.model.prune)).layers
         assert isinstance(layers, int)
         folder = checkpoints.first_layers(tmp_path / "student", layers)
         return replace(hub.resolve(str(folder), progress=progress), license=chosen.model.license)
 
-    stand_in = types.ModuleType("edgepack.distillation")
-    vars(stand_in)["student"] = student
-    monkeypatch.setitem(sys.modules, "edgepack.distillation", stand_in)
-    monkeypatch.setattr(edgepack, "distillation", stand_in, raising=False)
+    monkeypatch.setattr(pipeline, "_student", student)
     shorter = [
         candidate
-        for candidate in pipeline.candidates(None, "demo", distill=True, taught=True)
+        for candidate in pipeline.candidates(None, "demo", distill=True)
         if str(candidate.model.prune).startswith("layers=") and "," not in str(candidate.model.prune)
     ]
     chosen = pipeline.make_plan(Request(profile=profile.load("x86-laptop"), scheme="Q8_0"), shorter)
@@ -57,7 +49,7 @@ def test_the_bundle_of_a_student_names_the_student_and_no_longer_the_teachers_we
     assert exact.model.parameters == chosen.model.parameters
     assert carried["model"]["revision"] == revision
     assert carried["model"]["source"] == str(tmp_path / "student")
-    assert (carried["model"]["teacher"], carried["model"]["prune"]) == ("demo", None)
+    assert (carried["model"]["teacher"], carried["model"]["lesson"]) == ("demo", None)
     assert not [text for text in carried["warnings"] if text.startswith(TO_BE_MADE)]
     assert revision in json.dumps(document["annotations"])
     assert pipeline.read_plan(tmp_path / "out" / f"{exact.name}.plan.json") == exact

@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
-import types
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-import edgepack
 from edgepack import (
     catalog,
     choice,
     degradation,
+    distillation,
     modelspec,
     pipeline,
     plan,
@@ -29,12 +26,15 @@ from edgepack import (
     tables,
 )
 from edgepack.artifact import Checkpoint
+from edgepack.builders import distill
+from edgepack.builders.distill import Recipe
 from edgepack.catalog import CatalogModel
 from edgepack.cli import cli
 from edgepack.errors import BadInput, NotFound, Unsupported
 from edgepack.plan import Candidate, Plan, Request
 from edgepack.profile import DeviceProfile
-from edgepack.progress import Progress, Silent
+from edgepack.progress import Silent
+from edgepack.students import Prune
 from tests.family import family
 
 PROFILES = Path(__file__).parents[1] / "data" / "profiles"
@@ -138,22 +138,35 @@ def test_distilling_offers_smaller_students_of_sure_shapes_and_never_the_teacher
         assert candidate.model.license == teacher.model.license
 
 
-def test_a_known_student_is_a_candidate_too_unless_it_is_said_how_one_is_taught() -> None:
-    both = pipeline.candidates(None, "demo", extra=family(), distill=True)
-    made = pipeline.candidates(None, "demo", extra=family(), distill=True, taught=True)
+def test_a_smaller_model_of_the_family_is_a_start_too_and_is_taught_as_well() -> None:
+    found = pipeline.candidates(None, "demo", extra=family(), distill=True)
 
-    assert {c.model.id for c in both if c.model.prune is None} == {"demo-half", "demo-quarter"}
-    assert [c.model.prune for c in both if c.model.prune] == [c.model.prune for c in made]
+    starts = [c.model for c in found if c.model.prune is None]
+    assert [(m.id, m.source) for m in starts] == [
+        ("demo-half-taught", "demo-half"),
+        ("demo-quarter-taught", "demo-quarter"),
+    ]
+    assert {m.lesson and m.lesson.teacher for m in starts} == {"demo"}
+    assert all(c.model.lesson is not None for c in found)
 
 
-def test_a_known_student_is_ranked_by_its_own_score() -> None:
+def test_what_reads_other_tokens_or_is_no_smaller_is_no_start() -> None:
+    found = pipeline.candidates(None, "qwen2.5-7b-instruct", distill=True)
+
+    starts = {c.model.source for c in found if c.model.prune is None}
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in starts
+    assert {name.split("/")[0] for name in starts} == {"Qwen"}
+    assert not any("14B" in name or "Qwen3" in name for name in starts)
+
+
+def test_a_start_is_ranked_by_the_score_it_has() -> None:
     better = CatalogModel(
         id="taught-well",
         repo="me/taught-well",
         license="Apache-2.0",
         commercial=True,
         config=family()[1].config,
-        teacher="demo",
+        parameters=family()[1].parameters,
         panels={"demo_heldout": {"next_token": 31.0}},
     )
 
@@ -161,9 +174,10 @@ def test_a_known_student_is_ranked_by_its_own_score() -> None:
         Request(profile=LAPTOP), pipeline.candidates(None, "demo", extra=(better,), distill=True)
     )
 
-    assert found.model.id == "taught-well"
+    assert found.model.id == "taught-well-taught"
     assert found.quality.low > 30.0
-    assert not [text for text in found.warnings if "to be made" in text or "scaling law" in text]
+    assert [text for text in found.warnings if "taught-well-taught is taught by demo" in text]
+    assert not [text for text in found.warnings if "scaling law" in text]
 
 
 def test_a_students_score_is_what_the_scaling_law_leaves_of_the_teachers() -> None:
@@ -208,7 +222,7 @@ def test_everything_that_shows_a_plan_says_that_the_student_is_to_be_made_and_it
 
     assert f"warning: to be made: {found.model.id} is cut out of demo ({found.model.prune})" in shown
     assert f"what a scaling law expects of {found.model.parameters:,} parameters" in shown
-    assert f"; to be cut out of demo ({found.model.prune}) and taught by it" in shown
+    assert f"; to be cut out of demo ({found.model.prune}) and taught" in shown
     assert "by its makers" not in shown
     assert "a guess by size until it is made" in shown
 
@@ -259,7 +273,7 @@ def test_a_plan_of_a_student_says_all_a_build_needs_and_survives_json(tmp_path: 
 def test_a_plan_file_from_before_there_were_students_to_be_made_is_read(tmp_path: Path) -> None:
     found = pipeline.make_plan(Request(profile=LAPTOP), [pipeline.named("demo")])
     document = json.loads(serde.to_json(found))
-    del document["model"]["prune"]
+    del document["model"]["lesson"]
     (tmp_path / "old.plan.json").write_text(json.dumps(document), encoding="utf-8")
 
     assert pipeline.read_plan(tmp_path / "old.plan.json") == found
@@ -324,7 +338,7 @@ def test_distilling_wants_a_teacher_and_no_model(model: str | None, teacher: str
 # ── building one ─────────────────────────────────────────────────────────────────────────────────────
 
 
-Made = list[tuple[str | None, Mapping[str, Any] | None]]
+Made = list[tuple[Checkpoint, Checkpoint | Prune, distillation.Options]]
 
 
 class Asked(Exception):
@@ -333,51 +347,54 @@ class Asked(Exception):
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    """What `distillation.student` was asked for; its stand-in makes nothing."""
+    """What `distillation.make` was asked for; its stand-in makes nothing."""
     asked: Made = []
 
-    def student(chosen: Plan, options: Mapping[str, Any] | None, progress: Progress) -> Checkpoint:
-        asked.append((chosen.model.prune, options))
-        raise Asked
+    def make(
+        parent: Checkpoint, start: Checkpoint | Prune, options: distillation.Options, *_: object, name: str
+    ) -> None:
+        asked.append((parent, start, options))
+        raise Asked(name)
 
-    stand_in = types.ModuleType("edgepack.distillation")
-    vars(stand_in)["student"] = student
-    monkeypatch.setitem(sys.modules, "edgepack.distillation", stand_in)
-    monkeypatch.setattr(edgepack, "distillation", stand_in, raising=False)
+    monkeypatch.setattr(distillation, "make", make)
     return asked
 
 
 def test_a_build_makes_the_student_that_the_plan_describes(made: Made, tmp_path: Path) -> None:
     words = ("--teacher", "demo", "--distill", "--data", "a.jsonl", "--data", "b.txt", "--steps", 7)
 
-    done = run(
-        "build", "--profile", "x86-laptop", *words, "--distill-preset", "article", "--seed", 3, "-o", tmp_path
-    )
+    done = run("build", "--profile", "x86-laptop", *words, "--preset", "article", "--seed", 3, "-o", tmp_path)
 
     assert isinstance(done.exception, Asked)
-    ((prune, options),) = made
-    assert prune == pipeline.make_plan(Request(profile=LAPTOP), cut("demo")).model.prune
-    assert options == {
-        "data": (Path("a.jsonl"), Path("b.txt")), "steps": 7, "distill_preset": "article", "seed": 3, "jobs": None,
-        "offline": False,
-    }  # fmt: skip
+    ((parent, start, options),) = made
+    planned = pipeline.make_plan(
+        Request(profile=LAPTOP), pipeline.candidates(None, "demo", distill=True)
+    ).model
+    assert parent.source == "demo"
+    if planned.prune is None:
+        assert isinstance(start, Checkpoint)
+        assert start.source == planned.source
+    else:
+        assert start == students.parse(planned.prune)
+    assert options.data == (Path("a.jsonl"), Path("b.txt"))
+    assert options.recipe == replace(distill.ARTICLE, steps=7, seed=3)
 
 
 def test_a_plan_file_of_a_student_needs_no_more_words(made: Made, tmp_path: Path) -> None:
     file = tmp_path / "x.plan.json"
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "teacher" / name).write_bytes((DEMO / name).read_bytes())
     words = ("--teacher", tmp_path / "teacher", "--distill", "--scheme", "Q8_0")
     planned = run("plan", "--profile", "x86-laptop", *words, "-o", file)
     assert planned.exit_code == 0, planned.stderr
-    prune = pipeline.read_plan(file).model.prune
-    assert prune is not None
+    assert pipeline.read_plan(file).model.lesson is not None
 
     run("build", "--plan", file, "-o", tmp_path)
     run("build", "--plan", file, "--steps", 5, "-o", tmp_path)
 
-    assert [asked for asked, _ in made] == [prune, prune]
-    assert [options and options["steps"] for _, options in made] == [None, 5]
+    assert [options.recipe for _, _, options in made] == [Recipe(), Recipe(steps=5)]
+    assert made[0][:2] == made[1][:2]
 
 
 def test_a_plan_of_a_model_that_is_there_makes_no_student(made: Made, tmp_path: Path) -> None:
@@ -398,7 +415,7 @@ def test_a_plan_of_a_model_that_is_there_makes_no_student(made: Made, tmp_path: 
             ("--model", "demo", "--data", "a.txt"),
             "--data says how a student is taught, and demo is there already",
         ),
-        (("--model", "demo", "--distill-preset", "article"), "--distill-preset says how"),
+        (("--model", "demo", "--preset", "article"), "--preset says how"),
         (("--model", "demo", "--distill"), "--distill makes a student of a teacher"),
         (("--distill",), "--distill makes a student of a teacher"),
     ],
