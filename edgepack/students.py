@@ -81,7 +81,7 @@ def sizes(config: Mapping[str, object], prune: Prune) -> Prune:
     dimensions, that is not cut.
     """
     _refuse_nonsense(prune)
-    teacher, family = _teacher(config), _family(config)
+    family, teacher = _family(config), _teacher(config)
     units = {
         "layers": (teacher.layers, family.period),
         "ffn": (teacher.ffn, _multiple(teacher.ffn)),
@@ -117,7 +117,7 @@ def shrunk(
     layer are cut to the kept ones; vocabulary and tied embeddings stay. Raises as `sizes` does, and BadInput for layers
     that are not as many, not in order, or of the wrong kind at their new place.
     """
-    teacher, found = _teacher(config), sizes(config, prune)
+    found, teacher = sizes(config, prune), _teacher(config)
     count = int(found.layers or teacher.layers)
     kept = contiguous(config, count)[-1] if layers is None else tuple(layers)
     _check_layers(kept, count, teacher, _family(config))
@@ -151,7 +151,7 @@ def contiguous(config: Mapping[str, object], count: int) -> tuple[tuple[int, ...
 
 def every_kth(config: Mapping[str, object], count: int) -> tuple[int, ...] | None:
     """``count`` layers at even distances from the first on, the usual choice; None where kinds forbid it."""
-    total, period = _teacher(config).layers, _family(config).period
+    period, total = _family(config).period, _teacher(config).layers
     kept = tuple(at * total // count for at in range(count))
     return kept if _in_kind(kept, period) else None
 
@@ -166,6 +166,7 @@ def ladder(config: Mapping[str, object]) -> tuple[Prune, ...]:
 
     Half of the depth goes first, then half of the FFN, then both once more. Raises Unsupported as `sizes` does.
     """
+    _family(config)
     teacher = _teacher(config)
     path = [(prune, _share(config, prune, teacher)) for prune in _path(config, teacher)]
     found: list[Prune] = []
