@@ -233,6 +233,15 @@ def test_heads_and_hidden_size_of_qwen2_go_together() -> None:
     assert (student["hidden_size"], student["num_attention_heads"], student["head_dim"]) == (1792, 14, 128)
 
 
+def test_transformers_llama_wants_a_multiple_of_the_heads() -> None:
+    teacher = TEACHERS["llama-3.2-3b-instruct"]  # 24 heads of 128 in 8 groups
+
+    with pytest.raises(Unsupported, match="24 heads and a hidden size of 1792") as refused:
+        students.shrunk(teacher, Prune(hidden=1792))
+    assert refused.value.hint == "hidden sizes of 768 and its multiples go with 24 heads"
+    assert students.shrunk(teacher, Prune(hidden=0.5))["hidden_size"] == 1536
+
+
 def test_gemma_s_layers_go_by_periods_so_that_each_stays_what_it_is() -> None:
     gemma = TEACHERS["gemma-3-1b-it"]  # 26 layers, every sixth a full one
 

@@ -200,7 +200,7 @@ Sequences = Sequence[tuple[Any, Any]]
 """Token ids [1, n] and positions of responses [m], in tensors."""
 
 
-def _work(words: str) -> None:
+def work(words: str) -> None:
     import torch
     from transformers.utils import logging
 
@@ -598,4 +598,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    child.main(_work, sys.argv[1:])
+    child.main(work, sys.argv[1:])
