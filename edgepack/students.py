@@ -81,7 +81,7 @@ def sizes(config: Mapping[str, object], prune: Prune) -> Prune:
     dimensions, that is not cut.
     """
     _refuse_nonsense(prune)
-    teacher, family = _teacher(config), _family(config)
+    family, teacher = _family(config), _teacher(config)
     units = {
         "layers": (teacher.layers, family.period),
         "ffn": (teacher.ffn, _multiple(teacher.ffn)),
@@ -104,7 +104,7 @@ def sizes(config: Mapping[str, object], prune: Prune) -> Prune:
             hint="cut at least one, for example layers=0.5",
         )
     found = Prune(**counts)
-    _refuse_not_square(found, teacher, family)
+    _refuse_unlike(found, teacher, family)
     return found
 
 
@@ -117,7 +117,7 @@ def shrunk(
     layer are cut to the kept ones; vocabulary and tied embeddings stay. Raises as `sizes` does, and BadInput for layers
     that are not as many, not in order, or of the wrong kind at their new place.
     """
-    teacher, found = _teacher(config), sizes(config, prune)
+    found, teacher = sizes(config, prune), _teacher(config)
     count = int(found.layers or teacher.layers)
     kept = contiguous(config, count)[-1] if layers is None else tuple(layers)
     _check_layers(kept, count, teacher, _family(config))
@@ -151,7 +151,7 @@ def contiguous(config: Mapping[str, object], count: int) -> tuple[tuple[int, ...
 
 def every_kth(config: Mapping[str, object], count: int) -> tuple[int, ...] | None:
     """``count`` layers at even distances from the first on, the usual choice; None where kinds forbid it."""
-    total, period = _teacher(config).layers, _family(config).period
+    period, total = _family(config).period, _teacher(config).layers
     kept = tuple(at * total // count for at in range(count))
     return kept if _in_kind(kept, period) else None
 
@@ -166,6 +166,7 @@ def ladder(config: Mapping[str, object]) -> tuple[Prune, ...]:
 
     Half of the depth goes first, then half of the FFN, then both once more. Raises Unsupported as `sizes` does.
     """
+    _family(config)
     teacher = _teacher(config)
     path = [(prune, _share(config, prune, teacher)) for prune in _path(config, teacher)]
     found: list[Prune] = []
@@ -213,6 +214,8 @@ class _Family:
     width: tuple[Dimension, ...] = ("ffn", "heads", "hidden")
     square: bool = False
     """llama.cpp or vLLM reads the attention's output projection as hidden × hidden, whatever head_dim says."""
+    even: bool = False
+    """transformers' config class refuses a hidden size that is no multiple of the number of heads."""
     apart: int = 0
     """A number of layers by which llama.cpp tells one model from its siblings, and scales its queries otherwise."""
 
@@ -221,7 +224,7 @@ _NO_HIDDEN: tuple[Dimension, ...] = ("ffn", "heads")
 _FFN_ONLY: tuple[Dimension, ...] = ("ffn",)
 
 _FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(),
+    "llama": _Family(even=True),
     "mistral": _Family(),
     "qwen2": _Family(square=True),
     "qwen3": _Family(),
@@ -232,8 +235,8 @@ _FAMILIES: Mapping[str, _Family] = {
     "phi3": _Family(square=True),
     "olmo2": _Family(width=_FFN_ONLY),
     "gemma": _Family(width=_NO_HIDDEN),
-    "gemma2": _Family(period=2, width=_NO_HIDDEN, apart=46),
-    "gemma3_text": _Family(period=6, width=_NO_HIDDEN, apart=62),
+    "gemma2": _Family(period=2, width=_NO_HIDDEN, even=True, apart=46),
+    "gemma3_text": _Family(period=6, width=_NO_HIDDEN, even=True, apart=62),
 }
 """llama.cpp src/models/<architecture>.cpp: smollm3 (n_no_rope_layer_step), gemma2 and gemma3 (load_swa_pattern and
 f_attention_scale), qwen2 and phi3 (load_arch_tensors)."""
@@ -293,16 +296,23 @@ def _teacher(config: Mapping[str, object]) -> ModelSpec:
     return modelspec.from_config(config, name="the teacher")
 
 
-def _refuse_not_square(found: Prune, teacher: ModelSpec, family: _Family) -> None:
-    if not family.square or (found.heads is None and found.hidden is None):
+def _refuse_unlike(found: Prune, teacher: ModelSpec, family: _Family) -> None:
+    """Heads and hidden sizes that do not go together in this family."""
+    if found.heads is None and found.hidden is None:
         return
     hidden, groups = int(found.hidden or teacher.hidden), int(found.heads or teacher.kv_heads)
-    width = teacher.heads // teacher.kv_heads * groups * teacher.head_dim
-    if width != hidden:
+    heads = teacher.heads // teacher.kv_heads * groups
+    if family.square and heads * teacher.head_dim != hidden:
         raise Unsupported(
-            f"{teacher.architecture} with heads of {width} together and a hidden size of {hidden}: llama.cpp wants "
-            "both alike",
-            hint=f"cut both: hidden={width},heads={groups}",
+            f"{teacher.architecture} with heads of {heads * teacher.head_dim} together and a hidden size of {hidden}: "
+            "llama.cpp wants both alike",
+            hint=f"cut both: hidden={heads * teacher.head_dim},heads={groups}",
+        )
+    if family.even and hidden % heads:
+        step = math.lcm(_multiple(teacher.hidden), heads)
+        raise Unsupported(
+            f"{teacher.architecture} with {heads} heads and a hidden size of {hidden}: transformers wants a multiple",
+            hint=f"hidden sizes of {step} and its multiples go with {heads} heads",
         )
 
 
