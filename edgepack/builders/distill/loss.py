@@ -157,9 +157,11 @@ def chunked(
 ) -> tuple[Tensor, Tensor]:
     """Sums over n of both `token_losses`, of hidden states [n, H]; ``chunk`` rows of logits are held at once.
 
-    The backward pass makes each chunk's logits again instead of keeping them. Sums of no rows are zeros that can be
-    differentiated.
+    The backward pass makes each chunk's logits again instead of keeping them, unless all are of one chunk. Sums of no
+    rows are zeros that can be differentiated.
     """
+    if 0 < len(hidden) <= chunk:
+        return _sums(hidden, head, targets, soft, objective)
     entropy = divergence = hidden[:0].float().sum()
     for first in range(0, len(hidden), chunk):
         part = slice(first, first + chunk)
