@@ -17,7 +17,7 @@ from edgepack.runtimes import vllm
 from edgepack.students import Prune
 
 DEMO: Mapping[str, object] = json.loads(
-    (catalog.built_in_folder() / "config.json").read_text(encoding="utf-8")
+    (catalog.built_in()["demo"] / "config.json").read_text(encoding="utf-8")
 )
 
 
