@@ -21,7 +21,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEVELS = (
     {"errors"},
     {"units"},
-    {"settings", "ggufheader", "architectures", "parts", "shell", "workspace", "progress", "serde", "drawing"},
+    {
+        "settings",
+        "ggufheader",
+        "architectures",
+        "parts",
+        "shell",
+        "workspace",
+        "progress",
+        "serde",
+        "drawing",
+    },
     {"profile", "modelspec", "l4t"},
     {"layouts", "students"},
     {"schemes"},
