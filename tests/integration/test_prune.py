@@ -391,3 +391,14 @@ def test_a_checkpoint_with_unknown_tensors_is_refused(data: Path, tmp_path: Path
 
     with pytest.raises(Unsupported, match=r"model\.adapter, which is none of a llama's"):
         run(teacher, "layers=2", data, tmp_path / "student")
+
+
+def test_a_teacher_without_a_loss_is_refused(data: Path, tmp_path: Path) -> None:
+    teacher = random_teacher(tmp_path / "teacher", "llama")
+    tensors = load_file(teacher / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(BadInput, match="a loss of nan"):
+        run(teacher, "layers=2,ffn=96", data, tmp_path / "student")
+    assert not (tmp_path / "student").exists()

@@ -224,6 +224,10 @@ def work(words: str) -> None:
         advance = _steps((ROUNDS + 2) * len(sequences))
         depth = _Depth(model, config, wanted, sequences, advance)
         depth.run()
+        if not math.isfinite(depth.teacher):
+            raise BadInput(
+                f"{teacher} has a loss of {depth.teacher} on these examples", hint="its weights are damaged"
+            )
         width = _Width(model, depth.chosen, config, wanted)
         if width.needed:
             width.run(sequences, advance)
