@@ -189,6 +189,8 @@ def test_a_damaged_shard_is_found_and_made_again(
 
     with pytest.raises(BadInput, match=f"{names[4]} is no whole shard"):
         Kept.open(place)
+    with pytest.raises(BadInput, match="holds no kept teacher"):
+        Kept.open(tmp_path)
     again = keep(source, data, tmp_path)
 
     assert files(again) == files(kept)
@@ -287,11 +289,16 @@ def test_logits_that_are_no_numbers_are_refused_with_the_token(source: Checkpoin
         teacher.work(str(job(broken, two, tmp_path / "kept")))
 
 
-def test_examples_in_other_tokens_are_refused(source: Checkpoint, tmp_path: Path) -> None:
+def test_examples_in_other_tokens_and_without_responses_are_refused(
+    source: Checkpoint, tmp_path: Path
+) -> None:
     other = examples.write([([1, 2, 2050], [False, True, True])], tmp_path / "examples").folder
 
     with pytest.raises(BadInput, match="has the token 2050, and padded knows 2048"):
         keep(source, other, tmp_path / "kept")
+    silent = examples.write([([1, 2, 3], [False, False, False])], tmp_path / "silent").folder
+    with pytest.raises(BadInput, match="has no token of a response"):
+        keep(source, silent, tmp_path / "kept")
 
 
 SMALL = {

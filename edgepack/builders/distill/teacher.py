@@ -22,7 +22,7 @@ from edgepack.builders import child, safetensors
 from edgepack.builders.distill import Precision
 from edgepack.builders.distill.examples import Examples
 from edgepack.calibration import encoder
-from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, Unsupported
+from edgepack.errors import BadInput, BuildFailed, MissingTool, NoSpace, NotFound, Unsupported
 from edgepack.progress import Progress
 from edgepack.units import MIB
 from edgepack.workspace import fsync_dir, require_space, sha256_file, whole_file, write_text
@@ -141,7 +141,7 @@ class Kept:
         """Raises BadInput for a folder that is not whole."""
         try:
             about = serde.load_json(About, folder / ABOUT)
-        except OSError as error:
+        except NotFound as error:
             raise BadInput(f"{folder} holds no kept teacher: {error}", hint=_AGAIN) from error
         return cls(folder, about)
 
@@ -199,6 +199,8 @@ def keep(
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingTool(f"{package} is not installed", hint="pip install 'edgepack[distill]'")
+    if k < 1 or not temperature > 0:
+        raise BadInput(f"{k} outcomes at temperature {temperature:g} are nothing to learn from")
     safetensors.checkpoint(teacher.path)
     data = Examples.open(examples)
     known = known_ids(teacher.path)
@@ -254,10 +256,10 @@ def known_ids(model: Path) -> int:
 
 def computed(precision: Precision) -> Computed:
     """What "auto" is on this machine: bf16 where a GPU or a CPU multiplies it (AVX512-BF16, AMX, ARM's BF16)."""
-    import torch
-
     if precision != "auto":
         return precision
+    import torch
+
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
@@ -519,7 +521,8 @@ class Outcomes:
         rows = np.empty(n, self.row)
         logits = logits[:, : self.vocabulary]
         # A GPU takes all at once, a core what its cache holds.
-        together = max(_CACHED_ROWS, _CACHED_VALUES // self.vocabulary) if logits.device.type == "cpu" else n
+        cpu = logits.device.type == "cpu"
+        together = max(_CACHED_ROWS, _CACHED_VALUES // self.vocabulary) if cpu else n
 
         def take(first: int, last: int) -> None:
             space = torch.empty((min(together, n), self.blocks * self.apart), device=logits.device)
@@ -530,7 +533,9 @@ class Outcomes:
                 odds = _Odds(*(torch.cat(each) for each in zip(*found, strict=True)))
                 rows[share] = self._rows(logits[share], targets[share], odds)
 
-        shares = np.linspace(0, n, self.threads + 1).astype(int).tolist() if n >= self.threads else [0, n]
+        shares = (
+            np.linspace(0, n, self.threads + 1).astype(int).tolist() if cpu and n >= self.threads else [0, n]
+        )
         list(self.pool.map(take, shares[:-1], shares[1:]))
         return rows
 
