@@ -177,10 +177,10 @@ def make(
             tools=tools,
             warnings=data.warnings,
         )
-        with workspace.whole_dir(done) as partial:
-            shutil.copytree(trained.folder, partial, dirs_exist_ok=True)
-            modelcard.write(report, job.work / train.LOG, partial)
-        shutil.rmtree(trained.folder)
+        if not done.exists():  # another machine of the same training may have been faster
+            with workspace.whole_dir(done) as partial:
+                shutil.copytree(trained.folder, partial, dirs_exist_ok=True)
+                modelcard.write(report, job.work / train.LOG, partial)
     return Student(path=done, report=serde.load_json(Report, done / modelcard.NAME))
 
 

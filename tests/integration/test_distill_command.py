@@ -127,8 +127,9 @@ def test_it_is_built_into_a_bundle_that_passes_its_check(
 def test_an_earlier_student_goes_on_with_new_data_and_what_it_forgot_is_measured(
     student: subprocess.CompletedProcess[str], teacher: Path, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    new = tmp_path / "new.txt"
-    new.write_text(PROSE[24_000:40_000], encoding="utf-8")
+    new = tmp_path / "new.jsonl"
+    paragraphs = [text for text in PROSE[24_000:40_000].split("\n\n") if len(text) > 80]
+    new.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs), encoding="utf-8")
 
     done = edgepack(
         "distill", "--teacher", teacher, "--student", folder_of(student), "--data", new, "--replay", data,
@@ -255,7 +256,7 @@ def test_a_build_makes_its_student_and_the_bundle_passes(
     checked = edgepack("check", built.stdout.strip(), cache=cache)
 
     plan = json.loads(next(tmp_path.glob("*.plan.json")).read_text(encoding="utf-8"))
-    assert "training closed" in built.stderr
+    assert "student  " in built.stderr
     assert plan["model"]["lesson"] is None
     assert plan["model"]["teacher"] == "teacher"
     assert checked.returncode == 0, checked.stdout + checked.stderr
