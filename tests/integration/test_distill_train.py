@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from edgepack import serde
 from edgepack.builders.distill import Lora, Objective, Recipe, course, engine, learner, train
@@ -45,6 +45,8 @@ def own_settings() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(mode=False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    transformers.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -234,6 +236,7 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(
     """Responses are of unequal length, so a mean over micro-batches or processes would be another."""
     at_once = taught(job(place, tmp_path / "8", replace(RECIPE, micro=8)), monkeypatch)
     in_parts = taught(job(place, tmp_path / "2", replace(RECIPE, micro=2)), monkeypatch)
+    again = taught(job(place, tmp_path / "again", replace(RECIPE, recompute=True)), monkeypatch)
     monkeypatch.undo()
     configuration = yaml.safe_load(train.FSDP.read_text()) | {"use_cpu": True, "num_processes": 2}
     (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(configuration))
@@ -241,6 +244,7 @@ def test_the_curve_does_not_depend_on_how_a_batch_is_split(
     by_two = train.train(split, Silent(), accelerate=tmp_path / "fsdp.yaml")
 
     assert losses(in_parts) == pytest.approx(losses(at_once), abs=1e-5)
+    assert losses(again) == pytest.approx(losses(at_once), abs=1e-5)
     assert losses(by_two) == pytest.approx(losses(at_once), abs=1e-5)
     weights = [load_file(each.folder / "model.safetensors") for each in (at_once, in_parts, by_two)]
     for name, weight in weights[0].items():
@@ -298,7 +302,9 @@ def test_a_merged_adapter_gives_the_logits_of_the_unmerged_one(
     student = tmp_path / "student"
     shutil.copytree(place / "student", student)
     transformers.AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).save_pretrained(student)
-    given = replace(job(place, tmp_path, replace(RECIPE, lora=LORA, rate=0.05)), student=student)
+    given = replace(
+        job(place, tmp_path, replace(RECIPE, lora=LORA, rate=0.05, recompute=True)), student=student
+    )
     given = replace(given, out=tmp_path / "merged")
 
     result = taught(given, monkeypatch)
@@ -527,6 +533,40 @@ def test_a_work_folder_of_another_job_is_refused(place: Path, tmp_path: Path) ->
 
     with pytest.raises(BadInput, match="holds the training of another student, data or recipe"):
         train._claim(replace(given, recipe=replace(RECIPE, rate=0.1)))
+
+
+def test_a_folder_that_is_there_already_is_not_taken_for_the_result(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "student").mkdir()
+
+    with pytest.raises(BadInput, match="knows nothing of its training"):
+        taught(job(place, tmp_path), monkeypatch)
+
+
+def test_a_student_that_transformers_does_not_know_is_refused(place: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(place / "student", student)
+    (student / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
+
+    with pytest.raises(Unsupported, match="transformers does not load student"):
+        learner.load(student, torch.float32, attention="sdpa")
+
+
+def test_weights_that_are_missing_are_not_drawn_anew(place: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(place / "student", student)
+    weights = load_file(student / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(BadInput, match=r"has no weights for model\.norm\.weight and 0 more"):
+        learner.load(student, torch.float32, attention="sdpa")
+
+
+def test_training_without_held_out_examples_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no examples to train on, or none are held out"):
+        engine.Plan.of(replace(job(place, tmp_path), held_out=()))
 
 
 def test_layers_are_matched_evenly_from_first_to_last(place: Path) -> None:

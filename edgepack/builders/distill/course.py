@@ -34,7 +34,9 @@ class Pool:
     """The examples of all parts."""
 
     def __init__(self, parts: Sequence[Part], seed: int) -> None:
-        """Raises BadInput for parts that hold nothing, and for rows that are not of their examples."""
+        """Raises BadInput for no part or one that holds nothing, and for rows that are not of their examples."""
+        if not parts:
+            raise BadInput("there are no examples to train on, or none are held out")
         self.examples = [Examples.open(part.examples) for part in parts]
         self.kept = [Kept.open(part.teacher) if part.teacher else None for part in parts]
         for part, examples, kept in zip(parts, self.examples, self.kept, strict=True):

@@ -60,6 +60,10 @@ def run(job: Job) -> None:
         _train(job, plan, log, checkpoint)
     if main and not job.out.exists():
         finish(job, log.curves)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(
+            cpu=not torch.cuda.is_available()
+        ).wait_for_everyone()  # no machine is done before the student
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -586,7 +590,11 @@ def work(place: str) -> None:
     job = serde.load_json(Job, Path(place))
     torch.set_num_threads(max(1, job.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # it finds bugs, at the price of a write to all memory
+    )
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     run(job)
 
 

@@ -134,17 +134,23 @@ class Learner(torch.nn.Module):  # type: ignore[misc]  # torch is not typed here
 
 
 def load(folder: Path, dtype: torch.dtype, *, attention: str) -> Any:
-    """A causal language model of a Hugging Face folder. Raises BadInput where weights are missing."""
+    """A causal language model of a Hugging Face folder.
+
+    Raises BadInput where weights are missing, Unsupported where transformers does not know it, or `loss.head` its head.
+    """
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise Unsupported(f"transformers does not load {folder.name}: {error}") from error
     missing = sorted(loading["missing_keys"])
     if missing:
         raise BadInput(f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more")

@@ -134,6 +134,11 @@ def train(job: Job, progress: Progress, *, accelerate: Path | None = None) -> Tr
     if not job.out.exists():
         _run(job, progress, accelerate)
     curves = read(job.work / LOG)
+    if not curves.checks:
+        raise BadInput(
+            f"{job.out} is there, and {job.work} knows nothing of its training",
+            hint="choose another folder with -o",
+        )
     steps = curves.checks[-1].step
     return Trained(
         folder=job.out,
