@@ -110,21 +110,23 @@ class Log:
         """Keeps what is there of the first ``upto`` steps, the rest will come again; None keeps nothing."""
         known = read(path) if upto is not None else Curves(steps=(), checks=())
         self.path, self.writes = path, writes
-        self.curves = Curves(
-            steps=tuple(step for step in known.steps if step.step <= (upto or 0)),
-            checks=tuple(check for check in known.checks if check.step <= (upto or 0)),
-        )
+        self._steps = [step for step in known.steps if step.step <= (upto or 0)]
+        self._checks = [check for check in known.checks if check.step <= (upto or 0)]
         if writes:
-            events: list[Step | Check] = [*self.curves.steps, *self.curves.checks]
+            events: list[Step | Check] = [*self._steps, *self._checks]
             events.sort(key=lambda event: (event.step, isinstance(event, Check)))
             write_text(path, "".join(_line(event) for event in events))
 
+    @property
+    def curves(self) -> Curves:
+        return Curves(steps=tuple(self._steps), checks=tuple(self._checks))
+
     def step(self, step: Step) -> None:
-        self.curves = Curves(steps=(*self.curves.steps, step), checks=self.curves.checks)
+        self._steps.append(step)
         self._append(step)
 
     def check(self, check: Check) -> None:
-        self.curves = Curves(steps=self.curves.steps, checks=(*self.curves.checks, check))
+        self._checks.append(check)
         self._append(check)
 
     def sync(self) -> None:
