@@ -140,7 +140,7 @@ def make(
     _require_smaller(parent, whole, spec)
     parts, checks = _parts(parent, whole, spec, data, old, options, folder, progress)
     run = _digest(parent, begun, parts, checks, options, tools)
-    done = folder / "students" / run
+    done = folder / "students" / _named(run, name)
     if not (done / modelcard.NAME).is_file():
         job = train.Job(
             student=begun.path,

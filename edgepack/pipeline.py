@@ -709,7 +709,7 @@ def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpo
 
 def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> dict[str, Any]:
     """The JSON document of ``edgepack distill``: the student's folder, how it was made and what was measured."""
-    from edgepack import distillation, hub
+    from edgepack import distillation, hub, modelcard
 
     asked = distillation_options(options)
     teacher = named(
@@ -735,6 +735,8 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
         expected = distillation.expected(parent, start, asked, folder, progress)
         return document | {"report": None, "expected": serde.dump(expected)}
     _require_writable(place, 2 * teacher.spec.parameters)
+    if place.exists() and not (place / modelcard.NAME).is_file():
+        raise BadInput(f"{place} is there already and is no student", hint="choose another -o, or remove it")
     made = distillation.make(parent, start, asked, folder, progress, name=place.name)
     distillation.publish(made, place, progress)
     return document | {"report": serde.dump(made.report)}
