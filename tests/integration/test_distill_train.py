@@ -504,7 +504,7 @@ def test_an_objective_without_its_teacher_is_refused(
     given = job(place, tmp_path, replace(RECIPE, objective=objective), kept=kept)
 
     with pytest.raises(BadInput, match=said):
-        engine.build(given, engine.Plan.of(given).pool, bf16=False)
+        engine.build(given, engine.Plan.of(given), bf16=False)
 
 
 def test_a_token_that_the_student_does_not_know_is_refused(place: Path, tmp_path: Path) -> None:
@@ -515,7 +515,20 @@ def test_a_token_that_the_student_does_not_know_is_refused(place: Path, tmp_path
     )
 
     with pytest.raises(BadInput, match="the examples have the token 96 and student knows 96"):
-        engine.build(given, engine.Plan.of(given).pool, bf16=False)
+        engine.build(given, engine.Plan.of(given), bf16=False)
+
+
+def test_hard_labels_can_be_learned_while_divergence_is_held_out_and_not_otherwise(
+    place: Path, tmp_path: Path
+) -> None:
+    both = job(place, tmp_path)
+    neither = job(place, tmp_path, replace(RECIPE, objective=Objective(alpha=1.0)), kept=False)
+    measured = replace(neither, held_out=both.held_out)
+
+    assert engine.build(measured, engine.Plan.of(measured), bf16=False).source is not None
+    for given in (replace(both, held_out=neither.held_out), replace(measured, recipe=RECIPE)):
+        with pytest.raises(BadInput, match="for the held-out examples are made in another way"):
+            engine.build(given, engine.Plan.of(given), bf16=False)
 
 
 def test_bf16_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from edgepack.builders import child
 from edgepack.builders import safetensors as headers
 from edgepack.builders.distill import Recipe
 from edgepack.builders.distill.course import Course, Exam, Pool, collate
-from edgepack.builders.distill.learner import Learner, adapt, load, trainable, vocabulary
+from edgepack.builders.distill.learner import Learner, Source, adapt, load, trainable, vocabulary
 from edgepack.builders.distill.teacher import computed
 from edgepack.builders.distill.train import LOG, Check, Curves, Job, Step, read, updates
 from edgepack.errors import BadInput, BuildFailed, NoSpace, Unsupported
@@ -160,17 +160,17 @@ def _train(job: Job, plan: Plan, log: Log, checkpoint: Path | None) -> None:
     recipe = job.recipe
     transformers.set_seed(recipe.seed)
     bf16 = wants_bf16(recipe)
-    learner = build(job, plan.pool, bf16=bf16)
+    learner = build(job, plan, bf16=bf16)
     trainer = Trainer(job, plan, log, learner, arguments(job, plan, bf16=bf16, fresh=checkpoint is None))
     if checkpoint is not None:
         _same_layout(checkpoint, trainer.layout)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
-def build(job: Job, pool: Pool, *, bf16: bool) -> Learner:
+def build(job: Job, plan: Plan, *, bf16: bool) -> Learner:
     """The student with what is learned of it in 32 bits, and the teacher beside it. Raises BadInput, Unsupported."""
     recipe = job.recipe
-    objective, source = recipe.objective, pool.source
+    objective, source = recipe.objective, _source(plan, recipe)
     attention = "sdpa"
     frozen = (
         torch.bfloat16
@@ -178,9 +178,10 @@ def build(job: Job, pool: Pool, *, bf16: bool) -> Learner:
         else torch.float32
     )
     student = load(job.student, frozen, attention=attention)
-    if pool.largest() >= vocabulary(student):
+    largest = max(plan.pool.largest(), plan.held_out.largest())
+    if largest >= vocabulary(student):
         raise BadInput(
-            f"the examples have the token {pool.largest()} and {job.student.name} knows {vocabulary(student)}",
+            f"the examples have the token {largest} and {job.student.name} knows {vocabulary(student)}",
             hint="prepare them with the student's own tokenizer",
         )
     if recipe.recompute:
@@ -211,6 +212,20 @@ def build(job: Job, pool: Pool, *, bf16: bool) -> Learner:
             hint="keep it again over the ids that both have",
         )
     return Learner(student, objective, source=source, teacher=teacher, layers=job.layers)
+
+
+def _source(plan: Plan, recipe: Recipe) -> Source | None:
+    """What all kept rows were made with. Hard labels can be learned while a teacher's rows are held out, not otherwise.
+
+    Raises BadInput where what is held out was kept in another way.
+    """
+    learned, held_out = plan.pool.source, plan.held_out.source
+    if learned != held_out and recipe.objective.alpha < 1:
+        raise BadInput(
+            "a teacher's rows for the held-out examples are made in another way than those to learn from, or missing",
+            hint="keep both with the same temperature and vocabulary",
+        )
+    return held_out
 
 
 def wants_bf16(recipe: Recipe) -> bool:
