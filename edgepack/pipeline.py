@@ -192,6 +192,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
+    tools = toolchain.install(progress)
     if chosen.model.lesson is not None:
         checkpoint = _student(chosen, options, progress)
     else:
@@ -200,7 +201,6 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
         )
     spec = read_model(checkpoint.path)
     _same_model(chosen, spec)
-    tools = toolchain.install(progress)
     folder = workspace.cache_root() / "artifacts"
     how = replace(
         options.quantization, plan=chosen, backend=chosen.profile.backend, kv_type=chosen.settings.kv_type

@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from edgepack import serde
-from edgepack.builders.distill import Lora, Objective, Recipe, course, engine, learner, train
+from edgepack.builders.distill import Lora, Objective, Recipe, course, engine, learner, loss, train
 from edgepack.builders.distill import examples as sets
 from edgepack.builders.distill import teacher as kept
 from edgepack.builders.distill.examples import Examples
@@ -355,7 +355,7 @@ def test_losses_are_those_of_the_model_s_own_logits(kind: str) -> None:
     labels = torch.where(torch.rand(3, 12) < 0.5, ids, learner.IGNORED)
     labels[:, 0] = learner.IGNORED
 
-    learner.verify_head(model, kind)
+    loss.verify_head(model, kind)
     sums = learner.Learner(model, Objective(alpha=1.0))(input_ids=ids, labels=labels)
 
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
@@ -367,10 +367,10 @@ def test_losses_are_those_of_the_model_s_own_logits(kind: str) -> None:
 
 def test_a_head_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = transformers.AutoModelForCausalLM.from_config(_CONFIGS["capped"])
-    monkeypatch.setattr(learner, "head", lambda model: model.get_output_embeddings())
+    monkeypatch.setattr(loss, "head", lambda model: model.get_output_embeddings())
 
     with pytest.raises(Unsupported, match="makes its logits in a way that is not known here"):
-        learner.verify_head(model, "capped")
+        loss.verify_head(model, "capped")
 
 
 def test_a_loss_that_is_no_number_ends_with_step_and_rate_and_keeps_checkpoints(

@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 
 from edgepack.builders.distill import Lora, Objective
-from edgepack.builders.distill.loss import Online, Soft, chunk, chunked, combined, head, select
+from edgepack.builders.distill.loss import Online, Soft, chunk, chunked, combined, head, select, verify_head
 from edgepack.errors import BadInput, Unsupported
 
 IGNORED = -100
 """The label of a token that is no target, as in transformers."""
-_PROBE = 8
-"""Tokens on which the logits made here are compared with the model's own."""
-_TOLERANCE = 1e-3
-"""Of that comparison, relative to the largest logit; a factor that is missing is orders off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,23 +152,6 @@ def load(folder: Path, dtype: torch.dtype, *, attention: str) -> Any:
         raise BadInput(f"{folder} has no weights for {missing[0]} and {len(missing) - 1} more")
     verify_head(model, folder.name)
     return model
-
-
-def verify_head(model: Any, name: str) -> None:
-    """Raises Unsupported where a model makes its logits in a way that `loss.head` does not know."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = torch.arange(_PROBE, device=model.device)[None] % vocabulary(model)
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        made = head(model)(body(model)(input_ids=ids, use_cache=False).last_hidden_state).float()
-    model.train(training)
-    apart = float((own - made).abs().max() / own.abs().max().clamp(min=1e-6))
-    if not apart < _TOLERANCE:
-        raise Unsupported(
-            f"{name} makes its logits in a way that is not known here: they are {apart:.2g} off",
-            hint="models whose logits are a matrix times the last hidden states, scaled or capped, can be trained",
-        )
 
 
 def adapt(student: Any, lora: Lora) -> Any:

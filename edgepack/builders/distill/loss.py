@@ -28,6 +28,10 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK_VALUES = 1 << 24
 """Logits that are held at once, 64 MiB in 32 bits; a few copies of them are alive in the backward pass."""
+_PROBE = 8
+"""Tokens on which a model's own logits are compared with `head`'s."""
+_APART, _APART_IN_16_BITS = 1e-3, 0.02
+"""What the two may be apart, of the largest logit; a forgotten scale or cap is orders off."""
 SMALLEST_TAIL = 2.0**-24
 """Mass of a teacher's tail below which it counts as this: what is kept in 32 bits could not tell it from none, of which
 a student that has some would be infinitely far by the reverse divergence."""
@@ -116,6 +120,26 @@ def head(model: Any) -> Head:
         return torch.tanh(found / cap) * cap if cap else found
 
     return logits
+
+
+def verify_head(model: Any, name: str) -> None:
+    """Raises Unsupported where a model makes its logits in a way that `head` does not know."""
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        ids = torch.arange(_PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        made = head(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+    model.train(training)
+    if bool((own.isnan() & made.isnan()).all()):
+        return  # weights that are no numbers: whoever reads the data says at which token
+    apart = float((own - made).abs().max() / own.abs().max().clamp(min=1e-6))
+    if apart < (_APART if model.dtype is torch.float32 else _APART_IN_16_BITS):
+        return
+    raise Unsupported(
+        f"{name} ({type(model).__name__}) makes its logits in a way that is not known here: they are {apart:.2g} off",
+        hint="known are logits that are a matrix times the last hidden states, scaled or capped",
+    )
 
 
 def token_losses(
