@@ -21,6 +21,17 @@ class Checkpoint:
     license: str
 
 
+UNKNOWN = "unknown"
+"""Licence of a model that names none."""
+
+
+def joint_license(first: str, second: str) -> str:
+    """Of what two models went into: theirs when it is one, both as an SPDX expression, unknown when either is."""
+    if first.lower() == second.lower():
+        return first
+    return UNKNOWN if UNKNOWN in (first, second) else " AND ".join(sorted((first, second)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """What a runtime loads, with its provenance."""

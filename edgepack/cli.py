@@ -464,8 +464,8 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
 )
 @click.option("--replay", "replay_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="What an earlier student was made with, mixed in so that it is not forgotten.")  # fmt: skip
-@click.option("--replay-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.2,
-              show_default=True, help="Share of the examples that come from --replay.")  # fmt: skip
+@click.option("--replay-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="X",
+              help="Share of the examples that come from --replay (default 0.2).")  # fmt: skip
 @_distillation_options
 @_recipe_options
 @click.option("--tasks", type=click.Path(path_type=Path), metavar="FILE",
@@ -473,7 +473,7 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
 @click.option("--accelerate", type=click.Path(path_type=Path), metavar="FILE",
               help="Configuration of accelerate launch, for several processes and machines.")  # fmt: skip
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Splits and orders the data."
+    "--seed", type=click.IntRange(0), metavar="N", help="Orders the data (default: 0, or the recipe's)."
 )
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Threads (default: all cores).")
 @click.option("--revision", metavar="REV", help="Commit of the teacher's Hub repository.")

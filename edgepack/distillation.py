@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import edgepack.calibration as calibrations
 from edgepack import heldout, modelcard, modelspec, quality, serde, students, workspace
-from edgepack.artifact import Checkpoint
+from edgepack.artifact import Checkpoint, joint_license
 from edgepack.builders.distill import Recipe, examples, measure, prune, teacher, train
 from edgepack.errors import BadInput, MissingTool, Unsupported
 from edgepack.modelcard import Answers, Held, Origin, Report
@@ -98,7 +99,8 @@ def expected(
         more = examples.Examples.open(old.train)
         count += round(_replayed(count, len(more), options) * len(more))
         rows += more.response_tokens + examples.Examples.open(old.held_out).response_tokens
-    each = teacher.row_type(options.k, min(whole.vocab, spec.vocab)).itemsize
+    known = min(teacher.known_ids(parent.path), spec.vocab)
+    each = teacher.row_type(min(options.k, known), known).itemsize
     return Expected(
         parameters=spec.parameters,
         teacher_parameters=whole.parameters,
@@ -117,71 +119,122 @@ def make(
     progress: Progress,
     *,
     name: str,
+    place: Path | None = None,
 ) -> Student:
     """The student of ``parent`` that starts from smaller weights or from what is kept of its own, below ``folder``.
 
-    ``name``: of the model, for its card. Raises MissingTool with the extra to install, Unsupported for a teacher that
-    is no checkpoint or cannot be cut, BadInput for data without responses, tokenizers that do not match, a student that
-    is not smaller and a loss that is no number, NoSpace, and BuildFailed with the process's words.
+    ``name``: of the model, for its card. ``place``: where it is to be published, so that another one there is found out
+    before the training. Raises MissingTool with the extra to install, Unsupported for a teacher that is no checkpoint
+    or cannot be cut, BadInput for data without responses, tokenizers that do not match, a student that is not smaller
+    and a loss that is no number, NoSpace, and BuildFailed with the process's words.
     """
     tools = _installed(options.recipe)
-    _require_checkpoint(parent)
-    whole = modelspec.read(parent.path)
-    data = _prepared(parent, start, whole, options.data or (calibrations.BUILTIN,), options, folder, progress)
+    for model in (parent, *((start,) if isinstance(start, Checkpoint) else ())):
+        _require_checkpoint(model)
     if not options.data:
         progress.step("distilling on the built-in text; give your own data with --data FILE")
-    old = (
-        _prepared(parent, start, whole, options.replay, options, folder, progress) if options.replay else None
-    )
-    for warning in data.warnings:
-        progress.step(f"warning: {warning}")
-    begun = _begun(parent, start, data, options, folder, progress)
-    spec = modelspec.read(begun.path)
-    _require_smaller(parent, whole, spec)
-    parts, checks = _parts(parent, whole, spec, data, old, options, folder, progress)
-    run = _digest(parent, begun, parts, checks, options, tools)
-    done = folder / "students" / _named(run, name)
-    if not (done / modelcard.NAME).is_file():
-        job = train.Job(
-            student=begun.path,
-            out=folder / "trained" / run,
-            work=folder / "runs" / run,
-            parts=parts,
-            held_out=checks,
-            recipe=options.recipe,
-            online=parent.path if options.online else None,
-            layers=begun.layers,
-            threads=options.threads,
-        )
-        trained = train.train(job, progress, accelerate=options.accelerate)
-        report = Report(
-            name=name,
-            parameters=spec.parameters,
-            teacher=_origin(parent, whole),
-            start=None if isinstance(start, Prune) else _origin(start, spec),
-            prune=students.label(start) if isinstance(start, Prune) else None,
-            layers=begun.layers,
-            data=data.sources,
-            replay=() if old is None else old.sources,
-            replayed=0.0 if old is None else parts[-1].share,
-            examples=len(examples.Examples.open(data.train)),
-            tokens=len(examples.Examples.open(data.train).tokens),
-            targets=examples.Examples.open(data.train).response_tokens,
-            recipe=options.recipe,
-            k=options.k if _keeps(options) else None,
-            bytes_per_token=_kept_size(parts),
-            steps=trained.steps,
-            stopped_early=trained.stopped_early,
-            held_out=_readings(parent, begun.path, trained.folder, data, old, options, progress),
-            answers=_answers(parent, begun.path, trained.folder, options, progress),
-            tools=tools,
-            warnings=data.warnings,
-        )
-        if not done.exists():  # another machine of the same training may have been faster
-            with workspace.whole_dir(done) as partial:
-                shutil.copytree(trained.folder, partial, dirs_exist_ok=True)
-                modelcard.write(report, job.work / train.LOG, partial)
+    with _alone(folder / "preparing.lock", options, progress):
+        ready = _ready(parent, start, options, folder, progress)
+    run = _digest(parent, ready, options, tools)
+    done = folder / "students" / _named(run, name, modelcard.VERSION, measure.TOKENS)
+    with _alone(folder / "runs" / f"{run}.lock", options, progress):
+        if not (done / modelcard.NAME).is_file():
+            _require_free(place, run)
+            _make(parent, start, ready, options, folder, progress, run=run, done=done, name=name, tools=tools)
     return Student(path=done, report=serde.load_json(Report, done / modelcard.NAME))
+
+
+def _make(
+    parent: Checkpoint,
+    start: Checkpoint | Prune,
+    ready: _Ready,
+    options: Options,
+    folder: Path,
+    progress: Progress,
+    *,
+    run: str,
+    done: Path,
+    name: str,
+    tools: Mapping[str, str],
+) -> None:
+    """Trains, measures and describes the student into ``done``."""
+    job = train.Job(
+        student=ready.begun.path,
+        out=folder / "trained" / run,
+        work=folder / "runs" / run,
+        parts=ready.parts,
+        held_out=ready.checks,
+        recipe=options.recipe,
+        online=parent.path if options.online else None,
+        layers=ready.begun.layers,
+        threads=options.threads,
+    )
+    trained = train.train(job, progress, accelerate=options.accelerate)
+    known = examples.Examples.open(ready.data.train)
+    license_name = parent.license
+    if isinstance(start, Checkpoint):
+        license_name = joint_license(parent.license, start.license)
+    warnings = list(ready.data.warnings)
+    if trained.best == 0:
+        warnings.append(
+            "no step of the training made the held-out loss lower: the weights are those of the start"
+        )
+    report = Report(
+        name=name,
+        run=run,
+        parameters=ready.spec.parameters,
+        license=license_name,
+        teacher=_origin(parent, ready.whole),
+        start=None if isinstance(start, Prune) else _origin(start, ready.spec),
+        prune=students.label(start) if isinstance(start, Prune) else None,
+        layers=ready.begun.layers,
+        data=ready.data.sources,
+        replay=() if ready.old is None else ready.old.sources,
+        replayed=0.0 if ready.old is None else ready.parts[-1].share,
+        examples=len(known),
+        tokens=len(known.tokens),
+        targets=known.response_tokens,
+        recipe=options.recipe,
+        precision=teacher.computed(options.recipe.precision),
+        k=options.k if _keeps(options) else None,
+        bytes_per_token=_kept_size(ready.parts),
+        steps=trained.steps,
+        best=trained.best,
+        stopped_early=trained.stopped_early,
+        held_out=_readings(parent, ready, trained.folder, options, progress),
+        answers=_answers(parent, ready.begun.path, trained.folder, options, progress),
+        tools=tools,
+        warnings=tuple(warnings),
+    )
+    try:
+        with workspace.whole_dir(done) as partial:
+            workspace.copy_files(trained.folder, partial, link=True)
+            modelcard.write(report, job.work / train.LOG, partial)
+    except OSError:
+        if not (done / modelcard.NAME).is_file():  # another machine of the same training was faster
+            raise
+    if options.accelerate is None:  # other machines may still read them
+        for checkpoint in job.work.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def _require_free(place: Path | None, run: str) -> None:
+    """Raises BadInput where another student lies."""
+    there = None if place is None else modelcard.of(place)
+    if there is not None and there.run != run:
+        raise BadInput(
+            f"{place} is another student, and is not overwritten", hint="choose another -o, or remove it"
+        )
+
+
+@contextmanager
+def _alone(lock: Path, options: Options, progress: Progress) -> Iterator[None]:
+    """One process of this machine at a time; those of several machines belong together."""
+    if options.accelerate is not None:
+        yield
+        return
+    with workspace.locked(lock, lambda: progress.step("waiting for another edgepack that works on the same")):
+        yield
 
 
 def publish(made: Student, out: Path, progress: Progress) -> Path:
@@ -195,7 +248,7 @@ def publish(made: Student, out: Path, progress: Progress) -> Path:
     size = sum(file.stat().st_size for file in made.path.iterdir())
     workspace.require_space(out.parent, size)
     with progress.bar(f"writing {out.name}", None), workspace.whole_dir(out) as partial:
-        shutil.copytree(made.path, partial, dirs_exist_ok=True)
+        workspace.copy_files(made.path, partial)
     return out
 
 
@@ -209,6 +262,38 @@ class _Begun:
     path: Path
     digest: str
     layers: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """All that training reads."""
+
+    whole: ModelSpec
+    """The teacher."""
+    spec: ModelSpec
+    """The student."""
+    begun: _Begun
+    data: examples.Prepared
+    old: examples.Prepared | None
+    parts: tuple[train.Part, ...]
+    checks: tuple[train.Part, ...]
+
+
+def _ready(
+    parent: Checkpoint, start: Checkpoint | Prune, options: Options, folder: Path, progress: Progress
+) -> _Ready:
+    whole = modelspec.read(parent.path)
+    data = _prepared(parent, start, whole, options.data or (calibrations.BUILTIN,), options, folder, progress)
+    old = (
+        _prepared(parent, start, whole, options.replay, options, folder, progress) if options.replay else None
+    )
+    for warning in (*data.warnings, *(old.warnings if old is not None else ())):
+        progress.step(f"warning: {warning}")
+    begun = _begun(parent, start, data, options, folder, progress)
+    spec = modelspec.read(begun.path)
+    _require_smaller(parent, whole, spec)
+    parts, checks = _parts(parent, whole, spec, data, old, options, folder, progress)
+    return _Ready(whole=whole, spec=spec, begun=begun, data=data, old=old, parts=parts, checks=checks)
 
 
 def _installed(recipe: Recipe) -> Mapping[str, str]:
@@ -227,7 +312,7 @@ def _installed(recipe: Recipe) -> Mapping[str, str]:
 def _require_checkpoint(parent: Checkpoint) -> None:
     if not (parent.path / "config.json").is_file():
         raise Unsupported(
-            f"{parent.source} is no Hugging Face folder, and a teacher must say more than a GGUF's server does",
+            f"{parent.source} is no Hugging Face folder: neither teacher nor student can be a GGUF",
             hint="give the checkpoint that it was made from",
         )
 
@@ -275,10 +360,9 @@ def _begun(
     progress: Progress,
 ) -> _Begun:
     if isinstance(start, Checkpoint):
-        _require_checkpoint(start)
         return _Begun(path=start.path, digest=start.revision, layers=None)
     inputs = (parent.revision, students.label(start), examples.Examples.open(data.train).digest)
-    out = folder / "starts" / _named(*inputs, options.threads)
+    out = folder / "starts" / _named(*inputs, options.threads, prune.VERSION)
     told = out.with_suffix(".json")
     if not told.is_file():
         shutil.rmtree(out, ignore_errors=True)  # of a run that was killed between the two
@@ -341,25 +425,29 @@ def _replayed(new: int, old: int, options: Options) -> float:
     return min(1.0, options.replay_share / (1.0 - options.replay_share) * new / old)
 
 
-def _digest(
-    parent: Checkpoint,
-    begun: _Begun,
-    parts: Sequence[train.Part],
-    checks: Sequence[train.Part],
-    options: Options,
-    tools: Mapping[str, str],
-) -> str:
-    """Different for every input that changes the student or its report."""
+def _digest(parent: Checkpoint, ready: _Ready, options: Options, tools: Mapping[str, str]) -> str:
+    """Different for every input that changes the student, and for no other."""
     sets = [
         (examples.Examples.open(part.examples).digest, part.teacher and part.teacher.name, part.share)
-        for part in (*parts, *checks)
+        for part in (*ready.parts, *ready.checks)
     ]
-    launch = None if options.accelerate is None else workspace.sha256_file(options.accelerate)
     tasks = None if options.tasks is None else options.tasks.sha256
+    recipe, precision = serde.to_json(options.recipe), teacher.computed(options.recipe.precision)
     return _named(
-        parent.revision, begun.digest, sets, serde.to_json(options.recipe), options.online, tasks, launch,
+        parent.revision, ready.begun.digest, sets, recipe, precision, options.online, tasks, _launch(options),
         options.threads, sorted(tools.items()), train.VERSION,
     )  # fmt: skip
+
+
+_OWN_TO_A_MACHINE = ("machine_rank:", "main_process_ip:", "main_process_port:")
+
+
+def _launch(options: Options) -> str | None:
+    """The configuration of accelerate, less what is another on each machine of one training."""
+    if options.accelerate is None:
+        return None
+    lines = options.accelerate.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(_OWN_TO_A_MACHINE))
 
 
 def _named(*inputs: object) -> str:
@@ -367,8 +455,10 @@ def _named(*inputs: object) -> str:
 
 
 def _origin(checkpoint: Checkpoint, spec: ModelSpec) -> Origin:
+    """Of a folder here only the name is told: its place says nothing to others."""
+    local = Path(checkpoint.source).exists()
     return Origin(
-        source=checkpoint.source,
+        source=checkpoint.path.name if local else checkpoint.source,
         revision=checkpoint.revision,
         license=checkpoint.license,
         parameters=spec.parameters,
@@ -384,27 +474,25 @@ def _kept_size(parts: Sequence[train.Part]) -> float | None:
 
 
 def _readings(
-    parent: Checkpoint,
-    begun: Path,
-    trained: Path,
-    data: examples.Prepared,
-    old: examples.Prepared | None,
-    options: Options,
-    progress: Progress,
+    parent: Checkpoint, ready: _Ready, trained: Path, options: Options, progress: Progress
 ) -> tuple[Held, ...]:
-    sets = [("data", data.held_out)] + ([("replay", old.held_out)] if old is not None else [])
+    sets = [("data", ready.data.held_out)]
+    if ready.old is not None:
+        sets.append(("replay", ready.old.held_out))
     found = []
     for name, place in sets:
         master, before, after = measure.measure(
-            [begun, trained], parent.path, place, threads=options.threads, progress=progress
+            [ready.begun.path, trained], parent.path, place, threads=options.threads, progress=progress
         )
-        share = measure.recovered(before, after, master)
-        told = {
-            "teacher": replace(master, model="teacher", by_example=()),
-            "before": replace(before, model="start", by_example=()),
-            "after": replace(after, model="student", by_example=()),
-        }
-        found.append(Held(name=name, **told, recovered=share))
+        found.append(
+            Held(
+                name=name,
+                teacher=replace(master, model="teacher", by_example=()),
+                before=replace(before, model="start", by_example=()),
+                after=replace(after, model="student", by_example=()),
+                recovered=measure.recovered(before, after, master),
+            )
+        )
     return tuple(found)
 
 

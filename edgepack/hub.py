@@ -96,7 +96,7 @@ def resolve(
         raise BadInput(f"{wanted!r} is not a revision", hint="give a commit, tag or branch of the repository")
     hub = _Hub.from_environment(os.environ, offline=offline)
     snapshot, commit = hub.snapshot(repo, wanted, weights=weights, progress=progress)
-    license = known.license if known else _license_in(snapshot)
+    license = known.license if known else license_in(snapshot)
     return Checkpoint(path=snapshot, source=repo, revision=commit, license=license)
 
 
@@ -135,11 +135,11 @@ def _local(path: Path, source: str, progress: Progress) -> Checkpoint:
         path=path.resolve(),
         source=source,
         revision=content_revision(path, progress),
-        license=known.license if known else _license_in(folder),
+        license=known.license if known else license_in(folder),
     )
 
 
-def _license_in(folder: Path) -> str:
+def license_in(folder: Path) -> str:
     """The licence in the front matter of a model card; "unknown" without one."""
     card = folder / "README.md"
     if not card.is_file():
@@ -592,5 +592,5 @@ def _modelscope(
             hint=f"download {name} elsewhere and pass --model PATH",
         ) from error
     return Checkpoint(
-        path=folder, source=source, revision=content_revision(folder, progress), license=_license_in(folder)
+        path=folder, source=source, revision=content_revision(folder, progress), license=license_in(folder)
     )

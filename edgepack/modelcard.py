@@ -12,12 +12,15 @@ from typing import Any, Literal
 
 import edgepack.calibration as calibrations
 from edgepack import serde
+from edgepack.artifact import UNKNOWN
 from edgepack.builders.distill import Recipe
 from edgepack.bundle.render import environment, templates
 from edgepack.drawing import Series, curves
 from edgepack.evaluation import Accuracy, Estimate, Reading
 from edgepack.scoring.intervals import exp
 
+VERSION = 1
+"""Raised when the same student is described or measured otherwise."""
 NAME = "distillation.json"
 """In a student's folder: how it was made and what was measured."""
 CURVES = "curves.svg"
@@ -59,10 +62,14 @@ class Answers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """How a student was made and how good it is; nothing of it depends on when or where."""
+    """How a student was made and how good it is; nothing of it depends on when, or on the place of a file."""
 
     name: str
+    run: str
+    """Names all inputs of the training."""
     parameters: int
+    license: str
+    """Of teacher and start together."""
     teacher: Origin
     start: Origin | None
     """None when it was cut out of the teacher."""
@@ -80,11 +87,16 @@ class Report:
     targets: int
     """Tokens of responses: those that are learned."""
     recipe: Recipe
+    precision: str
+    """What matrices were multiplied in."""
     k: int | None
     """None when the teacher's whole vocabulary was used, or nothing of it."""
     bytes_per_token: float | None
     """Of the kept logits, on disk."""
     steps: int
+    best: int
+    """Steps after which the held-out loss was lowest: the weights are of then. The figures below are of the same
+    held-out data, so they flatter a little where checks differ by little."""
     stopped_early: bool
     held_out: tuple[Held, ...]
     answers: Answers | None
@@ -111,14 +123,14 @@ def of(folder: Path) -> Report | None:
     return serde.load_json(Report, path) if path.is_file() else None
 
 
-_HUB_LICENSES = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-"""How the Hub writes the identifiers of licences."""
+_HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+"""How the Hub writes the identifier of a licence."""
 
 
 def _facts(report: Report) -> dict[str, object]:
     """What the card's template is given beside the report."""
-    license = report.teacher.license.lower()
-    known = license != "unknown" and _HUB_LICENSES.fullmatch(license) is not None
+    license = report.license.lower()
+    known = license != UNKNOWN and _HUB_LICENSE.fullmatch(license) is not None
     objective, recipe = report.recipe.objective, report.recipe
     kind = {"forward": "KL(teacher, student)", "reverse": "KL(student, teacher)", "js": "Jensen-Shannon"}
     terms = [f"{objective.alpha:g} · cross entropy"] if objective.alpha else []
@@ -133,9 +145,10 @@ def _facts(report: Report) -> dict[str, object]:
         how = f"LoRA of rank {recipe.lora.rank}, alpha {recipe.lora.alpha}, merged"
     return {
         "license": license if known else "other",
-        "license_name": "" if known else "as-of-the-teacher",
+        "license_name": "" if known else re.sub(r"[^a-z0-9.+-]+", "-", license),
+        "base_models": [report.teacher.source, *((report.start.source,) if report.start is not None else ())],
         "loss": " + ".join(terms),
-        "trained": f"{how}; AdamW, rate {recipe.rate:g}, weight decay {recipe.decay:g}, {recipe.precision}",
+        "trained": f"{how}; AdamW, rate {recipe.rate:g}, weight decay {recipe.decay:g}, {report.precision}",
         "tools": ", ".join(f"{name} {version}" for name, version in sorted(report.tools.items())),
         "sources": _sources,
         "percent": lambda found: _shown(found, "{:.1%}"),

@@ -25,7 +25,7 @@ from edgepack import (
     students,
     workspace,
 )
-from edgepack.artifact import Artifact, Checkpoint
+from edgepack.artifact import Artifact, Checkpoint, joint_license
 from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
@@ -123,14 +123,18 @@ def named(
                 f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
             )
         return _from_hub(model, revision=revision, offline=offline, converted=converted)
+    from edgepack import hub
+
     spec = read_model(path, converted=converted)
+    license_name = hub.license_in(path if path.is_dir() else path.parent)
     reference = ModelRef(
         id=path.stem if path.is_file() and path.suffix == ".gguf" else spec.name,
         source=str(path),
         revision=None,
         architecture=spec.family,
         parameters=spec.parameters,
-        license="unknown",
+        license=license_name,
+        commercial=catalog.allows_commerce(license_name),
     )
     return Candidate(model=reference, spec=spec, panels={})
 
@@ -601,9 +605,19 @@ def _smaller(
         if model.parameters < teacher.spec.parameters
         and model.config.get("model_type") == config.get("model_type")
         and abs(model.spec().vocab - teacher.spec.vocab) <= PADDING
-        and degradation.family_of(model.id)
-        == (degradation.family_of(teacher.model.id) or degradation.family_of(model.id))
+        and _related(model, teacher)
     ]
+
+
+def _related(model: catalog.CatalogModel, teacher: Candidate) -> bool:
+    """Taught by it, or of its family by name: that configurations are alike does not make tokens so."""
+    if model.teacher is not None and model.teacher.lower() in (
+        teacher.model.id.lower(),
+        teacher.model.source.lower(),
+    ):
+        return True
+    family = degradation.family_of(teacher.model.id)
+    return family is not None and family == degradation.family_of(model.id)
 
 
 PADDING = 512
@@ -614,10 +628,15 @@ def _taught(model: catalog.CatalogModel, teacher: Candidate) -> Candidate:
     """A smaller model that is still to be taught; it scores at least what it does."""
     own = _from_catalog(model)
     lesson = plan.Lesson(teacher=teacher.model.source, revision=teacher.model.revision, prune=None)
-    return replace(
-        own,
-        model=replace(own.model, id=f"{own.model.id}-taught", teacher=teacher.model.id, lesson=lesson),
+    reference = replace(
+        own.model,
+        id=f"{own.model.id}-taught",
+        teacher=teacher.model.id,
+        lesson=lesson,
+        license=joint_license(own.model.license, teacher.model.license),
+        commercial=own.model.commercial and teacher.model.commercial,
     )
+    return replace(own, model=reference)
 
 
 def _taught_by(
@@ -685,7 +704,7 @@ def _same_size(exact: Plan, artifact: Artifact) -> None:
 
 
 def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpoint:
-    """The student that a plan describes, made now unless the cache has it; its licence is its teacher's."""
+    """The student that a plan describes, made now unless the cache has it."""
     from edgepack import distillation, hub, modelcard
 
     model, lesson = chosen.model, chosen.model.lesson
@@ -704,7 +723,8 @@ def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpo
     for held in made.report.held_out:
         progress.step(f"student  {modelcard.recovery(held)}")
     found = hub.resolve(str(made.path), progress=progress)
-    return replace(found, license=parent.license)
+    # The place in this machine's cache says nothing to who reads the bundle; the revision is over all its files.
+    return replace(found, source=model.id, license=made.report.license)
 
 
 def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> dict[str, Any]:
@@ -737,7 +757,7 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
     _require_writable(place, 2 * teacher.spec.parameters)
     if place.exists() and not (place / modelcard.NAME).is_file():
         raise BadInput(f"{place} is there already and is no student", hint="choose another -o, or remove it")
-    made = distillation.make(parent, start, asked, folder, progress, name=place.name)
+    made = distillation.make(parent, start, asked, folder, progress, name=place.name, place=place)
     distillation.publish(made, place, progress)
     return document | {"report": serde.dump(made.report)}
 
@@ -751,6 +771,10 @@ def distillation_options(options: Mapping[str, Any]) -> distillation.Options:
     recipe = _recipe(options)
     if recipe.objective.hidden and not options.get("online"):
         raise BadInput("hidden states are matched with the teacher beside the student", hint="--online")
+    if options.get("replay_share") and not options.get("replay_files"):
+        raise BadInput("--replay-share shares out --replay, and there is none", hint="--replay FILE")
+    if options.get("k") and options.get("online"):
+        raise BadInput("--top-k and --online exclude each other: nothing is kept", hint="leave one out")
     accelerate = options.get("accelerate")
     if accelerate is not None and not accelerate.is_file():
         raise NotFound(f"no file {accelerate}", hint="`accelerate config --config_file FILE` writes one")
@@ -783,6 +807,10 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
             f"no preset {name!r}{near}", hint=f"a YAML file, or one of: {', '.join(distill.PRESETS)}"
         )
     given = {key: options[key] for key in ("steps", "epochs", "batch", "rate", "length") if options.get(key)}
+    if "epochs" in given:
+        if "steps" in given:
+            raise BadInput("--epochs and --steps exclude each other", hint="leave one out")
+        given["steps"] = None
     goal = {
         key: options[key] for key in ("alpha", "temperature", "divergence") if options.get(key) is not None
     }
@@ -792,7 +820,11 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
     if options.get("lora"):
         lora = replace(lora or distill.Lora(), rank=options["lora"])
     changed = replace(
-        recipe, **given, objective=replace(recipe.objective, **goal), lora=lora, seed=options["seed"]
+        recipe,
+        **given,
+        objective=replace(recipe.objective, **goal),
+        lora=lora,
+        seed=options["seed"] or recipe.seed,
     )
     return distill.checked(changed)
 

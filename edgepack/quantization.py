@@ -171,7 +171,7 @@ def publish(made: Made, out: Path, progress: Progress) -> Path:
     with progress.bar(f"writing {out.name}", None):
         if source.is_dir():
             with workspace.whole_dir(out) as partial:
-                shutil.copytree(source, partial, dirs_exist_ok=True)
+                workspace.copy_files(source, partial)
                 record.write(made.record, partial)
         else:
             with workspace.whole_file(out) as partial:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import os
@@ -49,8 +50,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises NoSpace when the disk fills up.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.part{os.getpid()}")
+    sweep(path.parent, path.name)
+    temporary = part(path)
     try:
         yield temporary
         with temporary.open("rb") as stream:
@@ -68,8 +69,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_dir(path: Path) -> Iterator[Path]:
     """Like whole_file for a folder: it appears under its name only when the block completed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
-    temporary = path.with_name(f".{path.name}.part{os.getpid()}")
+    sweep(path.parent, path.name)
+    temporary = part(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -88,16 +89,21 @@ def whole_dir(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Removes what processes that were killed had written of ``path``; one that still runs keeps its own."""
-    for part in path.parent.glob(f".{glob.escape(path.name)}.part*"):
-        owner = part.name.rpartition(".part")[2]
-        if not owner.isdecimal() or _runs(int(owner)):
+def part(path: Path) -> Path:
+    """The name of ``path`` while this process writes or removes it; with the machine's, for some share a cache."""
+    return path.with_name(f".{path.name}.part{os.uname().nodename}-{os.getpid()}")
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes the parts, of ``name`` or of all, that killed processes of this machine left in a folder."""
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.part*"):
+        machine, _, owner = left.name.rpartition(".part")[2].rpartition("-")
+        if machine != os.uname().nodename or not owner.isdecimal() or _runs(int(owner)):
             continue
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
         else:
-            part.unlink(missing_ok=True)
+            left.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -108,6 +114,34 @@ def _runs(process: int) -> bool:
     except PermissionError:  # another user's
         return True
     return True
+
+
+def copy_files(source: Path, folder: Path, *, link: bool = False) -> None:
+    """The files of a folder, and of those below it, into another; ``link``: as hard links on the same disk.
+
+    Raises OSError as it is, where shutil.copytree hides that the disk is full.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if link:
+                os.link(path, target)
+            else:
+                shutil.copyfile(path, target)
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock that one process of this machine has at a time; ``waiting`` is called when another has it now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

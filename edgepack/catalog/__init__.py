@@ -85,6 +85,12 @@ def panels() -> Mapping[str, Panel]:
     return {p.name: p for p in serde.load_yaml(_Panels, Path(__file__).parent / "panels.yaml").panels}
 
 
+def allows_commerce(license: str) -> bool:
+    """Whether a licence, or each that an expression names, is none that the catalog knows to forbid commercial use."""
+    forbidding = {model.license.lower() for model in models() if not model.commercial}
+    return not any(name in license.lower() for name in forbidding)
+
+
 def find(name: str, extra: Sequence[CatalogModel] = ()) -> CatalogModel | None:
     """The model with this id or repository, in any case, ``extra`` first; None when there is none."""
     wanted = name.lower()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -257,10 +256,7 @@ def _make_room(need: int) -> None:
     """Removes what killed processes left behind, and the references longest unused until the new one fits."""
     if not folder().is_dir():
         return
-    for place in folder().glob(".*.part*"):
-        owner = re.search(r"\.part(\d+)$", place.name)
-        if owner and not Path(f"/proc/{owner.group(1)}").exists():
-            shutil.rmtree(place, ignore_errors=True)
+    workspace.sweep(folder())
     there = sorted(
         (place for place in folder().iterdir() if not place.name.startswith(".")),
         key=lambda place: place.stat().st_mtime_ns,
@@ -270,7 +266,7 @@ def _make_room(need: int) -> None:
         if total + need <= CACHE_LIMIT:
             return
         total -= _size(place)
-        leaving = place.with_name(f".{place.name}.part{os.getpid()}")
+        leaving = workspace.part(place)
         place.rename(leaving)  # so that nobody finds half of it
         shutil.rmtree(leaving)
 

@@ -74,6 +74,7 @@ def load(path: Path, *, threads: int) -> Any:
             device_map="cuda" if torch.cuda.is_available() else "cpu",
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
         )
     except ImportError as error:
         raise MissingTool(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -162,9 +163,9 @@ def test_killed_while_it_trains_the_same_command_ends_with_the_same_bytes(
     command = [sys.executable, "-m", "edgepack", *map(str, words)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(own)) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("training the student"):
-                break
+        while not any('"step": 3' in log.read_text() for log in own.glob("distilled/runs/*/log.jsonl")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert not out.exists()
 

@@ -165,7 +165,7 @@ def test_after_a_kill_the_same_job_succeeds(
 ) -> None:
     fake(tmp_path, monkeypatch, "(job.out / 'whole').write_text('x')")
     name = build("onnx-int8", folder).path.name
-    (folder / name).rename(folder / f".{name}.part1")
+    (folder / name).rename(folder / f".{name}.part{os.uname().nodename}-1")
 
     again = build("onnx-int8", folder)
 

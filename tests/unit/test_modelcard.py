@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from edgepack import hub, modelcard
+from edgepack import catalog, hub, modelcard
 from edgepack.builders.distill import ARTICLE, Lora, Objective, Recipe
 from edgepack.calibration import Source
 from edgepack.evaluation import Accuracy, Estimate, Reading
@@ -48,7 +48,9 @@ HELD = Held(
 )
 REPORT = Report(
     name="half",
+    run="0123456789abcdef",
     parameters=3_475_200,
+    license="apache-2.0",
     teacher=Origin(source="acme/big", revision="sha256:12", license="apache-2.0", parameters=6_425_856),
     start=None,
     prune="layers=3",
@@ -60,9 +62,11 @@ REPORT = Report(
     tokens=1_139_584,
     targets=1_134_949,
     recipe=Recipe(),
+    precision="bf16",
     k=64,
     bytes_per_token=284.0,
     steps=400,
+    best=360,
     stopped_early=False,
     held_out=(HELD,),
     answers=None,
@@ -98,10 +102,10 @@ def test_the_card_has_a_front_matter_that_the_hub_reads_and_every_figure(log: Pa
     card = (folder / "README.md").read_text(encoding="utf-8")
 
     front = yaml.safe_load(card.split("---\n")[1])
-    assert (front["license"], front["base_model"]) == ("apache-2.0", "acme/big")
+    assert (front["license"], front["base_model"]) == ("apache-2.0", ["acme/big"])
     for figure in ("2.72 [2.46, 3.00]", "3.49 [3.08, 3.96]", "0.3000 [0.2700, 0.3300]", "50.0% [45.0%, 55.0%]",
                    "training closed 75% [68%, 82%]", "layers 0, 1, 5", "359 documents", "1,134,949 of them learned",
-                   "284 bytes a token", "torch 2.13.0"):  # fmt: skip
+                   "284 bytes a token", "torch 2.13.0", "those of step 360"):  # fmt: skip
         assert figure in card
 
 
@@ -112,12 +116,19 @@ def test_a_licence_is_handed_on_to_what_is_built_from_it(log: Path) -> None:
     assert hub.resolve(str(folder), progress=Silent()).license == "apache-2.0"
 
 
-@pytest.mark.parametrize("license", ["unknown", "Some Words Of Its Own"])
-def test_a_licence_that_the_hub_has_no_name_for_is_other(license: str, log: Path) -> None:
-    folder = written(replace(REPORT, teacher=replace(REPORT.teacher, license=license)), log)
+@pytest.mark.parametrize(
+    ("license", "name"),
+    [("unknown", "unknown"), ("Apache-2.0 AND Qwen-RESEARCH", "apache-2.0-and-qwen-research")],
+)
+def test_a_licence_that_the_hub_has_no_name_for_is_other_and_is_read_back(
+    license: str, name: str, log: Path
+) -> None:
+    folder = written(replace(REPORT, license=license), log)
 
     front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1])
-    assert (front["license"], front["license_name"]) == ("other", "as-of-the-teacher")
+    assert (front["license"], front["license_name"]) == ("other", name)
+    assert hub.license_in(folder) == name
+    assert catalog.allows_commerce(name) == (license == "unknown")
 
 
 def test_a_start_that_was_no_worse_than_its_teacher_has_nothing_recovered(log: Path) -> None:

@@ -161,7 +161,10 @@ def test_a_reference_that_was_stopped_leaves_nothing_and_is_made_again() -> None
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays() -> None:
     reference.folder().mkdir(parents=True)
-    dead, alive = reference.folder() / ".x.part999999999", reference.folder() / f".y.part{os.getpid()}"
+    dead, alive = (
+        reference.folder() / f".{name}.part{os.uname().nodename}-{number}"
+        for name, number in (("x", 999999999), ("y", os.getpid()))
+    )
     dead.mkdir()
     alive.mkdir()
 

@@ -159,6 +159,39 @@ def test_what_reads_other_tokens_or_is_no_smaller_is_no_start() -> None:
     assert not any("14B" in name or "Qwen3" in name for name in starts)
 
 
+def test_a_student_has_the_licences_of_all_that_went_into_it() -> None:
+    found = {c.model.source: c.model for c in pipeline.candidates(None, "qwen2.5-3b-instruct", distill=True)}
+
+    taught = found["Qwen/Qwen2.5-0.5B-Instruct"]
+    assert taught.license == "Apache-2.0 AND Qwen-RESEARCH"
+    assert not taught.commercial
+    other = pipeline.candidates(None, "qwen2.5-7b-instruct", distill=True)
+    start = next(c.model for c in other if c.model.source == "Qwen/Qwen2.5-3B-Instruct")
+    assert (start.license, start.commercial) == ("Apache-2.0 AND Qwen-RESEARCH", False)
+    assert all(c.model.commercial for c in other if c.model.prune is not None)
+
+
+def test_a_folder_whose_card_forbids_commerce_is_planned_with_a_warning(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+    card = "---\nlicense: other\nlicense_name: apache-2.0-and-qwen-research\n---\n"
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+
+    found = pipeline.make_plan(Request(profile=LAPTOP), [pipeline.named(str(tmp_path))])
+
+    assert not found.model.commercial
+    assert [text for text in found.warnings if "forbids commercial use" in text]
+
+
+def test_models_that_only_look_alike_are_no_starts(tmp_path: Path) -> None:
+    config = (DEMO / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(config)
+
+    found = pipeline.candidates(None, str(tmp_path), extra=family(), distill=True)
+
+    assert all(c.model.prune is not None for c in found)
+
+
 def test_a_start_is_ranked_by_the_score_it_has() -> None:
     better = CatalogModel(
         id="taught-well",
@@ -167,6 +200,7 @@ def test_a_start_is_ranked_by_the_score_it_has() -> None:
         commercial=True,
         config=family()[1].config,
         parameters=family()[1].parameters,
+        teacher="demo",
         panels={"demo_heldout": {"next_token": 31.0}},
     )
 
@@ -351,10 +385,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     asked: Made = []
 
     def make(
-        parent: Checkpoint, start: Checkpoint | Prune, options: distillation.Options, *_: object, name: str
+        parent: Checkpoint,
+        start: Checkpoint | Prune,
+        options: distillation.Options,
+        *_: object,
+        **more: object,
     ) -> None:
         asked.append((parent, start, options))
-        raise Asked(name)
+        raise Asked(more["name"])
 
     monkeypatch.setattr(distillation, "make", make)
     return asked

@@ -49,7 +49,9 @@ def test_what_a_killed_process_left_of_a_folder_is_removed_and_a_living_ones_par
 ) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    left, other = (tmp_path / f".release.part{pid}" for pid in (ended.pid, os.getppid()))
+    left, other = (
+        tmp_path / f".release.part{os.uname().nodename}-{pid}" for pid in (ended.pid, os.getppid())
+    )
     for folder in (left, other):
         folder.mkdir()
 
@@ -69,7 +71,9 @@ def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> 
 def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left, living = (tmp_path / f".a.gguf.part{number}" for number in (ended.pid, os.getppid()))
+    left, living = (
+        tmp_path / f".a.gguf.part{os.uname().nodename}-{number}" for number in (ended.pid, os.getppid())
+    )
     for part in (left, living):
         part.write_text("half")
 

@@ -35,6 +35,7 @@ from edgepack.builders.distill.course import Course, Exam, Pool, collate
 from edgepack.builders.distill.learner import Learner, Source, adapt, load, trainable, vocabulary
 from edgepack.builders.distill.teacher import computed
 from edgepack.builders.distill.train import LOG, Check, Curves, Job, Step, read, updates
+from edgepack.builders.quantizers import TOKENIZER_FILES
 from edgepack.errors import BadInput, BuildFailed, NoSpace, Unsupported
 from edgepack.units import MIB
 from edgepack.workspace import free_bytes, fsync_dir, is_full, require_space, whole_dir, write_text
@@ -44,8 +45,8 @@ MARKER = "complete"
 WEIGHTS = "model.safetensors"
 KEPT = 2
 """Checkpoints to go on from; of the best one the weights are kept beside."""
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md", ".py")
-"""Weights, the model card and code; all else of a student's folder goes with what it became."""
+_COPIED = ("config.json", *TOKENIZER_FILES, "LICENSE", "LICENSE.txt", "NOTICE")
+"""Of a student's folder, what goes with what it became."""
 _STORED: Mapping[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -577,10 +578,9 @@ def finish(job: Job, curves: Curves) -> None:
                 ) from error
             raise
         (folder / "generation_config.json").unlink(missing_ok=True)
-        for file in sorted(job.student.iterdir()):
-            taken = file.suffix not in _NOT_COPIED and not file.name.endswith(".index.json")
-            if file.is_file() and taken and not file.name.startswith("."):
-                shutil.copyfile(file, folder / file.name)
+        for name in _COPIED:
+            if (job.student / name).is_file():
+                shutil.copyfile(job.student / name, folder / name)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors' writer leaves some to their owner alone
 

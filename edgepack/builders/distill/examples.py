@@ -314,9 +314,7 @@ def _examples(
     documents: Sequence[Document], form: Form, held_out: float, seed: int, progress: Progress
 ) -> _Found:
     chats = [document for document in documents if document.messages]
-    texts = [
-        run for document in documents if not document.messages for run in _runs(document, held_out, seed)
-    ]
+    texts = [run for document in documents if not document.messages for run in _runs(document, held_out)]
     said: dict[bool, list[Marked]] = {False: [], True: []}
     pieces: dict[bool, list[Marked]] = {False: [], True: []}
     problems: list[str] = []
@@ -336,7 +334,7 @@ def _examples(
             ]
             silent += not kept
             long += any(len(tokens) > form.length for tokens, _ in whole)
-            said[_side(document, held_out, seed)] += kept
+            said[_side(document, held_out)] += kept
         for run in sorted(texts, key=lambda run: _order([run.text, run.ends], seed)):
             advance(1)
             pieces[run.held_out] += windows(run.text, form, ends=run.ends)
@@ -548,11 +546,11 @@ class _Run:
     held_out: bool
 
 
-def _runs(document: Document, held_out: float, seed: int) -> Iterator[_Run]:
+def _runs(document: Document, held_out: float) -> Iterator[_Run]:
     """A document that is longer than two passages is split, for there may be no other."""
     text = document.text
     sides = [
-        (start, end, _side(replace(document, text=text[start:end].strip()), held_out, seed))
+        (start, end, _side(replace(document, text=text[start:end].strip()), held_out))
         for start, end in formats.cuts(text, _PASSAGE)
     ]
     start = 0
@@ -620,9 +618,10 @@ def pack(pieces: Sequence[Marked], length: int) -> list[Marked]:
 # ── order ──
 
 
-def _side(document: Document, held_out: float, seed: int) -> bool:
-    """Whether a document is held out: by its content, so that copies of it never are on both sides."""
-    drawn = int.from_bytes(_order([document.text, document.messages], seed)[:8], "big")
+def _side(document: Document, held_out: float) -> bool:
+    """Whether a document is held out: by its content alone, so that copies of it never are on both sides, and what an
+    earlier student was measured on is never what a later one is trained on."""
+    drawn = int.from_bytes(_order([document.text, document.messages], 0)[:8], "big")
     return drawn < held_out * 2**64
 
 

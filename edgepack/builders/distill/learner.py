@@ -143,6 +143,7 @@ def load(folder: Path, dtype: torch.dtype, *, attention: str) -> Any:
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, ImportError) as error:

@@ -36,6 +36,8 @@ from edgepack.students import Prune
 from edgepack.units import MIB
 from edgepack.workspace import require_space, whole_dir
 
+VERSION = 1
+"""Raised when the same student is cut otherwise."""
 TOKENS = 4096
 """Responses that candidates are compared on."""
 PLACES = 12
@@ -108,7 +110,7 @@ def prune(
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise MissingTool(
-                f"{package} is not installed", hint="pip install 'edgepack[quant]' (torch first: README)"
+                f"{package} is not installed", hint="pip install 'edgepack[distill]' (torch first: README)"
             )
     spec, config = modelspec.read(teacher), serde.read_object(teacher / "config.json")
     students.sizes(config, what)
@@ -265,7 +267,13 @@ def _load(folder: Path, kind: Any, device: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, told = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=kind, local_files_only=True, output_loading_info=True, attn_implementation="sdpa"
+        folder,
+        dtype=kind,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        attn_implementation="sdpa",
     )
     for which in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told[which]:

@@ -57,6 +57,8 @@ _CACHED_VALUES = 1 << 18
 """Logits that are looked at in one go: 1 MiB in 32 bits stays in a core's cache."""
 _CACHED_ROWS = 4
 """Fewer at a time, and calls cost more than the cache saves."""
+_LEAST = -87.0
+"""Logarithm of the smallest odds in 32 bits; below, an outcome counts as this likely, which is never."""
 _SMALLEST = float(np.finfo(np.float16).min)
 _AGAIN = "run the same command again: what is whole is kept, the rest is made again"
 _SHARD = re.compile(r"(\d{6})-([0-9a-f]{16})\.npy\Z")
@@ -550,7 +552,7 @@ class Outcomes:
         import torch
 
         # Not the logits again, which have left the cache. Odds of 0 are of an outcome that will not be.
-        shifted = odds.inside.log().mul_(self.temperature).clamp_(min=_SMALLEST)
+        shifted = odds.inside.log().clamp_(min=_LEAST).mul_(self.temperature).clamp_(min=_SMALLEST)
         rounded = shifted.half()
         moved = rounded.float() - shifted
         found = np.empty(len(logits), self.row)

@@ -19,6 +19,7 @@ from pathlib import Path
 from edgepack import serde
 from edgepack.builders import child
 from edgepack.builders.distill import Recipe
+from edgepack.builders.distill.examples import Examples
 from edgepack.errors import BadInput, MissingTool
 from edgepack.progress import Progress
 from edgepack.workspace import sha256_file, write_text
@@ -145,13 +146,18 @@ def train(job: Job, progress: Progress, *, accelerate: Path | None = None) -> Tr
         curves=curves,
         steps=steps,
         best=curves.best.step if curves.best is not None else steps,
-        stopped_early=curves.out_of_patience(job.recipe.patience),
+        stopped_early=curves.out_of_patience(job.recipe.patience) and steps < _planned(job),
     )
 
 
 def updates(recipe: Recipe, examples: int) -> int:
     """Steps of a recipe over so many examples."""
     return recipe.steps or math.ceil(recipe.epochs * examples / recipe.batch)
+
+
+def _planned(job: Job) -> int:
+    counts = (max(1, round(part.share * len(Examples.open(part.examples)))) for part in job.parts)
+    return updates(job.recipe, sum(counts))
 
 
 def read(log: Path) -> Curves:
