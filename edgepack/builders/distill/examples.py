@@ -32,6 +32,8 @@ from edgepack.workspace import require_space, sha256_file, whole_dir
 
 _PASSAGE = 4000
 """Characters, about a thousand tokens: a longer document is on both sides, passage by passage."""
+_SIDES = 1869
+"""Draws who is held out. Any number would do, and another one would mix what earlier students were measured on."""
 _LEAST = 4
 """Tokens of an example: a begin-of-text, one that was predicted before, and some to predict."""
 _HELD_OUT = 2
@@ -621,7 +623,7 @@ def pack(pieces: Sequence[Marked], length: int) -> list[Marked]:
 def _side(document: Document, held_out: float) -> bool:
     """Whether a document is held out: by its content alone, so that copies of it never are on both sides, and what an
     earlier student was measured on is never what a later one is trained on."""
-    drawn = int.from_bytes(_order([document.text, document.messages], 0)[:8], "big")
+    drawn = int.from_bytes(_order([document.text, document.messages], _SIDES)[:8], "big")
     return drawn < held_out * 2**64
 
 
