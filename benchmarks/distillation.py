@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from edgepack import distillation, heldout, hub, modelcard, modelspec, quality, serde, students
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from edgepack import distillation, heldout, hub, modelcard, quality, serde, students, workspace
 from edgepack.artifact import Checkpoint
 from edgepack.builders.distill import Objective, Recipe
 from edgepack.drawing import Series, curves
@@ -129,23 +133,16 @@ def measured(
 
 def random(parent: Checkpoint, shape: students.Prune, folder: Path, seed: int) -> Checkpoint:
     """Untrained weights of the pruned shape, as transformers draws them, with the teacher's tokenizer."""
-    import shutil
-
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = folder / f"random-{students.label(shape)}-{seed}"
+    place = folder / f"random-{students.label(shape)}-{parent.revision[-12:]}-{seed}"
     if not place.is_dir():
-        place.mkdir(parents=True)
         config = students.shrunk(serde.read_object(parent.path / "config.json"), shape)
-        (place / "config.json").write_text(json.dumps(config, indent=2))
         torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place)).half().save_pretrained(place)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(parent.path / name, place / name)
-    spec = modelspec.read(place)
-    if spec.parameters <= 0:
-        raise AssertionError("a model without weights")
+        with workspace.whole_dir(place) as partial:
+            (partial / "config.json").write_text(json.dumps(config, indent=2))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial))
+            model.half().save_pretrained(partial)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copyfile(parent.path / name, partial / name)
     return hub.resolve(str(place), progress=Terminal())
 
 

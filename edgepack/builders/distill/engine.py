@@ -563,7 +563,7 @@ def finish(job: Job, curves: Curves) -> None:
     )
     if lost is not None:
         raise BuildFailed(
-            f"{lost} has grown beyond what {stored} holds", hint="take a lower --rate, or a student in bf16"
+            f"{lost} has grown beyond what {stored} holds", hint="take a lower rate, or a student in bf16"
         )
     student.generation_config = transformers.GenerationConfig()  # the student's own is copied, as it is
     require_space(job.out.parent, MIB + sum(w.numel() * w.element_size() for w in student.parameters()))
