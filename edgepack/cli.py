@@ -213,19 +213,21 @@ def _recipe_options(command: Command) -> Command:
         click.option("--online", is_flag=True,
                      help="Run the teacher beside the student instead of keeping its logits."),
         click.option("--top-k", "k", type=click.IntRange(1), metavar="N",
-                     help="Logits of the teacher that are kept of each token."),
-        click.option("--length", type=click.IntRange(2), metavar="N", help="Tokens of the longest example."),
-        click.option("--batch", type=click.IntRange(1), metavar="N", help="Examples of one step."),
-        click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="X", help="Highest learning rate."),
+                     help="Logits of the teacher that are kept of each token (default 88)."),
+        click.option("--length", type=click.IntRange(2), metavar="N",
+                     help="Tokens of the longest example (default 1024)."),
+        click.option("--batch", type=click.IntRange(1), metavar="N", help="Examples of one step (default 16)."),
+        click.option("--rate", type=click.FloatRange(0, min_open=True), metavar="X",
+                     help="Highest learning rate (default 0.001)."),
         click.option("--full", is_flag=True, help="Train all weights, also with --preset article."),
         click.option("--lora", type=click.IntRange(1), metavar="RANK",
                      help="Train low-rank updates only, merged at the end."),
         click.option("--divergence", type=click.Choice(["forward", "reverse", "js"]),
-                     help="KL to the student, from it, or Jensen-Shannon."),
+                     help="KL to the student, the default, from it, or Jensen-Shannon."),
         click.option("--temperature", type=click.FloatRange(0, min_open=True), metavar="T",
-                     help="Of the divergence from the teacher."),
+                     help="Of the divergence from the teacher (default 1)."),
         click.option("--alpha", type=click.FloatRange(0, 1), metavar="X",
-                     help="Weight of the data's own tokens; the teacher has the rest."),
+                     help="Weight of the data's own tokens (default 0.5); the teacher has the rest."),
         click.option("--epochs", type=click.FloatRange(0, min_open=True), metavar="X", help="Passes over the data."),
     ):  # fmt: skip
         command = option(command)
@@ -384,6 +386,7 @@ def build(
         )
     if not as_json and not isinstance(progress, Silent):
         click.echo(tables.plan(chosen, None), nl=False, err=True)
+    teaching = None if chosen.model.lesson is None else pipeline.distillation_options(options)
     if dry_run:
         _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
         return
@@ -397,7 +400,7 @@ def build(
             image_digest=image_digest,
             sequence=release_sequence,
             offline=offline,
-            distillation=None if chosen.model.lesson is None else pipeline.distillation_options(options),
+            distillation=teaching,
         ),
         progress,
     )

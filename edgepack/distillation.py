@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import edgepack.calibration as calibrations
-from edgepack import heldout, modelcard, modelspec, quality, serde, students, workspace
+from edgepack import __version__, heldout, modelcard, modelspec, quality, serde, students, workspace
 from edgepack.artifact import Checkpoint, joint_license
 from edgepack.builders.distill import Recipe, examples, measure, prune, teacher, train
 from edgepack.errors import BadInput, MissingTool, Unsupported
@@ -73,8 +73,13 @@ class Expected:
     """Tokens of responses: those that are learned."""
     steps: int
     """At most: training may stop early."""
+    batch: int
+    """Examples of a step."""
     kept_bytes: Bytes | None
     """The teacher's logits on disk; None where nothing of it is kept."""
+    online: bool
+    """Whether the teacher runs beside the student."""
+    warnings: tuple[str, ...]
 
 
 def expected(
@@ -84,6 +89,7 @@ def expected(
     _require_checkpoint(parent)
     whole = modelspec.read(parent.path)
     config = serde.read_object(parent.path / "config.json")
+    start = _exactly(parent, start)
     if isinstance(start, Prune):
         spec = modelspec.from_config(students.shrunk(config, start), name=students.label(start))
     else:
@@ -93,11 +99,13 @@ def expected(
     files = options.data or (calibrations.BUILTIN,)
     data = _prepared(parent, start, whole, files, options, folder, progress)
     new = examples.Examples.open(data.train)
-    count, rows = len(new), new.response_tokens + examples.Examples.open(data.held_out).response_tokens
+    count, targets = len(new), new.response_tokens
+    rows = targets + examples.Examples.open(data.held_out).response_tokens
     if options.replay:
         old = _prepared(parent, start, whole, options.replay, options, folder, progress)
         more = examples.Examples.open(old.train)
-        count += round(_replayed(count, len(more), options) * len(more))
+        share = _replayed(count, len(more), options)
+        count, targets = count + round(share * len(more)), targets + round(share * more.response_tokens)
         rows += more.response_tokens + examples.Examples.open(old.held_out).response_tokens
     known = min(teacher.known_ids(parent.path), spec.vocab)
     each = teacher.row_type(min(options.k, known), known).itemsize
@@ -105,9 +113,12 @@ def expected(
         parameters=spec.parameters,
         teacher_parameters=whole.parameters,
         examples=count,
-        targets=new.response_tokens,
+        targets=targets,
         steps=train.updates(options.recipe, count),
+        batch=options.recipe.batch,
         kept_bytes=Bytes(rows * each) if _keeps(options) else None,
+        online=options.online,
+        warnings=data.warnings,
     )
 
 
@@ -131,6 +142,7 @@ def make(
     tools = _installed(options.recipe)
     for model in (parent, *((start,) if isinstance(start, Checkpoint) else ())):
         _require_checkpoint(model)
+    start = _exactly(parent, start)
     if not options.data:
         progress.step("distilling on the built-in text; give your own data with --data FILE")
     with _alone(folder / "preparing.lock", options, progress):
@@ -169,8 +181,10 @@ def _make(
         layers=ready.begun.layers,
         threads=options.threads,
     )
+    first = ready.parts[0].teacher
+    kept = None if first is None else teacher.Kept.open(first)
     trained = train.train(job, progress, accelerate=options.accelerate)
-    known = examples.Examples.open(ready.data.train)
+    learned = [(examples.Examples.open(part.examples), part.share) for part in ready.parts]
     license_name = parent.license
     if isinstance(start, Checkpoint):
         license_name = joint_license(parent.license, start.license)
@@ -191,19 +205,19 @@ def _make(
         data=ready.data.sources,
         replay=() if ready.old is None else ready.old.sources,
         replayed=0.0 if ready.old is None else ready.parts[-1].share,
-        examples=len(known),
-        tokens=len(known.tokens),
-        targets=known.response_tokens,
+        examples=round(sum(share * len(known) for known, share in learned)),
+        tokens=round(sum(share * len(known.tokens) for known, share in learned)),
+        targets=round(sum(share * known.response_tokens for known, share in learned)),
         recipe=options.recipe,
         precision=teacher.computed(options.recipe.precision),
-        k=options.k if _keeps(options) else None,
-        bytes_per_token=_kept_size(ready.parts),
+        k=None if kept is None else kept.k,
+        bytes_per_token=None if kept is None else kept.bytes_per_token,
         steps=trained.steps,
         best=trained.best,
         stopped_early=trained.stopped_early,
         held_out=_readings(parent, ready, trained.folder, options, progress),
         answers=_answers(parent, ready.begun.path, trained.folder, options, progress),
-        tools=tools,
+        tools={"edgepack": __version__, **tools},
         warnings=tuple(warnings),
     )
     try:
@@ -309,12 +323,24 @@ def _installed(recipe: Recipe) -> Mapping[str, str]:
     return found
 
 
-def _require_checkpoint(parent: Checkpoint) -> None:
-    if not (parent.path / "config.json").is_file():
+def _require_checkpoint(model: Checkpoint) -> None:
+    if not (model.path / "config.json").is_file():
         raise Unsupported(
-            f"{parent.source} is no Hugging Face folder: neither teacher nor student can be a GGUF",
+            f"{model.source} is no Hugging Face folder: neither teacher nor student can be a GGUF",
             hint="give the checkpoint that it was made from",
         )
+    if "quantization_config" in serde.read_object(model.path / "config.json"):
+        raise Unsupported(
+            f"{model.source} is quantized already: what it says is not the model's own",
+            hint="give the checkpoint that it was made from",
+        )
+
+
+def _exactly(parent: Checkpoint, start: Checkpoint | Prune) -> Checkpoint | Prune:
+    """With the sizes that there will be: they stay multiples of what kernels like."""
+    if isinstance(start, Checkpoint):
+        return start
+    return students.sizes(serde.read_object(parent.path / "config.json"), start)
 
 
 def _prepared(
@@ -463,11 +489,6 @@ def _origin(checkpoint: Checkpoint, spec: ModelSpec) -> Origin:
         license=checkpoint.license,
         parameters=spec.parameters,
     )
-
-
-def _kept_size(parts: Sequence[train.Part]) -> float | None:
-    first = parts[0].teacher
-    return None if first is None else teacher.Kept.open(first).bytes_per_token
 
 
 # ── after training ──

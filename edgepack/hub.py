@@ -537,9 +537,7 @@ def _said(error: Exception) -> str:
 
 def _way_around(repo: str, revision: str) -> str:
     at = f" at revision {revision}" if _COMMIT.match(revision) else ""
-    return (
-        f"download {repo}{at} elsewhere and pass its folder with --model PATH, or set HF_ENDPOINT to a mirror"
-    )
+    return f"download {repo}{at} elsewhere and give its folder instead of the name, or set HF_ENDPOINT to a mirror"
 
 
 def _refusal(status: int, code: str, repo: str, revision: str) -> NotFound:
@@ -574,7 +572,7 @@ def _modelscope(
         from modelscope import snapshot_download
     except ImportError as error:
         raise MissingTool(
-            "modelscope is not installed", hint="pip install 'edgepack[modelscope]', or pass --model PATH"
+            "modelscope is not installed", hint="pip install 'edgepack[modelscope]', or give its folder"
         ) from error
     progress.step(f"fetching {name} from ModelScope")
     try:
@@ -589,7 +587,7 @@ def _modelscope(
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a missing local copy a ValueError
         raise Offline(
             f"ModelScope did not give {name}: {error}",
-            hint=f"download {name} elsewhere and pass --model PATH",
+            hint=f"download {name} elsewhere and give its folder",
         ) from error
     return Checkpoint(
         path=folder, source=source, revision=content_revision(folder, progress), license=license_in(folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import edgepack.calibration as calibrations
-from edgepack import serde
+from edgepack import bundle, serde
 from edgepack.artifact import UNKNOWN
 from edgepack.builders.distill import Recipe
 from edgepack.bundle.render import environment, templates
@@ -21,7 +21,7 @@ from edgepack.scoring.intervals import exp
 
 VERSION = 1
 """Raised when the same student is described or measured otherwise."""
-NAME = "distillation.json"
+NAME = bundle.STUDENT
 """In a student's folder: how it was made and what was measured."""
 CURVES = "curves.svg"
 STEPS = "curves.jsonl"
@@ -146,7 +146,12 @@ def _facts(report: Report) -> dict[str, object]:
     return {
         "license": license if known else "other",
         "license_name": "" if known else re.sub(r"[^a-z0-9.+-]+", "-", license),
-        "base_models": [report.teacher.source, *((report.start.source,) if report.start is not None else ())],
+        "base_models": [
+            origin.source
+            for origin in (report.teacher, report.start)
+            if origin is not None and "/" in origin.source
+        ],
+        "passes": report.steps * report.recipe.batch / report.examples,
         "loss": " + ".join(terms),
         "trained": f"{how}; AdamW, rate {recipe.rate:g}, weight decay {recipe.decay:g}, {report.precision}",
         "tools": ", ".join(f"{name} {version}" for name, version in sorted(report.tools.items())),
@@ -162,12 +167,14 @@ def _facts(report: Report) -> dict[str, object]:
 def recovery(held: Held) -> str:
     """How much of the way to the teacher was gone, in a sentence."""
     gap = held.before.nll.value - held.teacher.nll.value
+    better = held.after.nll.value < held.teacher.nll.value
+    now = "; it predicts them better than its teacher now" if better else ""
     if held.recovered is None:
-        return (
-            f"Before training it was {abs(gap):.3f} nats a token {'below' if gap < 0 else 'off'} its teacher."
-        )
+        if gap < 0:
+            return f"The start was better on these data than its teacher, by {-gap:.3f} nats a token: no gap to close."
+        return f"The start was {gap:.3f} nats a token off its teacher, which is within the noise: no gap to close."
     share = _shown(held.recovered, "{:.0%}")
-    return f"Of the {gap:.3f} nats a token between the start and its teacher, training closed {share}."
+    return f"Of the {gap:.3f} nats a token between the start and its teacher, training closed {share}{now}."
 
 
 def _sources(given: Sequence[calibrations.Source]) -> str:

@@ -26,7 +26,7 @@ from edgepack import (
     workspace,
 )
 from edgepack.artifact import Artifact, Checkpoint, joint_license
-from edgepack.errors import BadInput, BuildFailed, NotFound, Unsupported
+from edgepack.errors import BadInput, BuildFailed, NotFound, NothingFits, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
@@ -165,7 +165,29 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
     """Surveys all candidates and returns the best plan; raises NothingFits with the nearest one."""
     if len(models) == 1 and models[0].spec.gguf_types is not None and request.scheme is None:
         request = replace(request, scheme=models[0].spec.gguf_scheme)
-    return choice.choose(list(plan.survey(request, models)), request, models)
+    chosen = choice.choose(list(plan.survey(request, models)), request, models)
+    if chosen.model.lesson is None:
+        return chosen
+    return replace(chosen, warnings=(*chosen.warnings, *_teacher_fits(chosen, request)))
+
+
+def _teacher_fits(chosen: Plan, request: Request) -> tuple[str, ...]:
+    """A warning where the teacher itself runs on the device, and is surely no worse than its student is hoped to be."""
+    lesson = chosen.model.lesson
+    if lesson is None:
+        return ()
+    teacher = named(lesson.teacher, revision=lesson.revision, offline=True)
+    try:
+        whole = choice.choose(list(plan.survey(request, [teacher])), request, [teacher])
+    except NothingFits:
+        return ()
+    if whole.quality.panel != chosen.quality.panel or whole.quality.low < chosen.quality.score:
+        return ()
+    return (
+        f"the teacher itself runs here: {plan.label(whole)} scores {whole.quality.score:.1f} against "
+        f"{chosen.quality.score:.1f}, and decodes {whole.speed.decode_full:.1f} tok/s against "
+        f"{chosen.speed.decode_full:.1f} with a full context",
+    )
 
 
 def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan, Bundle]:
@@ -722,6 +744,8 @@ def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpo
     )
     for held in made.report.held_out:
         progress.step(f"student  {modelcard.recovery(held)}")
+    place = distillation.publish(made, options.out / model.id, progress)
+    progress.step(f"student  {place}, with its card")
     found = hub.resolve(str(made.path), progress=progress)
     # The place in this machine's cache says nothing to who reads the bundle; the revision is over all its files.
     return replace(found, source=model.id, license=made.report.license)
@@ -739,8 +763,15 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
         converted=False,
     )
     chosen = _start(options, progress)
+    if not isinstance(chosen, str):
+        chosen = students.sizes(
+            _config(options["teacher"], teacher, offline=bool(options["offline"]), extra=()), chosen
+        )
     stem = teacher.model.id.rsplit("/", 1)[-1].lower()
     place = out or Path(f"{stem}-{_suffix(chosen)}")
+    _require_writable(place, 2 * teacher.spec.parameters)
+    if place.exists() and not (place / modelcard.NAME).is_file():
+        raise BadInput(f"{place} is there already and is no student", hint="choose another -o, or remove it")
     document: dict[str, Any] = {"schema_version": 1, "path": str(place)}
     parent = hub.resolve(
         teacher.model.source,
@@ -754,12 +785,10 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
     if options["dry_run"]:
         expected = distillation.expected(parent, start, asked, folder, progress)
         return document | {"report": None, "expected": serde.dump(expected)}
-    _require_writable(place, 2 * teacher.spec.parameters)
-    if place.exists() and not (place / modelcard.NAME).is_file():
-        raise BadInput(f"{place} is there already and is no student", hint="choose another -o, or remove it")
     made = distillation.make(parent, start, asked, folder, progress, name=place.name, place=place)
     distillation.publish(made, place, progress)
-    return document | {"report": serde.dump(made.report)}
+    recovery = [modelcard.recovery(held) for held in made.report.held_out]
+    return document | {"report": serde.dump(made.report), "recovery": recovery}
 
 
 def distillation_options(options: Mapping[str, Any]) -> distillation.Options:
@@ -776,8 +805,8 @@ def distillation_options(options: Mapping[str, Any]) -> distillation.Options:
     if options.get("k") and options.get("online"):
         raise BadInput("--top-k and --online exclude each other: nothing is kept", hint="leave one out")
     accelerate = options.get("accelerate")
-    if accelerate is not None and not accelerate.is_file():
-        raise NotFound(f"no file {accelerate}", hint="`accelerate config --config_file FILE` writes one")
+    if accelerate is not None:
+        _require_configuration(accelerate)
     questions = options.get("tasks")
     return distillation.Options(
         recipe=recipe,
@@ -790,6 +819,16 @@ def distillation_options(options: Mapping[str, Any]) -> distillation.Options:
         accelerate=accelerate,
         threads=options["jobs"] or len(os.sched_getaffinity(0)),
     )
+
+
+def _require_configuration(path: Path) -> None:
+    """Raises NotFound or BadInput for what accelerate would not start with, before the teacher has read everything."""
+    hint = "`accelerate config --config_file FILE` writes one; edgepack/builders/distill/fsdp.yaml is one"
+    if not path.is_file():
+        raise NotFound(f"no file {path}", hint=hint)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not any(line.startswith("distributed_type:") for line in lines):
+        raise BadInput(f"{path} is no configuration of accelerate: it has no distributed_type", hint=hint)
 
 
 def _recipe(options: Mapping[str, Any]) -> Recipe:
@@ -826,7 +865,10 @@ def _recipe(options: Mapping[str, Any]) -> Recipe:
         lora=lora,
         seed=options["seed"] or recipe.seed,
     )
-    return distill.checked(changed)
+    try:
+        return distill.checked(changed)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error.message}", hint=error.hint) from error
 
 
 def _start(options: Mapping[str, Any], progress: Progress) -> Prune | str:

@@ -516,6 +516,8 @@ def _warnings(
         yield f"{model.license} forbids commercial use of {model.id}"
     if model.lesson is not None:
         yield f"{TO_BE_MADE}{model.id} is {beginning(model)} by the build"
+    if model.lesson is not None and model.prune is None:
+        yield f"the score of {model.id} is what {model.source} has before it is taught"
     if model.prune is not None:
         yield (
             f"the score of {model.id} is what a scaling law expects of {model.parameters:,} parameters: nothing of it "

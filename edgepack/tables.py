@@ -88,10 +88,10 @@ def distilled(document: Mapping[str, Any]) -> str:
         document["path"],
         f"{report['parameters']:,} parameters, taught by {report['teacher']['source']} "
         f"({report['teacher']['parameters']:,}) from {origin}",
-        f"{report['steps']} steps over {report['targets']:,} tokens that are learned"
+        f"{report['steps']} steps of {report['recipe']['batch']} examples of {report['examples']:,}"
         + (", stopped early" if report["stopped_early"] else ""),
     ]
-    for held in report["held_out"]:
+    for held, told in zip(report["held_out"], document["recovery"], strict=True):
         names = {"data": "held-out data", "replay": "held-out data of before"}
         lines += [
             "",
@@ -106,8 +106,7 @@ def distilled(document: Mapping[str, Any]) -> str:
                 for name, form in (("kl", "{:.4f}"), ("same_top", "{:.1%}"))
             ]
             lines.append(f"  {who:<22}{cells[0]:>24}{cells[1]:>28}{cells[2]:>26}")
-        if held["recovered"] is not None:
-            lines.append(f"  of the gap to the teacher {_estimated(held['recovered'], '{:.0%}')} was closed")
+        lines.append(f"  {told}")
     if report["answers"] is not None:
         answers = report["answers"]
         told = ", ".join(f"{who} {_estimated(answers[who], '{:.1%}')}" for who in ("teacher", "before"))
@@ -118,12 +117,16 @@ def distilled(document: Mapping[str, Any]) -> str:
 
 def _expected_student(path: str, expected: Mapping[str, Any]) -> list[str]:
     kept = expected["kept_bytes"]
+    if kept is not None:
+        teacher = f"the teacher's logits would take {show(kept)} of disk (exact)"
+    else:
+        teacher = "the teacher would run beside it" if expected["online"] else "no teacher would be asked"
     return [
         f"{path} would hold {expected['parameters']:,} parameters of {expected['teacher_parameters']:,}",
-        f"{expected['steps']} steps over {expected['examples']:,} examples; {expected['targets']:,} tokens are learned",
-        "the teacher would run beside it"
-        if kept is None
-        else f"the teacher's logits would take {show(kept)} of disk (exact)",
+        f"{expected['steps']} steps of {expected['batch']} examples of {expected['examples']:,}, which have "
+        f"{expected['targets']:,} tokens of responses",
+        teacher,
+        *(f"warning: {text}" for text in expected["warnings"]),
         "nothing was made",
     ]
 

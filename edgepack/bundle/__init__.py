@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
 QUALITY = "quality.json"
+STUDENT = "distillation.json"
+"""How a student was made and what it reached, as it lies in its folder (modelcard.py)."""
 AGENT = Path(__file__).parents[1] / "device" / "agent.py"
 _MORE_SPACE = "free some space, or set EDGEPACK_CACHE to another disk"
 
@@ -228,6 +230,9 @@ def _layers(
     ]
     if quality is not None:
         small.append(oci.text_layer(QUALITY, "weight.config", serde.to_json(quality)))
+    told = checkpoint.path / STUDENT
+    if told.is_file():
+        small.append(oci.text_layer(STUDENT, "doc", told.read_text(encoding="utf-8")))
     server = [] if runtime is None else [_file_layer(SERVER, "code", runtime)]
     weights = oci.Layer(
         filepath=WEIGHTS,

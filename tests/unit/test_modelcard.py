@@ -104,7 +104,7 @@ def test_the_card_has_a_front_matter_that_the_hub_reads_and_every_figure(log: Pa
     front = yaml.safe_load(card.split("---\n")[1])
     assert (front["license"], front["base_model"]) == ("apache-2.0", ["acme/big"])
     for figure in ("2.72 [2.46, 3.00]", "3.49 [3.08, 3.96]", "0.3000 [0.2700, 0.3300]", "50.0% [45.0%, 55.0%]",
-                   "training closed 75% [68%, 82%]", "layers 0, 1, 5", "359 documents", "1,134,949 of them learned",
+                   "training closed 75% [68%, 82%]", "layers 0, 1, 5", "359 documents", "1,134,949 of them responses",
                    "284 bytes a token", "torch 2.13.0", "those of step 360"):  # fmt: skip
         assert figure in card
 
@@ -136,7 +136,7 @@ def test_a_start_that_was_no_worse_than_its_teacher_has_nothing_recovered(log: P
 
     card = (written(replace(REPORT, held_out=(held,)), log) / "README.md").read_text(encoding="utf-8")
 
-    assert "Before training it was 0.100 nats a token below its teacher." in card
+    assert "The start was better on these data than its teacher, by 0.100 nats a token" in card
 
 
 def test_replay_answers_and_warnings_are_told(log: Path) -> None:

@@ -261,6 +261,25 @@ def test_everything_that_shows_a_plan_says_that_the_student_is_to_be_made_and_it
     assert "a guess by size until it is made" in shown
 
 
+def test_a_teacher_that_runs_there_itself_is_not_passed_over_in_silence() -> None:
+    models = pipeline.candidates(None, "qwen2.5-7b-instruct", distill=True)
+
+    roomy = pipeline.make_plan(Request(profile=NANO), models)
+    small = pipeline.make_plan(Request(profile=profile.load("raspberry-pi-5-4gb")), models)
+
+    assert [text for text in roomy.warnings if "the teacher itself runs here: qwen2.5-7b-instruct" in text]
+    assert not [text for text in small.warnings if "the teacher itself" in text]
+
+
+def test_what_is_taught_further_says_that_its_score_is_of_before() -> None:
+    models = pipeline.candidates(None, "qwen2.5-7b-instruct", distill=True)
+
+    found = pipeline.make_plan(Request(profile=NANO), models)
+
+    assert found.model.prune is None
+    assert [text for text in found.warnings if "has before it is taught" in text]
+
+
 @pytest.mark.parametrize(
     ("teacher", "name"),
     [

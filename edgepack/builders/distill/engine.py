@@ -249,7 +249,7 @@ def arguments(job: Job, plan: Plan, *, bf16: bool, fresh: bool) -> transformers.
         train_sampling_strategy="sequential",
         learning_rate=recipe.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(recipe.warmup * plan.steps),
+        warmup_steps=int(recipe.warmup * plan.steps),  # the first of them has a rate of 0
         weight_decay=recipe.decay,
         max_grad_norm=recipe.clip,
         optim="adamw_torch_fused",

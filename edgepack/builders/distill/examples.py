@@ -366,7 +366,7 @@ def _require_enough(found: _Found, documents: int, held_out: float) -> None:
             raise BadInput(
                 f"{documents} documents, {held_out:g} of them held out, give {len(side)} {name} examples; "
                 f"the least is {least}",
-                hint=f"more documents, or a {share} share to hold out",
+                hint=f"more documents (rows of jsonl; a text file is one), or a {share} held_out in a recipe",
             )
 
 
