@@ -124,7 +124,7 @@ def test_offline_names_repository_pinned_commit_and_the_way_around() -> None:
         resolve("Qwen/Qwen3-0.6B")
 
     assert "Qwen/Qwen3-0.6B at revision c1899de289a04d12100db370d81485cdf75e47ca" in caught.value.message
-    assert "--model PATH" in (caught.value.hint or "")
+    assert "give its folder instead of the name" in (caught.value.hint or "")
 
 
 def test_modelscope_without_its_client_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
