@@ -99,7 +99,7 @@ def test_a_student_is_a_whole_folder_with_its_card_and_is_better_than_it_began(
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md", modelcard.CURVES,
         modelcard.STEPS,
     }  # fmt: skip
-    assert (report.prune, report.steps) == ("layers=0.5", 6)
+    assert (report.prune, report.steps) == ("layers=1", 6), "shares are told as what they came to"
     assert report.targets < report.tokens, "prompts are not learned"
     assert held.after.nll.value < held.before.nll.value
     assert held.recovered is not None
@@ -259,5 +259,9 @@ def test_a_build_makes_its_student_and_the_bundle_passes(
     plan = json.loads(next(tmp_path.glob("*.plan.json")).read_text(encoding="utf-8"))
     assert "student  " in built.stderr
     assert plan["model"]["lesson"] is None
+    (card,) = tmp_path.glob("*/README.md")
+    inspected = edgepack("inspect", built.stdout.strip(), "--json", cache=cache)
+    assert modelcard.NAME in inspected.stdout
+    assert _of(card.parent).prune == "layers=1"
     assert plan["model"]["teacher"] == "teacher"
     assert checked.returncode == 0, checked.stdout + checked.stderr

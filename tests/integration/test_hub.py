@@ -395,7 +395,7 @@ def test_an_unreachable_hub_names_the_pinned_revision_and_the_way_around(
         fetch("qwen2.5-0.5b-instruct")
 
     assert "Qwen/Qwen2.5-0.5B-Instruct at revision 7ae557604adf" in caught.value.message
-    assert "--model PATH" in (caught.value.hint or "")
+    assert "give its folder instead of the name" in (caught.value.hint or "")
 
 
 def test_a_log_in_page_is_not_taken_for_the_hub(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
