@@ -167,14 +167,18 @@ def _facts(report: Report) -> dict[str, object]:
 def recovery(held: Held) -> str:
     """How much of the way to the teacher was gone, in a sentence."""
     gap = held.before.nll.value - held.teacher.nll.value
-    better = held.after.nll.value < held.teacher.nll.value
-    now = "; it predicts them better than its teacher now" if better else ""
+    past = held.teacher.nll.value - held.after.nll.value
     if held.recovered is None:
         if gap < 0:
             return f"The start was better on these data than its teacher, by {-gap:.3f} nats a token: no gap to close."
         return f"The start was {gap:.3f} nats a token off its teacher, which is within the noise: no gap to close."
+    if past > 0:
+        return (
+            f"The start was {gap:.3f} nats a token off its teacher, and is {past:.3f} better than it now: the data have "
+            "taught it more."
+        )
     share = _shown(held.recovered, "{:.0%}")
-    return f"Of the {gap:.3f} nats a token between the start and its teacher, training closed {share}{now}."
+    return f"Of the {gap:.3f} nats a token between the start and its teacher, training closed {share}."
 
 
 def _sources(given: Sequence[calibrations.Source]) -> str:

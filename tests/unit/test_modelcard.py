@@ -139,6 +139,15 @@ def test_a_start_that_was_no_worse_than_its_teacher_has_nothing_recovered(log: P
     assert "The start was better on these data than its teacher, by 0.100 nats a token" in card
 
 
+def test_a_student_that_is_better_than_its_teacher_has_no_share_of_the_gap(log: Path) -> None:
+    held = replace(HELD, after=reading("student", 0.9, 0.3), recovered=estimate(1.1))
+
+    card = (written(replace(REPORT, held_out=(held,)), log) / "README.md").read_text(encoding="utf-8")
+
+    assert "1.000 nats a token off its teacher, and is 0.100 better than it now" in card
+    assert "training closed" not in card
+
+
 def test_replay_answers_and_warnings_are_told(log: Path) -> None:
     origin = Origin(source="old-half", revision="sha256:34", license="apache-2.0", parameters=3_475_200)
     asked = Accuracy(
