@@ -174,8 +174,8 @@ def recovery(held: Held) -> str:
         return f"The start was {gap:.3f} nats a token off its teacher, which is within the noise: no gap to close."
     if past > 0:
         return (
-            f"The start was {gap:.3f} nats a token off its teacher, and is {past:.3f} better than it now: the data have "
-            "taught it more."
+            f"The start was {gap:.3f} nats a token off its teacher and is {past:.3f} better than it now: the data "
+            "have taught it more."
         )
     share = _shown(held.recovered, "{:.0%}")
     return f"Of the {gap:.3f} nats a token between the start and its teacher, training closed {share}."

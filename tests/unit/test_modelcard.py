@@ -144,7 +144,7 @@ def test_a_student_that_is_better_than_its_teacher_has_no_share_of_the_gap(log: 
 
     card = (written(replace(REPORT, held_out=(held,)), log) / "README.md").read_text(encoding="utf-8")
 
-    assert "1.000 nats a token off its teacher, and is 0.100 better than it now" in card
+    assert "1.000 nats a token off its teacher and is 0.100 better than it now" in card
     assert "training closed" not in card
 
 
