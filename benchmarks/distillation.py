@@ -156,7 +156,10 @@ def checks(student: Path) -> tuple[tuple[float, float], ...]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = ["| way | perplexity | KL to the teacher | same first choice | seconds |", "|---|---|---|---|---|"]
+    lines = [
+        "| way | perplexity | KL to the teacher | same first choice | seconds |",
+        "|---|---|---|---|---|",
+    ]
     for way in dict.fromkeys(row.way for row in rows):
         own = [row for row in rows if row.way == way]
         cells = [

@@ -32,7 +32,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--prose", type=Path, action="append", default=[], help="a book of paragraphs")
     parser.add_argument("--verse", type=Path, action="append", default=[], help="a book of lines")
-    parser.add_argument("--work", type=Path, default=Path("run"), help="where the books' training part is put")
+    parser.add_argument(
+        "--work", type=Path, default=Path("run"), help="where the books' training part is put"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "edgepack" / "models", help="where students go")
     parser.add_argument("--only", choices=STUDENTS, action="append", help="this one, and not all")
     given = parser.parse_args(arguments)
