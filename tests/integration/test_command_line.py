@@ -224,7 +224,7 @@ def test_offline_the_plan_and_the_repository_are_named(cache: Path) -> None:
 
     said = refused(done, 8)
     assert "Qwen/Qwen3-" in said, "the repository that would be fetched"
-    assert "--model" in said
+    assert "its folder" in said
     assert "weights" in said, "the plan is printed first"
 
 

@@ -107,7 +107,7 @@ def test_a_student_is_a_whole_folder_with_its_card_and_is_better_than_it_began(
     assert held.before.kl is not None
     assert held.after.kl is not None
     assert held.after.kl.value < held.before.kl.value
-    assert "was closed" in student.stdout
+    assert modelcard.recovery(held) in student.stdout
 
 
 def test_it_is_built_into_a_bundle_that_passes_its_check(
