@@ -312,7 +312,9 @@ def test_too_little_to_hold_out_is_refused_with_what_to_do(tmp_path: Path) -> No
     ) as raised:
         prepare(model, tmp_path / "out", data)
 
-    assert raised.value.hint == "more documents, or a larger share to hold out"
+    assert raised.value.hint == (
+        "more documents (rows of jsonl; a text file is one), or a larger held_out in a recipe"
+    )
 
 
 def test_what_a_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
