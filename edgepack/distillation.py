@@ -16,6 +16,7 @@ from pathlib import Path
 import edgepack.calibration as calibrations
 from edgepack import __version__, heldout, modelcard, modelspec, quality, serde, students, workspace
 from edgepack.artifact import Checkpoint, joint_license
+from edgepack.builders import safetensors
 from edgepack.builders.distill import Recipe, examples, measure, prune, teacher, train
 from edgepack.errors import BadInput, MissingTool, Unsupported
 from edgepack.modelcard import Answers, Held, Origin, Report
@@ -142,6 +143,9 @@ def make(
     tools = _installed(options.recipe)
     for model in (parent, *((start,) if isinstance(start, Checkpoint) else ())):
         _require_checkpoint(model)
+        safetensors.checkpoint(
+            model.path
+        )  # a file that is cut off is found before the teacher has read everything
     start = _exactly(parent, start)
     if not options.data:
         progress.step("distilling on the built-in text; give your own data with --data FILE")

@@ -206,7 +206,11 @@ def test_what_cannot_be_distilled_is_one_message_and_leaves_nothing(
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
     usual = ("--data", data, *SHORT)
+    cut = tmp_path / "cut"
+    shutil.copytree(ROOT / "edgepack" / "models" / "demo-half", cut)
+    os.truncate(cut / "model.safetensors", 3_000_000)
     cases = [
+        (("--student", cut, *usual), 2, "model.safetensors is truncated"),
         (("--prune", "layers=0.5", "--data", silent), 2, "no response tokens"),
         (("--student", other, *usual), 2, "the tokenizers of"),
         (("--student", "demo", *usual), 2, "nothing would become smaller"),
