@@ -81,7 +81,9 @@ class Model:
         if self._context is not None:
             self._llama.llama_free(self._context)
         self._llama.llama_model_free(self._model)
-        self._llama.llama_log_set(ctypes.cast(0, type(self._listen)), None)  # it would call what is gone with self
+        self._llama.llama_log_set(
+            ctypes.cast(0, type(self._listen)), None
+        )  # it would call what is gone with self
         self._context = self._model = None
 
     def tokenize(self, text: str) -> list[int]:

@@ -158,14 +158,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
         state.cdn = f"http://localhost:{server.server_address[1]}"
-        for name in (
-            "HF_TOKEN",
-            "HF_TOKEN_PATH",
-            "HF_HUB_CACHE",
-            "HF_HUB_OFFLINE",
-            "http_proxy",
-            "HTTP_PROXY",
-        ):
+        for name in ("http_proxy", "HTTP_PROXY"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_ENDPOINT", state.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
