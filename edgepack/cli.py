@@ -913,6 +913,7 @@ def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candid
         offline=bool(options.get("offline")),
         extra=pipeline.extra_models(options),
         distill=bool(options.get("distill")),
+        converted=request.takes_gguf,
     )
     return request, models
 

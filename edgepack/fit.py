@@ -93,7 +93,8 @@ def fit(
         raise Unsupported(refused, hint=_instead(case))
     estimate = case.estimate()
     start_up = runtimes.named(runtime).start_up(
-        spec, settings, backend=case.machine.backend, needed=_on_accelerator(case, estimate), total=case.total()
+        spec, settings, backend=case.machine.backend, needed=on_accelerator(estimate, profile),
+        total=reported_memory(profile) if profile else None,
     )  # fmt: skip
     if case.room is None:
         return Fit(
@@ -246,13 +247,6 @@ class _Case:
     def refusal(self) -> str | None:
         return runtimes.named(self.runtime).refusal(self.scheme, self.machine)
 
-    def total(self) -> int | None:
-        """Bytes of memory that the accelerator reports; None without a profile."""
-        if self.profile is None:
-            return None
-        own = self.profile.accelerator.memory if self.profile.accelerator else None
-        return int(own or self.profile.memory)
-
     @property
     def room(self) -> Budget | None:
         return budget(self.profile, self.session) if self.profile else None
@@ -403,10 +397,17 @@ def _instead(case: _Case) -> str:
     return f"runs here with --runtime {able[0]}" if able else f"--runtime {llama_cpp.NAME} --scheme Q4_K_M"
 
 
-def _on_accelerator(case: _Case, estimate: MemoryEstimate) -> int:
-    """Upper end of what this plan takes of the accelerator's memory, the driver's context included."""
-    context = case.profile.reserves.accelerator_context if case.profile else 0
-    return estimate.at("device" if case.machine.backend != "cpu" else "host") + context
+def on_accelerator(estimate: MemoryEstimate, profile: DeviceProfile | None) -> int:
+    """Upper end of what a plan takes of the accelerator's memory, the driver's context included."""
+    if profile is None or profile.backend == "cpu":
+        return estimate.at("host")
+    return estimate.at("device") + profile.reserves.accelerator_context
+
+
+def reported_memory(profile: DeviceProfile) -> int:
+    """Bytes of memory that the accelerator reports, or without one the machine."""
+    own = profile.accelerator.memory if profile.accelerator else None
+    return int(own or profile.memory)
 
 
 def binding(estimate: MemoryEstimate, room: Budget) -> str:

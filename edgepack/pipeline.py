@@ -70,20 +70,21 @@ def candidates(
     offline: bool = False,
     extra: Sequence[catalog.CatalogModel] = (),
     distill: bool = False,
+    converted: bool = True,
 ) -> list[Candidate]:
     """The models to choose from: one that is named, the students of a teacher, or the catalog.
 
     Of the catalog those that edgepack can build; the ones it only plans for are there by name, and so are the built-in
     ones, which are for trying things out. ``extra``: models of a user's catalog, which come before those of the same
     id. ``distill``: what a student of the teacher can begin as, smaller models of its family and what is kept of
-    itself; a build teaches it. Raises BadInput, NotFound, Offline, Unsupported.
+    itself; a build teaches it. ``converted``: whether a named model is to become a GGUF. Raises BadInput, NotFound, Offline, Unsupported.
     """
     if distill and (teacher is None or model is not None):
         raise BadInput(
             "--distill makes a student of a teacher", hint="--teacher T --distill, without --model"
         )
     if model is not None:
-        return [named(model, revision=revision, offline=offline, extra=extra)]
+        return [named(model, revision=revision, offline=offline, extra=extra, converted=converted)]
     hidden = {m.id for m in extra}
     everything = (*extra, *(m for m in catalog.models() if m.id not in hidden))
     if teacher is not None:
@@ -195,42 +196,49 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     from edgepack import bundle, hub, quantization, selftest, toolchain  # here, for plan must start at once
     from edgepack.builders import convert
 
-    if not runtimes.named(chosen.runtime).BUILT:
-        raise Unsupported(
-            f"this version builds {llama_cpp.NAME} bundles only, and the plan is for {chosen.runtime}",
-            hint=f"take a GGUF scheme; `edgepack quantize --scheme {chosen.scheme}` makes the artifact alone",
-        )
+    is_gguf = schemes.is_gguf(chosen.scheme)
     if not chosen.profile.deployable:
         raise Unsupported(
             f"{chosen.profile.name} is for planning only", hint="edgepack profiles list marks such profiles"
         )
-    if chosen.model.architecture not in modelspec.CONVERTED and not chosen.model.source.endswith(".gguf"):
+    if (
+        is_gguf
+        and chosen.model.architecture not in modelspec.CONVERTED
+        and not chosen.model.source.endswith(".gguf")
+    ):
         raise convert.planning_only(chosen.model.id, chosen.model.architecture)
     if options.with_runtime and chosen.profile.backend != "cpu":
         raise Unsupported(
             f"--with-runtime carries a CPU server, and {chosen.profile.name} runs on {chosen.profile.backend}",
             hint="leave it out: the bundle names an image (docker/ has its Dockerfile)",
         )
-    if not schemes.is_budget(chosen.scheme) and chosen.imatrix != options.quantization.weighted:
+    if options.with_runtime and chosen.runtime != llama_cpp.NAME:
+        raise Unsupported(
+            f"--with-runtime carries a llama-server, and {chosen.runtime} is a Python library",
+            hint="leave it out: requirements.txt in the bundle says what the device's Python needs",
+        )
+    if is_gguf and not schemes.is_budget(chosen.scheme) and chosen.imatrix != options.quantization.weighted:
         wanted = "an importance matrix" if chosen.imatrix else "no importance matrix"
         raise BadInput(
             f"the plan counts with {wanted}",
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
-    tools = toolchain.install(progress)
+    program = toolchain.install(progress).server if is_gguf else toolchain.python_for(chosen.runtime)
     if chosen.model.lesson is not None:
         checkpoint = _student(chosen, options, progress)
     else:
         checkpoint = hub.resolve(
             chosen.model.source, revision=chosen.model.revision, offline=options.offline, progress=progress
         )
-    spec = read_model(checkpoint.path)
+    spec = read_model(checkpoint.path, converted=is_gguf)
     _same_model(chosen, spec)
     folder = workspace.cache_root() / "artifacts"
+    settings = chosen.settings
     how = replace(
-        options.quantization, plan=chosen, backend=chosen.profile.backend, kv_type=chosen.settings.kv_type
-    )
+        options.quantization, plan=chosen, backend=chosen.profile.backend,
+        context=settings.context // settings.slots, kv_type=settings.kv_type if is_gguf else "f16",
+    )  # fmt: skip
     weights = quantization.make(checkpoint, spec, chosen.scheme, how, folder, progress)
     exact = plan.with_spec(chosen, weights.spec, _with_provenance(chosen.model, checkpoint))
     artifact = weights.artifact
@@ -238,7 +246,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
         progress.step(f"warning: {warning}")
     _same_size(exact, artifact)
     progress.step("probe    recording what the artifact answers, to be compared on the device")
-    answers = selftest.record(artifact, exact, tools, folder, progress)
+    answers = selftest.record(artifact, exact, program, folder, progress)
     runtime = toolchain.static_runtime(exact.profile.arch, progress) if options.with_runtime else None
     out = options.out / f"{exact.name}.tar"
     made = bundle.write(

@@ -14,7 +14,7 @@ from typing import Literal
 from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
 from edgepack.degradation import Loss, Measure
 from edgepack.errors import BadInput, Unsupported
-from edgepack.fit import binding, excess, longest, tightest
+from edgepack.fit import binding, excess, longest, on_accelerator, reported_memory, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -123,9 +123,16 @@ class Request:
     force: bool = False
     """Keep candidates that do not fit or are too slow; their plans carry the refusal as a warning."""
     runtime: str | None = None
-    """None: llama.cpp, or the runtimes that run the scheme asked for."""
+    """None: all that run on the device are weighed."""
     budgeted: bool = False
     """Whether a GGUF that fills the budget is considered too: calibration data to choose its types by will be there."""
+
+    @property
+    def takes_gguf(self) -> bool:
+        """Whether the artifact is a GGUF, as far as the question says it."""
+        if self.scheme is not None:
+            return schemes.is_gguf(self.scheme)
+        return self.runtime in (None, llama_cpp.NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +209,8 @@ class Plan:
     memory: MemoryEstimate
     speed: Speed
     quality: Quality
+    start_up: dict[str, int | float] = field(default_factory=dict)
+    """What the runtime prints about its memory when it starts, or is to be told (Runtime.start_up)."""
     warnings: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     schema_version: int = 1
@@ -213,9 +222,10 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Model, scheme and profile: names the bundle's file."""
+        """Model, scheme and profile, and a runtime that is not llama.cpp: names the bundle's file."""
         model = self.model.id.rsplit("/", 1)[-1].lower()
-        return f"{model}-{self.scheme.lower()}-{self.profile.name}"
+        runtime = "" if self.runtime == llama_cpp.NAME else f"{self.runtime}-"
+        return f"{model}-{self.scheme.lower()}-{runtime}{self.profile.name}"
 
     @property
     def digest(self) -> str:
@@ -262,12 +272,14 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
 
 
 def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
-    """The runtime asked for; else those that run the scheme asked for; else the one that bundles are built for."""
+    """The runtime asked for; else those that run the scheme asked for, or any of their own schemes."""
     if request.runtime is not None:
         return (runtimes.named(request.runtime),)
     if request.scheme is not None and not schemes.is_gguf(request.scheme):
         return runtimes.reading(request.scheme, machine)
-    return (llama_cpp,)
+    if request.scheme is not None:
+        return (llama_cpp,)
+    return tuple(r for r in runtimes.RUNTIMES if any(r.refusal(s, machine) is None for s in r.SCHEMES))
 
 
 def _schemes(request: Request, runtime: Runtime) -> tuple[str, ...]:
@@ -336,8 +348,9 @@ def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     estimate = _memory(
         plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
     )
+    told = _start_up(plan.profile, spec, plan.settings, estimate, runtimes.named(plan.runtime))
     warnings = tuple(text for text in plan.warnings if not text.startswith(TO_BE_MADE))
-    return replace(plan, model=model, memory=estimate, warnings=warnings)
+    return replace(plan, model=model, memory=estimate, start_up=told, warnings=warnings)
 
 
 def _power_mode(request: Request) -> PowerMode:
@@ -362,6 +375,16 @@ def _memory(
         arch=profile.arch,
         runtime=runtime,
     )
+
+
+def _start_up(
+    profile: DeviceProfile, spec: ModelSpec, settings: Settings, estimate: MemoryEstimate, runtime: Runtime
+) -> dict[str, int | float]:
+    told = runtime.start_up(
+        spec, settings, backend=profile.backend, needed=on_accelerator(estimate, profile),
+        total=reported_memory(profile),
+    )  # fmt: skip
+    return dict(told)
 
 
 def _try(
@@ -460,6 +483,7 @@ def _try(
         memory=estimate,
         speed=pace,
         quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
+        start_up=_start_up(request.profile, spec, settings(context), estimate, runtime),
         warnings=tuple(warnings),
     )
 
@@ -528,8 +552,6 @@ def _warnings(
     for image in request.profile.software.images:
         if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
-    if not runtime.BUILT:
-        yield f"no bundle is built for {runtime.NAME} yet: this plan is arithmetic"
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
     weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
     if limit is not None and weights > limit and runtime is llama_cpp:

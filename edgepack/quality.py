@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepack import heldout, hub, record, scoring, serde, workspace
+from edgepack import heldout, hub, record, runtimes, scoring, serde, workspace
 from edgepack.errors import BadInput, QualityTooLow
 from edgepack.evaluation import Distance, Evaluated, Quality
 from edgepack.heldout import Text
@@ -101,12 +101,16 @@ def subject(named: Path, progress: Progress) -> Iterator[Subject]:
     found, _ = bundle.verified(named, None)
     workspace.cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="quality-") as place:
-        size = next(file["size"] for file in found["files"] if file["path"] == bundle.WEIGHTS)
+        with bundle.translated(named):
+            plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+        artifact = runtimes.named(plan.runtime).ARTIFACT
+        wanted = [file for file in found["files"] if file["path"].startswith((artifact, f"{artifact}/"))]
+        size = sum(file["size"] for file in wanted)
         workspace.require_space(Path(place), size)
         with bundle.translated(named), progress.bar("unpacking", size) as advance:
-            plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
-            agent.extract(found, bundle.WEIGHTS, place, advance)
-        yield Subject(path=Path(place) / bundle.WEIGHTS, kv_type=plan.settings.kv_type, fingerprints=())
+            for file in wanted:
+                agent.extract(found, file["path"], place, advance)
+        yield Subject(path=Path(place) / artifact, kv_type=plan.settings.kv_type, fingerprints=())
 
 
 def refuse(

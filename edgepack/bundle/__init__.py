@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import edgepack
-from edgepack import serde
+from edgepack import runtimes, serde
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
@@ -21,19 +21,22 @@ from edgepack.errors import BadInput, CheckFailed, MissingTool, NoSpace, NotFoun
 from edgepack.evaluation import Quality
 from edgepack.plan import Plan
 from edgepack.progress import Progress, Silent
-from edgepack.runtimes import llama_cpp
 from edgepack.units import Bytes
 from edgepack.workspace import is_full, require_space, sha256_file, whole_dir
 
 if TYPE_CHECKING:
     from edgepack.device import agent
 
-WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
 QUALITY = "quality.json"
 STUDENT = "distillation.json"
 """How a student was made and what it reached, as it lies in its folder (modelcard.py)."""
 AGENT = Path(__file__).parents[1] / "device" / "agent.py"
+APP = Path(__file__).parents[1] / "server"
+"""The server of runtimes that have none of their own, and the front of those that have."""
+APP_FOLDER = "edgepack_server"
+"""Its name in a bundle, where it is a package of its own."""
+REQUIREMENTS = "requirements.txt"
 _MORE_SPACE = "free some space, or set EDGEPACK_CACHE to another disk"
 
 
@@ -195,9 +198,12 @@ def unpack(
 
 
 def server_document(plan: Plan) -> str:
-    """server.json: the flags the server is started with, for programs; the start files spell out the same."""
-    args = list(llama_cpp.launch(plan.settings))
-    return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": {}})
+    """server.json: how the server is started, for programs; the start files spell out the same."""
+    runtime = runtimes.named(plan.runtime)
+    backend = plan.profile.backend
+    args = list(runtime.launch(plan.settings, backend=backend, start_up=plan.start_up))
+    env = dict(runtime.environment(plan.settings, backend=backend))
+    return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": env})
 
 
 def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:
@@ -227,6 +233,8 @@ def _layers(
         oci.text_layer("plan.json", "weight.config", plan_json),
         oci.text_layer("selftest.json", "weight.config", _pretty(selftest)),
         *(oci.text_layer(name, "code", text) for name, text in rendered.items()),
+        *app_layers(),
+        oci.text_layer(REQUIREMENTS, "code", requirements(plan)),
     ]
     if quality is not None:
         small.append(oci.text_layer(QUALITY, "weight.config", serde.to_json(quality)))
@@ -234,13 +242,7 @@ def _layers(
     if told.is_file():
         small.append(oci.text_layer(STUDENT, "doc", told.read_text(encoding="utf-8")))
     server = [] if runtime is None else [_file_layer(SERVER, "code", runtime)]
-    weights = oci.Layer(
-        filepath=WEIGHTS,
-        kind="weight",
-        content=artifact.path,
-        sha256=artifact.sha256,
-        bytes=artifact.bytes,
-    )
+    weights = _weights(plan, artifact)
     image = image_for(plan, image_digest)
     small += [
         oci.text_layer(
@@ -249,10 +251,41 @@ def _layers(
         oci.text_layer(
             "provenance.json",
             "doc",
-            provenance(plan, plan_json, artifact, checkpoint, [*small, *server, weights]),
+            provenance(plan, plan_json, artifact, checkpoint, [*small, *server, *weights]),
         ),
     ]
-    return (*sorted(small, key=lambda layer: layer.filepath), *server, weights)
+    return (*sorted(small, key=lambda layer: layer.filepath), *server, *weights)
+
+
+def _weights(plan: Plan, artifact: Artifact) -> tuple[oci.Layer, ...]:
+    """The artifact as it lies in the bundle: one file, or a folder's files by size, the largest last."""
+    place = runtimes.named(plan.runtime).ARTIFACT
+    if artifact.path.is_file():
+        return (
+            oci.Layer(
+                filepath=place, kind="weight", content=artifact.path, sha256=artifact.sha256, bytes=artifact.bytes
+            ),
+        )
+    files = sorted(artifact.path.iterdir(), key=lambda file: (file.stat().st_size, file.name))
+    return tuple(_file_layer(f"{place}/{file.name}", _kind(file), file) for file in files)
+
+
+def _kind(file: Path) -> oci.Kind:
+    return "weight" if file.suffix in (".safetensors", ".onnx", ".data") else "weight.config"
+
+
+def app_layers() -> tuple[oci.Layer, ...]:
+    """The modules of edgepack's own server, as a package that needs nothing else of edgepack."""
+    return tuple(
+        oci.text_layer(f"{APP_FOLDER}/{path.relative_to(APP).as_posix()}", "code", path.read_text(encoding="utf-8"))
+        for path in sorted(APP.rglob("*.py"))
+    )
+
+
+def requirements(plan: Plan) -> str:
+    """requirements.txt: what a Python on the device needs to run the plan's server, or the front of one that is none."""
+    names = runtimes.named(plan.runtime).MODULES and plan.runtime or "front"
+    return (APP / "requirements" / f"{names}.txt").read_text(encoding="utf-8")
 
 
 def _file_layer(filepath: str, kind: oci.Kind, path: Path) -> oci.Layer:
@@ -278,7 +311,7 @@ def _config(
         },
         "config": {
             "architecture": "transformer",
-            "format": "gguf",
+            "format": _format(plan, artifact),
             "paramSize": _count(plan.model.parameters),
             "quantization": artifact.scheme,
         },
@@ -317,6 +350,13 @@ def _annotations(
 def _reference_name(plan: Plan) -> str:
     """The plan's name in the characters that image references may have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plan.name).strip("-.") or "model"
+
+
+def _format(plan: Plan, artifact: Artifact) -> str:
+    """As ModelPack's examples name formats."""
+    if artifact.path.is_file():
+        return "gguf"
+    return "onnx" if plan.runtime == runtimes.onnx_genai.NAME else "safetensors"
 
 
 def _count(parameters: int) -> str:

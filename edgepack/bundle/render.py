@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgepack import runtimes
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
-from edgepack.runtimes import llama_cpp
+from edgepack.settings import Settings
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,14 +33,29 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     ``with_runtime``: the bundle carries bin/llama-server. ``image_digest``: "sha256:…" of the profile's
     image, where the user knows better than the profile. Raises BadInput for a digest that is none.
     """
-    files = environment(templates() / plan.runtime)
+    files = environment(templates())
     values = _values(plan, with_runtime=with_runtime, image=image_for(plan, image_digest))
-    names = (name.removesuffix(".j2") for name in files.list_templates(extensions=["j2"]))
+    # What is common to all; over it what all Python servers share, over it what is a runtime's own.
+    folders = ("common", *(() if plan.runtime == runtimes.llama_cpp.NAME else ("python",)), plan.runtime)
+    found = {
+        path.name.removesuffix(".j2"): f"{folder}/{path.name}"
+        for folder in folders
+        for path in (templates() / folder).glob("*.j2")
+    }
     return {
-        name: files.get_template(f"{name}.j2").render(values)
-        for name in sorted(names)
+        name: files.get_template(found[name]).render(values)
+        for name in sorted(found)
         if (values["image"] or name not in _CONTAINERS) and (values["jetson"] or name not in _JETSON)
     }
+
+
+FRONT_MODULES = ("fastapi", "uvicorn", "jinja2", "httpx")
+"""What the front is made of (edgepack/server)."""
+
+
+def front(settings: Settings) -> tuple[str, ...]:
+    """Flags of the front: it lets no request through that the server behind it has no room for."""
+    return ("--ctx-size", str(settings.context), "--parallel", str(settings.slots))
 
 
 def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
@@ -144,7 +160,8 @@ def environment(folder: Path) -> Environment:
 def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> dict[str, object]:
     jetson = plan.profile.device_class == "jetson"
     pinned = image is not None and image.digest != "unknown"
-    lines = _lines(llama_cpp.launch(plan.settings))
+    runtime = runtimes.named(plan.runtime)
+    lines = _lines(runtime.launch(plan.settings, backend=plan.profile.backend, start_up=plan.start_up))
     reference = None
     if image is not None:
         reference = f"{_without_tag(image.reference)}@{image.digest}" if pinned else image.reference
@@ -153,6 +170,12 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "alias": plan.model.id,
         "flag_lines": lines,
         "flags": {line[0]: " ".join(line[1:]) for line in lines},
+        "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
+        "modules": " ".join(runtime.MODULES),
+        "service": "llama-server" if plan.runtime == runtimes.llama_cpp.NAME else "server",
+        "front": runtime.FRONT,
+        "front_modules": " ".join(FRONT_MODULES),
+        "front_lines": _lines(front(plan.settings)),
         "release": RELEASE,
         "server": f"{RELEASE}/bin/llama-server" if with_runtime else "llama-server",
         "with_runtime": with_runtime,

@@ -25,8 +25,12 @@ class Runtime(Protocol):
     """Tried when no scheme is asked for."""
     STEPS_DOWN: tuple[str, ...]
     """Schemes a hint may propose."""
-    BUILT: bool
-    """Whether this version of edgepack builds bundles for it."""
+    WEIGHTS: str
+    """Where the artifact lies in a bundle: a file, or a folder."""
+    MODULES: tuple[str, ...]
+    """What its Python must have; empty for a program."""
+    FRONT: bool
+    """Whether its own server lacks /chat, so that the front (edgepack/server) may stand before it."""
 
     def reads(self, scheme: str) -> bool:
         """Whether it runs ``scheme`` on any machine."""
@@ -56,6 +60,15 @@ class Runtime(Protocol):
         imatrix: bool,
     ) -> tuple[Part, ...]:
         """What it takes, part by part. Raises Unsupported for what it cannot do with this model."""
+
+    def launch(
+        self, settings: Settings, *, backend: Backend, start_up: Mapping[str, int | float]
+    ) -> tuple[str, ...]:
+        """Flags of its server, without model, name, address and key; all that bounds memory is explicit. ``start_up``:
+        the plan's."""
+
+    def environment(self, settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+        """Variables that its server is started with."""
 
     def start_up(
         self, spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None

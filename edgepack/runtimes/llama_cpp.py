@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from edgepack import schemes
@@ -24,7 +25,9 @@ NAME = "llama.cpp"
 VERSION = "0.5.0-dev (0c1e57098)"
 """Version that `llama-server --version` prints, and its commit: the one in llama-cpp-python 0.3.36."""
 
-BUILT = True
+ARTIFACT = "model.gguf"
+MODULES: tuple[str, ...] = ()
+FRONT = True
 KERNELS: tuple[support.Kernel, ...] = tuple(
     support.Kernel(schemes=("gguf",), backend=backend, why="ggml has every GGUF type on every backend")
     for backend in ("cpu", "cuda", "vulkan", "metal")
@@ -126,7 +129,9 @@ def cpu_settings(
     )
 
 
-def launch(settings: Settings) -> tuple[str, ...]:
+def launch(
+    settings: Settings, *, backend: Backend = "cpu", start_up: Mapping[str, int | float] = MappingProxyType({})
+) -> tuple[str, ...]:
     """llama-server's flags, without model, address and key; everything that bounds memory is explicit.
 
     The prompt cache (8 GiB by default) and context checkpoints (32 a slot) grow with use, and --fit would
@@ -160,6 +165,10 @@ def launch(settings: Settings) -> tuple[str, ...]:
         "--metrics",
         "--slots",
     )  # fmt: skip
+
+
+def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+    return {}
 
 
 def split_types(kv_type: str) -> tuple[str, str]:

@@ -19,7 +19,9 @@ from edgepack.units import MIB
 
 NAME = "onnx-genai"
 VERSION = "0.18.0"
-BUILT = False
+ARTIFACT = "model"
+MODULES: tuple[str, ...] = ("onnxruntime_genai", "fastapi", "uvicorn", "jinja2")
+FRONT = False
 
 SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn")
 STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn", "onnx-int4-b128-rtn")

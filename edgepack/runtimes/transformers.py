@@ -21,7 +21,9 @@ from edgepack.units import MIB
 
 NAME = "transformers"
 VERSION = "5.23.0"
-BUILT = False
+ARTIFACT = "model"
+MODULES: tuple[str, ...] = ("torch", "transformers", "fastapi", "uvicorn", "jinja2")
+FRONT = False
 
 SCHEMES: tuple[str, ...] = ("bf16", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")
 STEPS_DOWN: tuple[str, ...] = (

@@ -23,7 +23,9 @@ from edgepack.units import MIB
 
 NAME = "vllm"
 VERSION = "0.33.0"
-BUILT = False
+ARTIFACT = "model"
+MODULES: tuple[str, ...] = ("vllm",)
+FRONT = True
 
 SCHEMES: tuple[str, ...] = ("bf16", "fp8", "gptq-int8-g128", "gptq-int4-g128", "awq-int4-g128")
 STEPS_DOWN: tuple[str, ...] = (

@@ -141,7 +141,7 @@ def test_a_kv_type_that_a_model_cannot_have_is_one_rejection_among_others() -> N
               "max_position_embeddings": 4096}  # fmt: skip
     odd = replace(one("qwen2.5-0.5b-instruct"), spec=modelspec.from_config(config, name="odd"), panels={})
 
-    chosen = pipeline.make_plan(Request(profile=NANO), [odd])
+    chosen = pipeline.make_plan(Request(profile=NANO, runtime="llama.cpp"), [odd])
 
     assert chosen.settings.kv_type == "f16"
     assert any("q8_0" in r.reason for r in chosen.rejected)

@@ -6,6 +6,8 @@
 # sh start.sh health     succeed when the server answers
 # sh start.sh ready      wait until it does
 # sh start.sh container  run it with docker compose instead
+# sh start.sh install    make a Python environment out of requirements.txt
+# sh start.sh chat       run the front beside it: /chat, /metrics and the OpenAI API, on EDGEPACK_CHAT_PORT (8081)
 # EDGEPACK_HOST (127.0.0.1), EDGEPACK_PORT (8080), EDGEPACK_STATE (folder of the key) and
 # EDGEPACK_LLAMA_SERVER (program) change where it runs; EDGEPACK_FORCE=1 starts in too little memory all the
 # same; nothing changes the flags that bound memory.
@@ -17,6 +19,7 @@ state=${EDGEPACK_STATE:-${STATE_DIRECTORY:-${XDG_STATE_HOME:-${HOME:-/root}/.loc
 key_file=${EDGEPACK_KEY_FILE:-$state/api-key}
 host=${EDGEPACK_HOST:-127.0.0.1}
 port=${EDGEPACK_PORT:-8080}
+if [ "$(id -u)" -eq 0 ]; then venv=${EDGEPACK_VENV:-/opt/edgepack/venv}; else venv=${EDGEPACK_VENV:-$state/venv}; fi
 
 die() {
     printf 'start.sh: %s\n' "$1" >&2
@@ -42,6 +45,34 @@ make_key() {
         [ -s "$key_file" ] || die "cannot make $key_file"
     fi
     rm -f -- "$fresh"
+}
+
+# Whether the Python $1 has the modules that are named in $2.
+has() {
+    # shellcheck disable=SC2086
+    PYTHONPATH=$here "$1" -c 'import importlib.util, sys
+sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' $2 2>/dev/null
+}
+
+# A Python that has the modules named in $1.
+find_python() {
+    for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} /opt/edgepack/venv/bin/python3 "$venv/bin/python3" python3; do
+        if has "$python" "$1"; then return; fi
+        [ -z "${EDGEPACK_PYTHON:-}" ] || break
+    done
+    die "no Python with $1 (sh start.sh install, or EDGEPACK_PYTHON=PROGRAM)"
+}
+
+# edgepack_server lies beside this file; a bundle is not written into.
+prepare_python() {
+    cd -- "$here"
+    PYTHONPATH=$here PYTHONNOUSERSITE=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
+    export PYTHONPATH PYTHONNOUSERSITE PYTHONDONTWRITEBYTECODE HF_HUB_OFFLINE
+}
+
+install_python() {
+    python3 -m venv "$venv"
+    "$venv/bin/python3" -m pip install --requirement "$here/requirements.txt"
 }
 
 find_server() {
@@ -90,6 +121,19 @@ container() {
     exec docker compose --file "$here/compose.yaml" up --detach
 }
 
+chat() {
+    find_python 'fastapi uvicorn jinja2 httpx'
+    make_key
+    prepare_python
+    exec "$python" -m edgepack_server --engine front \
+        --upstream "http://$host:$port" --upstream-key-file "$key_file" \
+        --alias Qwen/Qwen2.5-1.5B-Instruct \
+        --ctx-size 4096 \
+        --parallel 1 \
+        --host "$host" --port "${EDGEPACK_CHAT_PORT:-8081}" \
+        --api-key-file "$key_file"
+}
+
 case "${1:-run}" in
 key)
     make_key
@@ -110,6 +154,11 @@ ready)
     exit
     ;;
 container) container ;;
+install)
+    install_python
+    exit
+    ;;
+chat) chat ;;
 run) ;;
 *) die "unknown command $1" ;;
 esac
