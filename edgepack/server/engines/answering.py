@@ -1,0 +1,114 @@
+"""How an engine answers, whatever computes its logits: what a slot holds is reused, the rest of a prompt read in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..sampling import Chooser, likeliest, log_probabilities
+from . import Sampling, Token
+from .detokenize import Detokenizer
+
+
+class Cache(Protocol):
+    """The keys and values of one slot's tokens."""
+
+    def rewind(self, length: int) -> None:
+        """Forgets what comes after ``length`` tokens."""
+        ...
+
+    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Appends tokens: the logits after the last of them, [vocabulary]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One sequence at a time, in the thread that answers."""
+
+    cache: Cache
+    held: list[int] = field(default_factory=list)
+    """Tokens whose keys and values are known good; never more than the cache has. Other threads read it."""
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """Tokens of a prompt that need not be read again: all but its last at most, whose logits are wanted."""
+        most = min(len(prompt) - 1, len(self.held))
+        for place, (known, asked) in enumerate(zip(self.held, prompt, strict=False)):
+            if place >= most or known != asked:
+                return min(place, most)
+        return max(most, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """What all slots of an engine have in common."""
+
+    ubatch: int
+    """Tokens of a prompt that go through the model at once."""
+    ends: frozenset[int]
+    """Tokens that end a sequence."""
+    decode: Callable[[Sequence[int]], str]
+    reading: AbstractContextManager[object]
+    """Held while a prompt is read: activations and logits of a chunk exist once, however many slots there are."""
+    last_alone: bool = False
+    """Whether a prompt's last token goes through the model by itself, for a runtime that keeps the logits of the whole
+    chunk until the next pass."""
+
+    def answer(
+        self,
+        slot: Slot,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        limit: int,
+        *,
+        reuse: bool,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Token]:
+        """`Engine.generate` for one slot."""
+        with self.reading:
+            logits = self._read(slot, prompt, slot.common(prompt) if reuse else 0, cancelled)
+        chooser, text = Chooser(sampling), Detokenizer(self.decode, prompt)
+        for count in range(limit):
+            if logits is None or cancelled():
+                return
+            barred = self.ends if sampling.ignore_eos or count < sampling.min_tokens else frozenset[int]()
+            chosen = chooser.choose(logits, tuple(barred))
+            end = chosen in self.ends
+            logs = log_probabilities(logits) if sampling.logprobs else None
+            yield Token(
+                id=chosen,
+                text="" if end else text.push(chosen),
+                logprob=None if logs is None else float(logs[chosen]),
+                top=() if logs is None else likeliest(logs, sampling.logprobs),
+                end=end,
+            )
+            if end or count + 1 == limit:
+                return
+            logits = slot.cache.read((chosen,))
+            slot.held.append(chosen)
+
+    def _read(
+        self, slot: Slot, prompt: Sequence[int], kept: int, cancelled: Callable[[], bool]
+    ) -> NDArray[np.float32] | None:
+        """Logits after a prompt of which the slot holds ``kept`` tokens; None when it was cancelled before the end."""
+        del slot.held[kept:]
+        slot.cache.rewind(kept)
+        logits = None
+        for chunk in self._chunks(prompt, kept):
+            if cancelled():
+                return None
+            logits = slot.cache.read(chunk)
+            slot.held.extend(chunk)
+        return logits
+
+    def _chunks(self, prompt: Sequence[int], start: int) -> Iterator[Sequence[int]]:
+        end = len(prompt) - 1 if self.last_alone else len(prompt)
+        for first in range(start, end, self.ubatch):
+            yield prompt[first : min(first + self.ubatch, end)]
+        if self.last_alone:
+            yield prompt[end:]
