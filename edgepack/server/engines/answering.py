@@ -1,4 +1,4 @@
-"""How an engine answers, whatever computes its logits: what a slot holds is reused, the rest of a prompt read in chunks."""
+"""How an engine answers, whatever computes its logits: what a slot holds is reused, the rest read in chunks."""
 
 from __future__ import annotations
 

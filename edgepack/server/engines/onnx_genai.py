@@ -1,4 +1,4 @@
-"""onnxruntime-genai as an engine: a generator for each slot, made at load with its whole cache and then rewound."""
+"""onnxruntime-genai as an engine: a generator for each slot, made at load with its whole cache and then rewound.
 
 Chunks of a prompt give the same logits as the whole prompt (tests/integration/test_engines.py), and generators of one
 model run in several threads at once.
