@@ -49,7 +49,7 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     }
 
 
-FRONT_MODULES = ("fastapi", "uvicorn", "jinja2", "httpx")
+FRONT_MODULES = ("fastapi", "uvicorn")
 """What the front is made of (edgepack/server)."""
 
 
