@@ -111,7 +111,7 @@ def measure(
         tempfile.TemporaryDirectory() as folder,
         agent.memory_limit(None) as limit,
         agent.running_server(
-            str(toolchain.find().server), list(llama_cpp.launch(settings)), model=str(artifact.path),
+            str(toolchain.find().server), list(llama_cpp.launch(settings, alias="m")), model=str(artifact.path),
             folder=folder, environment={}, limit=limit,
         ) as server,
     ):  # fmt: skip

@@ -15,7 +15,7 @@ from edgepack import runtimes, serde
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
-from edgepack.bundle.render import image_for, render
+from edgepack.bundle.render import image_for, launch, render
 from edgepack.bundle.sbom import sbom
 from edgepack.errors import BadInput, CheckFailed, MissingTool, NoSpace, NotFound, Untrusted
 from edgepack.evaluation import Quality
@@ -199,11 +199,10 @@ def unpack(
 
 def server_document(plan: Plan) -> str:
     """server.json: how the server is started, for programs; the start files spell out the same."""
-    runtime = runtimes.named(plan.runtime)
-    backend = plan.profile.backend
-    args = list(runtime.launch(plan.settings, backend=backend, start_up=plan.start_up))
-    env = dict(runtime.environment(plan.settings, backend=backend))
-    return _pretty({"schema_version": 1, "runtime": plan.runtime, "args": args, "env": env})
+    env = runtimes.named(plan.runtime).environment(plan.settings, backend=plan.profile.backend)
+    return _pretty(
+        {"schema_version": 1, "runtime": plan.runtime, "args": list(launch(plan)), "env": dict(env)}
+    )
 
 
 def _portable(plan: Plan, checkpoint: Checkpoint) -> tuple[Plan, Checkpoint]:

@@ -49,6 +49,13 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     }
 
 
+def launch(plan: Plan) -> tuple[str, ...]:
+    """The flags that hold a server to the plan; model, address and key come on top."""
+    return runtimes.named(plan.runtime).launch(
+        plan.settings, alias=plan.model.id, backend=plan.profile.backend, start_up=plan.start_up
+    )
+
+
 FRONT_MODULES = ("fastapi", "uvicorn")
 """What the front is made of (edgepack/server)."""
 
@@ -161,7 +168,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
     jetson = plan.profile.device_class == "jetson"
     pinned = image is not None and image.digest != "unknown"
     runtime = runtimes.named(plan.runtime)
-    lines = _lines(runtime.launch(plan.settings, backend=plan.profile.backend, start_up=plan.start_up))
+    lines = _lines(launch(plan))
     reference = None
     if image is not None:
         reference = f"{_without_tag(image.reference)}@{image.digest}" if pinned else image.reference

@@ -130,9 +130,13 @@ def cpu_settings(
 
 
 def launch(
-    settings: Settings, *, backend: Backend = "cpu", start_up: Mapping[str, int | float] = MappingProxyType({})
+    settings: Settings,
+    *,
+    alias: str,
+    backend: Backend = "cpu",
+    start_up: Mapping[str, int | float] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """llama-server's flags, without model, address and key; everything that bounds memory is explicit.
+    """llama-server's flags, without model, address and key; ``backend`` is in the settings. Everything that bounds memory is explicit.
 
     The prompt cache (8 GiB by default) and context checkpoints (32 a slot) grow with use, and --fit would
     change what was planned: all three are off.
@@ -140,6 +144,7 @@ def launch(
     key, value = split_types(settings.kv_type)
     offloaded = settings.gpu_layers > 0
     return (
+        "--alias", alias,
         "--ctx-size", str(settings.context),
         "--parallel", str(settings.slots),
         "--kv-unified" if settings.unified_kv else "--no-kv-unified",

@@ -149,7 +149,7 @@ def test_an_accelerator_leaves_the_inputs_with_the_host() -> None:
 
 
 def test_every_bound_on_memory_is_a_flag() -> None:
-    flags = " ".join(llama_cpp.launch(settings(8192, slots=2, kv_type="q8_0/q4_0", ubatch=256)))
+    flags = " ".join(llama_cpp.launch(settings(8192, slots=2, kv_type="q8_0/q4_0", ubatch=256), alias="m"))
 
     for words in (
         "--ctx-size 8192", "--parallel 2", "--no-kv-unified", "--batch-size 2048", "--ubatch-size 256",

@@ -46,7 +46,7 @@ def test_every_profile_renders_and_every_start_file_bounds_memory(name: str) -> 
 
     rendered = render(plan)
 
-    flags = llama_cpp.launch(plan.settings)
+    flags = llama_cpp.launch(plan.settings, alias=plan.model.id)
     service = rendered["edgepack.service"].replace("\\\n", " ").split()
     start = rendered["start.sh"].replace("\\\n", " ").split()
     quadlet = rendered["edgepack.container"].replace("\\\n", " ").split()

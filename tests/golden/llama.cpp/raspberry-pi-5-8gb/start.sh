@@ -122,7 +122,7 @@ container() {
 }
 
 chat() {
-    find_python 'fastapi uvicorn jinja2 httpx'
+    find_python 'fastapi uvicorn'
     make_key
     prepare_python
     exec "$python" -m edgepack_server --engine front \
