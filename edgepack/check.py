@@ -6,13 +6,13 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from edgepack import bundle as bundles
-from edgepack import serde, toolchain, workspace
+from edgepack import modelspec, runtimes, serde, toolchain, workspace
 from edgepack.bundle.sbom import commit
 from edgepack.device import agent
 from edgepack.errors import BadInput, EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
@@ -21,8 +21,9 @@ from edgepack.memory import Part
 from edgepack.plan import Plan
 from edgepack.profile import Arch
 from edgepack.progress import Progress
+from edgepack.runtimes import llama_cpp, vllm
 from edgepack.shell import run
-from edgepack.units import MIB, show
+from edgepack.units import GIB, MIB, show
 
 Status = Literal["pass", "warn", "fail", "note", "not-comparable"]
 """``note``: measured, but nothing was promised for it or this is not the device it was promised for.
@@ -30,6 +31,8 @@ Status = Literal["pass", "warn", "fail", "note", "not-comparable"]
 
 LOG_ROUNDING = MIB * 0.005
 """llama.cpp's buffer lines are rounded to 0.01 MiB."""
+VLLM_ROUNDING = GIB * 0.005
+"""vLLM's are rounded to 0.01 GiB."""
 UNEXPLAINED = 0.05
 """Share of the predicted total that the peak may lie above it, unless the plan's own interval is wider."""
 PAGING_PER_SECOND = 1.0
@@ -63,6 +66,8 @@ class BundleFacts:
     agent: str | None
     server: str | None = None
     """Digest of the llama-server that it carries."""
+    code: str | None = None
+    """Digest over edgepack_server's files that it carries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +148,8 @@ class ServerFacts:
     build: str | None = None
     emulator: EmulatorFacts | None = None
     """What ran the server when it is for another architecture than this machine's."""
+    code: str | None = None
+    """Digest over the files of edgepack_server that ran; None for a server of the runtime's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +213,19 @@ class CgroupFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessesFacts:
+    most: int
+    """How many there were at once, at most."""
+    peak: int
+    """Bytes that they held together, at most."""
+    shared: int | None
+    """Bytes that were taken off the sum of their RSS, being counted more than once in it; None if unreadable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
     peak_rss: int | None
+    """Of the server's first process."""
     peak_rss_loaded: int | None
     peak_address_space: int | None
     rss: int | None
@@ -226,6 +244,38 @@ class MemoryFacts:
     cgroup: CgroupFacts | None
     gpu: int | None
     nvmap: int | None
+    processes: ProcessesFacts | None = None
+    """None for a server of one process."""
+
+    @property
+    def peak(self) -> int | None:
+        """Bytes of all processes of the server at their highest; one of them alone never held more."""
+        if self.peak_rss is None or self.processes is None:
+            return self.peak_rss
+        return max(self.peak_rss, self.processes.peak)
+
+    @property
+    def peak_source(self) -> str:
+        if self.processes is None:
+            return "VmHWM"
+        return f"the RSS of {self.processes.most} processes, shared pages counted once"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedFacts:
+    """What a server that is not llama.cpp's says of itself."""
+
+    runtime: str
+    version: str | None
+    max_model_len: int | None
+    """Tokens that one slot holds."""
+    parts: dict[str, int]
+    """Bytes by the plan's names of parts."""
+    pool_tokens: int | None
+    pool_blocks: int | None
+    concurrency: float | None
+    backend: str | None
+    """Where it computes: cpu, cuda; None when it did not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,7 +336,10 @@ class Facts:
     fill: FillFacts | None
     memory: MemoryFacts | None
     log: LogFacts
+    """llama.cpp's; empty for the others."""
     failure: FailureFacts | None
+    served: ServedFacts | None = None
+    """The others' account; None for llama.cpp."""
 
 
 def facts_from(document: object, *, source: str) -> Facts:
@@ -359,12 +412,16 @@ def evaluate(
     *,
     strict_device: bool = False,
     measured: Quality | None = None,
+    start_up: Mapping[str, int | float] | None = None,
     notes: tuple[str, ...] = (),
 ) -> CheckReport:
-    """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
+    """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised.
+
+    ``start_up``: what the plan's runtime is to say when it starts (`Runtime.start_up`), where that is known.
+    """
     emulator = facts.server.emulator
     same_device = emulator is None and all(row.status != "fail" for row in facts.match)
-    same_backend = _server_backend(facts) == plan.profile.backend
+    same_backend = _server_backend(plan, facts) == plan.profile.backend
     residuals = tuple(_residuals(plan, facts, same_backend=same_backend))
     judged = _Judged(plan=plan, facts=facts, same_device=same_device, same_backend=same_backend)
     items: tuple[Item, ...] = (
@@ -376,6 +433,7 @@ def evaluate(
         _run(facts),
         *_context(plan, facts),
         *_parts(judged, residuals),
+        *_pool(facts, start_up or {}),
         *_peak(judged),
         *_paging(plan, facts),
         *_speed(judged),
@@ -603,29 +661,51 @@ _NOT_RUN = {
 
 
 def _server(plan: Plan, facts: Facts) -> Item:
-    """Which llama-server was measured, and whether it is the one that was planned with."""
-    server = facts.server
-    planned, built = commit(plan.runtime_version), _built_from(server.build or facts.log.build)
+    """Which server was measured, and whether it is the one that was planned with."""
+    server, served = facts.server, facts.served
     remarks = []
-    if facts.bundle.server is not None and server.source != "bundle":
+    if _carried_but_not_run(facts):
         foreign = any(row.fact == "architecture" and row.status == "fail" for row in facts.match)
         why = (
             f"it is for {plan.profile.arch}"
-            if foreign and server.emulator is None
+            if served is None and foreign and server.emulator is None
             else _NOT_RUN[facts.signature.state]
         )
         remarks.append(f"the bundle's own was not run: {why}")
-    if planned and built and not (planned.startswith(built) or built.startswith(planned)):
-        remarks.append(f"commit {built} is not the planned {planned}, so its buffers may differ")
-    program = Path(server.program).name if server.source == "bundle" else server.program
+    if served is None:
+        planned, built = commit(plan.runtime_version), _built_from(server.build or facts.log.build)
+        if planned and built and not (planned.startswith(built) or built.startswith(planned)):
+            remarks.append(f"commit {built} is not the planned {planned}, so its buffers may differ")
+        program = Path(server.program).name if server.source == "bundle" else server.program
+        version = built or "commit unknown"
+    else:
+        if served.version is not None and _public(served.version) != _public(plan.runtime_version):
+            remarks.append(
+                f"version {served.version} is not the planned {plan.runtime_version}, so what it takes may differ"
+            )
+        program = server.program if server.code is None else f"edgepack_server, {server.program}"
+        version = served.version or "version unknown"
     under = "" if server.emulator is None else f" under {server.emulator}, {server.emulator.cpu}"
     return Item(
         name="server",
         status="warn" if remarks else "pass",
         expected=f"{plan.runtime} {plan.runtime_version}",
-        measured=f"{server.source}: {program} ({built or 'commit unknown'}){under}",
+        measured=f"{server.source}: {program} ({version}){under}",
         message="; ".join(remarks),
     )
+
+
+def _carried_but_not_run(facts: Facts) -> bool:
+    """Whether the bundle has a server of its own that was not the one measured, nor the same code."""
+    carried = facts.bundle.server if facts.served is None else facts.bundle.code
+    if facts.served is not None and facts.server.code in (None, carried):
+        return False
+    return carried is not None and facts.server.source != "bundle"
+
+
+def _public(version: str) -> str:
+    """A version without its local part, as 0.32.0 of 0.32.0+cpu."""
+    return version.partition("+")[0]
 
 
 def _built_from(build: str | None) -> str | None:
@@ -681,13 +761,13 @@ def _context(plan: Plan, facts: Facts) -> Iterator[Item]:
 
 
 def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
-    """One verdict per buffer that llama.cpp reports in its log."""
+    """One verdict per part that the server reports on its own."""
     for residual in residuals:
         parts = _named(judged.plan, residual.part)
         low, high = int(sum(p.low for p in parts)), sum(p.high for p in parts)
         if residual.part == "weights":
             low = min(low, judged.plan.memory.part("weights"))
-        slack = LOG_ROUNDING * max(1, _log_lines(judged.facts, residual.part))
+        slack = _slack(judged.facts, residual.part)
         inside = low - slack <= residual.measured <= high + slack
         status: Status = "pass" if inside else "fail"
         backend_dependent = residual.part in ("compute", "weights")
@@ -701,7 +781,37 @@ def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
 
 
 def _difference(residual: Residual, slack: float) -> str:
-    return "equal, to the log's digit" if abs(residual.bytes) <= slack else f"{residual.relative:+.2%}"
+    if abs(residual.bytes) > slack:
+        return f"{residual.relative:+.2%}"
+    return "equal, to the log's digit" if slack else "equal, to the byte"
+
+
+_POOL = {
+    "num_blocks": ("KV blocks", "pool_blocks"),
+    "kv_cache_tokens": ("KV pool", "pool_tokens"),
+    "max_concurrency": ("concurrency", "concurrency"),
+}
+"""vLLM's start-up numbers (runtimes/vllm.py): the item that each becomes, and the fact that answers it."""
+
+
+def _pool(facts: Facts, start_up: Mapping[str, int | float]) -> Iterator[Item]:
+    """vLLM's pool of KV blocks, which it cuts from the bytes it is given: each number is the plan's or it is wrong."""
+    served = facts.served
+    if served is None or served.runtime != vllm.NAME:
+        return
+    for promised, (name, fact) in _POOL.items():
+        found = getattr(served, fact)
+        if found is None or promised not in start_up:
+            continue
+        unit = {"KV blocks": "", "KV pool": " tokens", "concurrency": " requests of full length"}[name]
+        same = round(found, 2) == round(start_up[promised], 2)
+        yield Item(
+            name=name,
+            status="pass" if same else "fail",
+            expected=f"{start_up[promised]:,}{unit}",
+            measured=f"{found:,}{unit}",
+            message="" if same else "vLLM cut another pool out of the bytes it was given",
+        )
 
 
 def _peak(judged: _Judged) -> Iterator[Item]:
@@ -714,7 +824,7 @@ def _peak(judged: _Judged) -> Iterator[Item]:
         yield Item(name="peak memory", status="warn", expected=expected, measured="cannot be read")
     else:
         yield from _total(judged, used, how)
-    yield from _budget(judged, memory, memory.peak_rss, used)
+    yield from _budget(judged, memory, memory.peak or 0, used)
 
 
 def _total(judged: _Judged, used: int, how: str) -> Iterator[Item]:
@@ -750,7 +860,7 @@ def _budget(judged: _Judged, memory: MemoryFacts, resident: int, used: int | Non
         if used is not None:
             yield _within(judged, "budget", used, room.device, judged.driver)
         return
-    if _server_backend(judged.facts) != "cpu":
+    if _server_backend(judged.plan, judged.facts) != "cpu":
         if memory.gpu is None:
             yield Item(name="budget", status="warn", expected=show(room.device), measured="cannot be read")
         else:
@@ -868,6 +978,10 @@ def _measured(quality: Quality | None) -> Iterator[Item]:
 def _quality(facts: Facts) -> Iterator[Item]:
     quality = facts.quality
     if quality is None:
+        if facts.failure is None and facts.fill is not None:
+            yield Item(
+                name="quality", status="note", expected="", measured="no answers were recorded at build"
+            )
         return
     share = (quality.agree + quality.ties) / quality.probes
     wrong = quality.mean_drift > DRIFT_WRONG or share < AGREEMENT - 0.2
@@ -889,20 +1003,22 @@ def _quality(facts: Facts) -> Iterator[Item]:
 
 
 def _residuals(plan: Plan, facts: Facts, *, same_backend: bool) -> Iterator[Residual]:
-    """Each part that llama.cpp reports on its own; a run that ended before allocating it reports none."""
+    """Each part that the server reports on its own; a run that ended before allocating it reports none."""
     log = facts.log
     caches = sum(cache.bytes for cache in log.caches)
-    measured = {
+    buffers = {
         "weights": log.size("model"),
         "kv_cache": caches or log.size("kv"),
         "recurrent_state": log.size("rs"),
         "compute": log.size("compute"),
         "output": log.size("output"),
     }
-    for name, size in measured.items():
-        parts = _named(plan, name) if same_backend else _named(plan, name, copies=False)
+    logged = {name: size for name, size in buffers.items() if _log_lines(facts, name)}
+    for name, size in (logged if facts.served is None else facts.served.parts).items():
+        copies = same_backend and facts.served is None
+        parts = _named(plan, name) if copies else _named(plan, name, copies=False)
         predicted = sum(part.bytes for part in parts)
-        if predicted and _log_lines(facts, name):
+        if predicted:
             provenance = "exact" if all(part.provenance == "exact" for part in parts) else "fitted"
             yield Residual(part=name, predicted=predicted, measured=size, provenance=provenance)
 
@@ -926,23 +1042,33 @@ def _log_lines(facts: Facts, part: str) -> int:
     return facts.log.lines.get(_LOG_KIND[part], 0)
 
 
+def _slack(facts: Facts, part: str) -> float:
+    """Bytes by which a server's own figure is rounded; edgepack's server counts its tensors."""
+    if facts.served is None:
+        return LOG_ROUNDING * max(1, _log_lines(facts, part))
+    return VLLM_ROUNDING if facts.served.runtime == vllm.NAME else 0.0
+
+
 def _used(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
     """Peak bytes of the server on host and accelerator together, and by which source."""
-    if memory.peak_rss is None:
+    resident, how = memory.peak, memory.peak_source
+    if resident is None:
         return None, "nothing"
-    if _server_backend(facts) == "cpu":
-        return memory.peak_rss, "VmHWM"
+    if _server_backend(plan, facts) == "cpu":
+        return resident, how
     if memory.nvmap is not None:
-        return memory.peak_rss + memory.nvmap, "VmHWM and nvmap"
+        return resident + memory.nvmap, f"{how} and nvmap"
     if memory.gpu is not None:
-        return memory.peak_rss + memory.gpu, "VmHWM and the GPU's own count"
+        return resident + memory.gpu, f"{how} and the GPU's own count"
     if not plan.budget.unified:  # the system loses nothing to a card with memory of its own
         return None, "nothing"
     return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
 
 
-def _server_backend(facts: Facts) -> str:
-    """What the server really used, by its buffers' names."""
+def _server_backend(plan: Plan, facts: Facts) -> str:
+    """What the server really used: by its buffers' names, or by its own word; the plan's where it gave none."""
+    if facts.served is not None:
+        return facts.served.backend or plan.profile.backend
     names = [buffer.name for buffer in facts.log.buffers if buffer.kind in ("model", "kv", "compute")]
     return "cuda" if any(name.startswith("CUDA") for name in names) else "cpu"
 
@@ -973,9 +1099,10 @@ def check(
     """Runs a bundle on this machine and judges it; the weights are unpacked under ``work`` or the cache.
 
     Our own agent verifies first. The bundle's own agent runs when it is ours, or when its signer is verified;
-    otherwise ours runs in its place. ``emulate`` runs the server of another architecture under QEMU. Raises
-    BadInput, Untrusted, MissingTool, NoSpace, Interrupted, and EdgepackError when the agent itself breaks; a
-    device that does not carry the bundle is a report.
+    otherwise ours runs in its place. ``server``: llama-server, or the Python (for vLLM also its ``vllm``) that runs
+    the bundle's runtime. ``emulate`` runs the llama-server of another architecture under QEMU. Raises BadInput,
+    Untrusted, MissingTool, NoSpace, Interrupted, and EdgepackError when the agent itself breaks; a device that does
+    not carry the bundle is a report.
     """
     if emulate and (memory_limit is not None or strict_device):
         other = "--memory-limit" if memory_limit is not None else "--strict-device"
@@ -989,6 +1116,14 @@ def check(
     measured = bundles.quality_in(found, bundle)
     with bundles.translated(bundle):
         plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
+    own = plan.runtime == llama_cpp.NAME
+    if not own and (emulate or load_mode is not None):
+        raise BadInput(
+            f"{'--emulate' if emulate else '--load-mode'} is for {llama_cpp.NAME} bundles, and this is one for "
+            f"{plan.runtime}",
+            hint="leave it out",
+        )
+    start_up = _start_up(plan, found, bundle)
     arch, here = plan.profile.arch, platform.machine()
     emulator = _emulator(arch, here) if emulate else None
     carried = agent.find_file(found, bundles.SERVER) is not None
@@ -998,7 +1133,9 @@ def check(
             hint="build it --with-runtime, or give one for its device with --server PATH",
         )
     runs = carried and verified and (emulator is not None or arch == here)
-    if server is None and not runs:
+    if server is None and not own:
+        server = toolchain.python_for(plan.runtime)
+    elif server is None and not runs:
         server = toolchain.find_server() if emulator is None else toolchain.find_static(arch)
     cache = workspace.cache_root()
     cache.mkdir(parents=True, exist_ok=True)
@@ -1008,6 +1145,7 @@ def check(
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
         words += ["--work", work or place / "work"]
         words += ["--server", server] if server is not None else []
+        words += ["--app", toolchain.app_in(place / "app")] if not own else []
         words += ["--allowed-signers", allowed_signers] if allowed_signers is not None else []
         words += ["--full"] if full else []
         words += ["--memory-limit", str(memory_limit)] if memory_limit is not None else []
@@ -1017,9 +1155,26 @@ def check(
         if finished.returncode not in (0, 5):
             raise _broken(finished.returncode, finished.stdout)
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
-    if not emulate and carried and arch != here and toolchain.find_emulator(arch) is not None:
+    if own and not emulate and carried and arch != here and toolchain.find_emulator(arch) is not None:
         notes = (*notes, f"--emulate runs the bundle's own {arch} server here, under QEMU")
-    return evaluate(plan, facts, strict_device=strict_device, measured=measured, notes=notes)
+    return evaluate(
+        plan, facts, strict_device=strict_device, measured=measured, start_up=start_up, notes=notes
+    )
+
+
+def _start_up(plan: Plan, found: agent.Bundle, bundle: Path) -> Mapping[str, int | float]:
+    """What vLLM is to say of its pool when it starts; nothing for other runtimes, which have none.
+
+    Raises Untrusted and BadInput for a damaged config, Unsupported for one of an unknown architecture.
+    """
+    config = f"{agent.MODEL}config.json"
+    if plan.runtime != vllm.NAME or agent.find_file(found, config) is None:
+        return {}
+    with bundles.translated(bundle):
+        spec = modelspec.from_config(agent.read_document(found, config), name=plan.model.id)
+    return runtimes.named(plan.runtime).start_up(
+        spec, plan.settings, backend=plan.profile.backend, needed=plan.memory.total, total=None
+    )
 
 
 def _emulator(arch: Arch, here: str) -> Path:

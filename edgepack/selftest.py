@@ -1,6 +1,6 @@
 """What the artifact answers to fixed texts, recorded at build so that the check on the device can compare.
 
-Recorded and compared by the same code of the device's agent, through llama-server with the plan's flags. The
+Recorded and compared by the same code of the device's agent, through the runtime's server with the plan's flags. The
 device computes with other instructions (AVX2, NEON, CUDA) and so in another order: log-probabilities move a
 little, a wrong or damaged artifact moves them a lot. `check.DRIFT` says where the line is.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgepack import serde, workspace
+from edgepack import bundle, serde, toolchain, workspace
 from edgepack.artifact import Artifact
 from edgepack.device import agent
 from edgepack.errors import BadInput, BuildFailed, MissingTool
@@ -23,8 +23,6 @@ from edgepack.heldout import BUILT_IN
 from edgepack.plan import Plan
 from edgepack.progress import Progress
 from edgepack.runtimes import llama_cpp
-from edgepack.settings import Settings
-from edgepack.toolchain import Toolchain
 
 PASSAGES = 4
 STEPS = 6
@@ -42,7 +40,7 @@ START_SECONDS = 1800.0
 def record(
     artifact: Artifact,
     plan: Plan,
-    toolchain: Toolchain,
+    program: Path | None,
     folder: Path,
     progress: Progress,
     *,
@@ -50,40 +48,63 @@ def record(
 ) -> Mapping[str, object]:
     """selftest.json of an artifact: for fixed texts the most likely next tokens, and one continuation.
 
-    Kept in ``folder`` for the next build of the same artifact under the same flags. ``text``: what the probes are
-    cut from, held-out English by default. Raises BadInput for a text that is too short, and BuildFailed when the
-    server does not run the artifact.
+    ``program``: llama-server, or the Python that runs the plan's runtime; without one nothing is recorded, and the
+    check says so. Kept in ``folder`` for the next build of the same artifact under the same flags. ``text``: what the
+    probes are cut from, held-out English by default. Raises BadInput for a text that is too short, and BuildFailed
+    when the server does not run the artifact. An artifact for an accelerator that this machine does not have need not
+    run here: then nothing is recorded either.
     """
     prompts = probes(heldout() if text is None else text)
-    args = llama_cpp.launch(recording(plan.settings))
     runtime = f"{plan.runtime} {plan.runtime_version}"
+    if program is None:
+        return _document(runtime, {"probes": [], "decode": None}, f"no {plan.runtime} on the build machine")
+    here = recording(plan)
+    args, environment = agent.server_arguments(json.loads(bundle.server_document(here)), None)
     inputs = (artifact.sha256, runtime, *args, str(DECODE_TOKENS), *prompts)
     kept = folder / f"{hashlib.sha256(chr(0).join(inputs).encode()).hexdigest()[:16]}-answers.json"
     if not kept.is_file():
         with progress.bar("recording answers", None), tempfile.TemporaryDirectory(prefix="edgepack-") as work:
-            answers = _ask(artifact.path, args, toolchain.server, Path(work), prompts)
+            try:
+                answers = _ask(artifact.path, here, (program, args, environment), Path(work), prompts)
+            except BuildFailed as error:
+                if here.profile.backend == plan.profile.backend or plan.runtime == llama_cpp.NAME:
+                    raise
+                return _document(runtime, {"probes": [], "decode": None}, error.message)
         workspace.write_text(kept, json.dumps(answers))
-    answers = serde.read_object(kept)
+    return _document(runtime, serde.read_object(kept), None)
+
+
+def _document(runtime: str, answers: Mapping[str, object], missing: str | None) -> Mapping[str, object]:
+    about = "answers of the artifact on the build machine; log-probabilities in nats, rounded to 0.001"
     return {
         "schema_version": 1,
-        "about": "answers of the artifact on the build machine; log-probabilities in nats, rounded to 0.001",
+        "about": about if missing is None else f"not recorded: {missing}",
         "runtime": runtime,
         **answers,
     }
 
 
-def recording(settings: Settings) -> Settings:
-    """The plan's settings on the build machine: a short context, one slot, no accelerator.
+def recording(plan: Plan) -> Plan:
+    """The plan as it is run on the build machine: a short context, one slot, no accelerator that is not there.
 
     None of these changes what is computed, only the order of additions.
     """
-    return replace(
-        settings,
-        context=CONTEXT,
-        slots=1,
-        gpu_layers=0,
-        threads=min(settings.threads, len(os.sched_getaffinity(0))),
-    )
+    settings = plan.settings
+    if plan.runtime == llama_cpp.NAME:
+        short = replace(settings, context=CONTEXT, slots=1, gpu_layers=0)
+    else:  # these do not run beyond what the model was trained for, which the plan keeps to
+        context = min(CONTEXT, settings.context // settings.slots)
+        short = replace(
+            settings,
+            context=context,
+            slots=1,
+            batch=min(settings.batch, context),
+            ubatch=min(settings.ubatch, context),
+        )
+    settings = replace(short, threads=min(settings.threads, len(os.sched_getaffinity(0))))
+    if plan.runtime == llama_cpp.NAME or agent.machine_facts()["gpus"]:
+        return replace(plan, settings=settings)
+    return replace(plan, settings=settings, profile=replace(plan.profile, accelerator=None))
 
 
 def heldout() -> str:
@@ -118,21 +139,36 @@ def _prefix(passage: str, length: int) -> str:
 
 
 def _ask(
-    artifact: Path, args: tuple[str, ...], server: Path, folder: Path, prompts: tuple[str, ...]
+    artifact: Path,
+    plan: Plan,
+    start: tuple[Path, list[str], dict[str, str]],
+    folder: Path,
+    prompts: tuple[str, ...],
 ) -> dict[str, object]:
+    program, args, environment = start
+    own = plan.runtime == llama_cpp.NAME
     try:
         with (
             agent.memory_limit(None) as limit,
             agent.running_server(
-                str(server), args, model=str(artifact), folder=str(folder), environment={}, limit=limit
+                str(program),
+                args,
+                model=str(artifact),
+                folder=str(folder),
+                environment=environment,
+                limit=limit,
+                runtime=plan.runtime,
+                app=None if own else str(toolchain.app_in(folder / "app")),
             ) as running,
         ):
             running.wait_healthy(START_SECONDS)
             return agent.record_quality(running, prompts, prompts[-1], DECODE_TOKENS)
     except agent.MissingProgram as error:
-        raise MissingTool(str(error), hint="edgepack toolchain install") from error
+        hint = "edgepack toolchain install" if own else agent.RUNTIMES[plan.runtime].install
+        raise MissingTool(str(error), hint=hint) from error
     except agent.Failed as error:
+        server = agent.RUNTIMES[plan.runtime].title
         raise BuildFailed(
-            f"llama-server does not run {artifact.name}: {error.message}",
-            hint="the artifact was not made for this llama.cpp, or this machine has too little memory",
+            f"{server} does not run {artifact.name}: {error.message}",
+            hint=f"the artifact was not made for this {plan.runtime}, or this machine has too little memory",
         ) from error

@@ -135,6 +135,41 @@ def find_emulator(arch: Machine) -> Path | None:
     return None
 
 
+_PYTHONS = {
+    "onnx-genai": "pip install 'edgepack[serve,onnx]', or name a Python that has them: EDGEPACK_PYTHON=PATH",
+    "transformers": "pip install 'edgepack[serve,torch]', or name a Python that has them: EDGEPACK_PYTHON=PATH",
+    "vllm": "vLLM needs an environment of its own: python3 -m venv VENV, VENV/bin/pip install vllm, and "
+    "EDGEPACK_PYTHON=VENV/bin/python",
+}
+
+
+def python_for(runtime: str) -> Path:
+    """The Python that can run a runtime's server: EDGEPACK_PYTHON, this one, or python3 on PATH.
+
+    Whether one can is asked of itself, without importing anything heavy. Raises MissingTool with what to install.
+    """
+    from edgepack.device import agent
+
+    try:
+        program, _ = agent.find_python(agent.RUNTIMES[runtime], None)
+    except agent.MissingProgram as error:
+        raise MissingTool(str(error), hint=_PYTHONS[runtime]) from error
+    return Path(program)
+
+
+APP = Path(__file__).parent / "server"
+"""The package that serves runtimes without a server of their own; a bundle carries a copy as edgepack_server."""
+
+
+def app_in(folder: Path) -> Path:
+    """A new ``folder`` in which our own server package has the name that bundles give it, as the agent starts it."""
+    from edgepack.device import agent
+
+    folder.mkdir(parents=True)
+    (folder / agent.APP.rstrip("/")).symlink_to(APP, target_is_directory=True)
+    return folder
+
+
 def find_static(arch: Machine) -> Path:
     """The static llama-server that was built here for bundles of ``arch``. Raises MissingTool when none was."""
     binary = _static_home(arch) / "llama-server"

@@ -33,16 +33,22 @@ import tempfile
 import threading
 import time
 from typing import (
+    AbstractSet,
     Any,
     BinaryIO,
     Callable,
     Dict,
+    FrozenSet,
+    Iterable,
     Iterator,
     List,
     NamedTuple,
     NoReturn,
     Optional,
+    Pattern,
+    Protocol,
     Sequence,
+    Set,
     Tuple,
     TypedDict,
 )
@@ -77,7 +83,12 @@ NAMESPACE = "edgepack"
 
 WEIGHTS = "model.gguf"
 SERVER = "bin/llama-server"
+MODEL = "model/"
+"""The folder with the weights of runtimes that read more than one file."""
+APP = "edgepack_server/"
+"""The package that serves runtimes without a server of their own."""
 MIB = 1 << 20
+GIB = 1 << 30
 
 
 class Refused(Exception):
@@ -90,6 +101,10 @@ class MissingProgram(Exception):
 
 class NoSpace(Exception):
     """The disk cannot hold what must be written."""
+
+
+class BadUsage(Exception):
+    """An option that means nothing for this bundle."""
 
 
 class Failed(Exception):
@@ -419,8 +434,9 @@ def _manifest_parts(manifest: Any) -> Tuple[Dict[str, Any], List[Dict[str, Any]]
     folders = {"/".join(n.split("/")[:i]) for n in names for i in range(1, n.count("/") + 1)}
     if len(set(names)) != len(names) or folders & set(names):
         raise Refused("two layers have the same file name")
-    if [layer["mediaType"] == WEIGHTS_TYPE for layer in layers] != [False] * (len(layers) - 1) + [True]:
-        raise Refused("the weights are not exactly the last layer")
+    weights = [layer["mediaType"] == WEIGHTS_TYPE for layer in layers]
+    if not weights[-1] or sorted(weights) != weights:
+        raise Refused("the weights are not the last layers")
     return config, layers, annotations
 
 
@@ -809,9 +825,16 @@ def preflight(bundle: Bundle, plan: Dict[str, Any], work: str, limit: Optional[i
         "memory_needed": host,
         "memory_available": available,
         "device_memory_needed": None if unified else sum(p["high"] for p in parts if p["place"] == "device"),
-        "disk_needed": sum(f["size"] for f in bundle["files"] if f["path"] in (WEIGHTS, SERVER)),
+        "disk_needed": sum(f["size"] for f in bundle["files"] if _is_unpacked(f["path"], plan["runtime"])),
         "disk_free": shutil.disk_usage(folder).free,
     }
+
+
+def _is_unpacked(path: str, runtime: str) -> bool:
+    """Whether a check writes this file of a bundle to the disk."""
+    if path in (WEIGHTS, SERVER) or path.startswith(MODEL):
+        return True
+    return path.startswith(APP) and runtime in (ONNX_GENAI, TRANSFORMERS)
 
 
 # ── a smaller device, simulated ──────────────────────────────────────────────────────────────────────
@@ -844,17 +867,20 @@ class Limit(NamedTuple):
 
 
 @contextlib.contextmanager
-def memory_limit(size: Optional[int], *, cgroup: bool = True, threads: int = 8) -> Iterator[Limit]:
+def memory_limit(
+    size: Optional[int], *, cgroup: bool = True, threads: int = 8, beside: int = ADDRESS_SPACE
+) -> Iterator[Limit]:
     """A cgroup for the server, limited to ``size`` bytes; without a writable one, RLIMIT_AS (if ``size``).
 
-    ``threads`` of the server, whose stacks take address space but hardly any memory.
+    ``threads`` of the server, whose stacks take address space but hardly any memory; ``beside``: bytes of address
+    space that never become resident either (`Runtime.address_space`). Of several processes RLIMIT_AS limits each.
     """
     made = _make_cgroup(size) if cgroup else None
     if made is None and size is None:
         yield Limit(None, "none", None)
         return
     if made is None:
-        yield Limit(size, "rlimit-as", None, (size or 0) + ADDRESS_SPACE + threads * THREAD_STACK)
+        yield Limit(size, "rlimit-as", None, (size or 0) + beside + threads * THREAD_STACK)
         return
     mechanism, folder = made
     try:
@@ -956,63 +982,247 @@ def cgroup_facts(limit: Limit) -> Optional[Dict[str, Optional[int]]]:
 
 # ── the server ───────────────────────────────────────────────────────────────────────────────────────
 
-SWITCHES = frozenset(
-    "--repack -nr --no-repack --kv-unified -kvu --no-kv-unified -no-kvu --slots --no-slots --metrics --no-ui "
-    "--no-webui --offline --jinja --no-jinja --warmup --no-warmup --no-host --context-shift "
-    "--no-context-shift --cache-prompt --no-cache-prompt --cont-batching -cb --kv-offload --swa-full --no-op-offload "
-    "--no-mmproj --perf --no-perf --no-kv-offload "
-    "--no-cache-idle-slots --no-cont-batching -nocb".split()
+LLAMA_CPP, ONNX_GENAI, TRANSFORMERS, VLLM = "llama.cpp", "onnx-genai", "transformers", "vllm"
+
+_WORD = r"-?[A-Za-z0-9][A-Za-z0-9_.,:=+-]*"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_.,:=+-]*(?:/[A-Za-z0-9][A-Za-z0-9_.,:=+-]*)?"
+"""A model's name as the API tells it, with the owner a Hub name begins with."""
+_COUNT = r"-?[0-9]{1,18}"
+_NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
+
+
+def _flags(kind: str, names: str) -> Dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+class Runtime(NamedTuple):
+    """How the servers of one runtime are started, and what a bundle may have a say in.
+
+    ``switches``, ``options`` and ``environment`` are every flag and variable that a bundle may start its server with:
+    those that bound memory and time, none that names a file, a host, a plug-in or code.
+    """
+
+    name: str
+    title: str
+    """What messages call the server."""
+    modules: Tuple[str, ...]
+    """What a Python must be able to import to run it; none for a program of its own."""
+    install: str
+    """What to do when there is no such Python."""
+    switches: FrozenSet[str]
+    options: Dict[str, str]
+    """Flag -> what its value must match, whole."""
+    lists: FrozenSet[str]
+    """Options that take one value or several."""
+    environment: Pattern[str]
+    inherits_not: str
+    """Variables of the device that begin so are kept from the server: they would change what the bundle says."""
+    slots: str
+    """The flag that says how many sequences it computes at once."""
+    address_space: int
+    """Bytes of address space that never become resident, beside the threads' stacks."""
+    error: Pattern[str]
+    """A line of its log that says what went wrong."""
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.,:=+|-]*\Z")
+"""Values of environment variables: no path, so that none can name a library to load."""
+_ON_PYTHON = (
+    "OMP_NUM_THREADS|OMP_PROC_BIND|OMP_PLACES|OMP_WAIT_POLICY|OMP_DYNAMIC|KMP_BLOCKTIME|KMP_AFFINITY|MKL_NUM_THREADS|"
+    "OPENBLAS_NUM_THREADS|MALLOC_[A-Z]+(?:_[A-Z]+)*_?|CUDA_VISIBLE_DEVICES|CUDA_MODULE_LOADING|"
+    "PYTORCH_CUDA_ALLOC_CONF|PYTORCH_ALLOC_CONF|TOKENIZERS_PARALLELISM"
 )
-OPTIONS = frozenset(
-    "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
-    "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
-    "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
-    "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
-    "--lazy-mode -lzm -n --predict --alias -a".split()
+_PYTHON_ERROR = re.compile(
+    r"^(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?"
+    r"((?:[\w.]*(?:Error|Exception)\b.*)|terminate called .*|  what\(\): .*|.*: error: .*|Killed\b.*)$",
+    re.M,
 )
-"""Every flag a bundle may start its server with: those that bound memory and time, none that names a file."""
+"""The last line of a traceback, perhaps behind vLLM's "(EngineCore pid=7) ERROR 11-26 17:46:00 [core.py:1] ", what
+C++ says at its end, and argparse's complaint."""
+_APP_OPTIONS = {
+    **_flags(
+        _COUNT, "--ctx-size --parallel --ubatch-size --threads --queue-size --max-tokens --max-body-bytes"
+    ),
+    **_flags(_NUMBER, "--timeout"),
+    **_flags(_NAME, "--alias"),
+    "--cache-type-k": "f32|f16|bf16",
+    "--provider": "cpu|cuda",
+}
+
+
+def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
+    return Runtime(
+        name=name,
+        title="the %s server" % name,
+        modules=("fastapi", "uvicorn", *modules),
+        install="install the bundle's requirements.txt into one, and name it with --server or EDGEPACK_PYTHON",
+        switches=frozenset(["--no-cache-prompt"]),
+        options={**_APP_OPTIONS, "--engine": re.escape(name)},
+        lists=frozenset(),
+        environment=re.compile("(?:%s)\\Z" % _ON_PYTHON),
+        inherits_not="EDGEPACK_SERVER_",
+        slots="--parallel",
+        address_space=address_space,
+        error=_PYTHON_ERROR,
+    )
+
+
+RUNTIMES: Dict[str, Runtime] = {
+    LLAMA_CPP: Runtime(
+        name=LLAMA_CPP,
+        title="llama-server",
+        modules=(),
+        install="",
+        switches=frozenset(
+            "--repack -nr --no-repack --kv-unified -kvu --no-kv-unified -no-kvu --slots --no-slots --metrics --no-ui "
+            "--no-webui --offline --jinja --no-jinja --warmup --no-warmup --no-host --context-shift "
+            "--no-context-shift --cache-prompt --no-cache-prompt --cont-batching -cb --kv-offload --swa-full "
+            "--no-op-offload --no-mmproj --perf --no-perf --no-kv-offload "
+            "--no-cache-idle-slots --no-cont-batching -nocb".split()
+        ),
+        options={
+            **_flags(
+                _WORD,
+                "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
+                "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
+                "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
+                "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
+                "--lazy-mode -lzm -n --predict",
+            ),
+            **_flags(_NAME, "--alias -a"),
+        },
+        lists=frozenset(),
+        environment=re.compile(r"(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
+        inherits_not="LLAMA_",
+        slots="--parallel",
+        address_space=ADDRESS_SPACE,
+        error=re.compile(r"^(?:[\d.]+ E (.*)|(?:ggml_|terminate called|qemu[-:]).*)$", re.M),
+    ),
+    ONNX_GENAI: _app(ONNX_GENAI, ("onnxruntime_genai",), 128 * MIB),
+    TRANSFORMERS: _app(TRANSFORMERS, ("torch", "transformers"), 512 * MIB),
+    VLLM: Runtime(
+        name=VLLM,
+        title="vLLM",
+        modules=("vllm",),
+        install="install the bundle's requirements.txt into one, and name it with --server or EDGEPACK_PYTHON",
+        switches=frozenset(
+            "--enforce-eager --no-enforce-eager --enable-prefix-caching --no-enable-prefix-caching "
+            "--enable-chunked-prefill --no-enable-chunked-prefill --enable-prompt-tokens-details "
+            "--disable-log-stats --no-enable-log-requests --disable-log-requests --disable-uvicorn-access-log "
+            "--disable-hybrid-kv-cache-manager --no-disable-hybrid-kv-cache-manager --async-scheduling "
+            "--no-async-scheduling --disable-cascade-attn --disable-sliding-window --calculate-kv-scales "
+            "--language-model-only --skip-mm-profiling --disable-fastapi-docs --enable-force-include-usage "
+            "--disable-custom-all-reduce -O0 -O1 -O2 -O3".split()
+        ),
+        options={
+            **_flags(
+                _COUNT,
+                "--max-model-len --max-num-seqs --max-num-batched-tokens --max-num-scheduled-tokens "
+                "--max-num-queued-reqs --max-num-queued-tokens --kv-cache-memory-bytes --block-size "
+                "--num-gpu-blocks-override --max-logprobs --seed --max-cudagraph-capture-size "
+                "--cudagraph-capture-sizes --long-prefill-token-threshold --max-long-partial-prefills "
+                "--max-num-partial-prefills --optimization-level --stream-interval --shutdown-timeout "
+                "--tensor-parallel-size -tp",
+            ),
+            **_flags(_NUMBER, "--gpu-memory-utilization --cpu-offload-gb --kv-offloading-size"),
+            **_flags(_NAME, "--served-model-name"),
+            **_flags(
+                "[a-z0-9_-]+",
+                "--kv-cache-dtype --dtype --quantization -q --prefix-caching-hash-algo --uvicorn-log-level",
+            ),
+            "--attention-backend": "[A-Z0-9_]+",
+            "--generation-config": "vllm",
+            "--load-format": "auto|safetensors",
+            "--tokenizer-mode": "auto|hf|slow",
+            "--model-impl": "auto|vllm|transformers",
+            "--scheduling-policy": "fcfs|priority",
+            "--kv-offloading-backend": "native",
+            "--runner": "generate",
+        },
+        lists=frozenset(["--cudagraph-capture-sizes", "--served-model-name"]),
+        environment=re.compile(
+            "(?:%s|VLLM_CPU_[A-Z]+(?:_[A-Z]+)*|VLLM_ATTENTION_BACKEND|VLLM_ENABLE_V1_MULTIPROCESSING|"
+            "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS|VLLM_LOGGING_LEVEL|VLLM_WORKER_MULTIPROC_METHOD|"
+            "VLLM_NO_USAGE_STATS|VLLM_DO_NOT_TRACK)\\Z" % _ON_PYTHON
+        ),
+        inherits_not="VLLM_",
+        slots="--max-num-seqs",
+        address_space=4 * GIB,
+        error=_PYTHON_ERROR,
+    ),
+}
 THREAD_FLAGS = ("-t", "--threads", "-tb", "--threads-batch")
-ENVIRONMENT = re.compile(r"^(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+CPU_LISTS = ("VLLM_CPU_OMP_THREADS_BIND",)
 
 OUT_OF_MEMORY = (
     "unable to allocate",
+    "Unable to allocate",
     "failed to allocate",
+    "Failed to allocate",
     "Cannot allocate memory",
     "out of memory",
+    "not enough memory",
+    "MemoryError",
+    "bad allocation",
     "std::bad_alloc",
     "NvMapMemAlloc",
     "failed to fit params",
+    "failed to map segment",
+    "can't start new thread",
+    "No available memory for the cache blocks",
+    "larger than the available KV cache memory",
+    "less than desired",
+    "less than requested memory",
 )
+"""What llama.cpp, PyTorch, ONNX Runtime, numpy, the loader and vLLM (kv_cache_utils.py, gpu_worker.py and cpu_worker.py
+of 0.32) say when memory is refused, or is not what they were told to take."""
+_SUMMARY = ("Engine core initialization failed", "Failed core proc", "EngineDeadError")
+"""What vLLM's API server says after the engine said why."""
+
+
+def runtime_of(document: Dict[str, Any]) -> Runtime:
+    """The runtime that a server.json is for; llama.cpp where it names none, as the first bundles. Raises Refused."""
+    name = document.get("runtime", LLAMA_CPP)
+    if not isinstance(name, str) or name not in RUNTIMES:
+        raise Refused("server.json is for the runtime %r, which this agent does not know" % _shown(str(name)))
+    return RUNTIMES[name]
 
 
 def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tuple[List[str], Dict[str, str]]:
-    """Flags and environment from the bundle's server.json, each on the list above. Raises Refused.
+    """Flags and environment from the bundle's server.json, each on the runtime's list. Raises Refused.
 
     More threads than this machine has cores become as many as it has: llama.cpp's threads wait for each other
     in a busy loop, and one without a core of its own stops all (6 on 2 cores: a hundred times slower).
     """
+    runtime = runtime_of(document)
     args, environment = document.get("args"), document.get("env", {})
     if not isinstance(args, list) or not isinstance(environment, dict):
         raise Refused("server.json has no list args or no object env")
-    expect_value = False
+    flag: Optional[str] = None
+    values = 0
     for word in args:
         if not isinstance(word, str) or len(word) > 200:
             raise Refused("server.json holds an argument that is not a short text")
-        if expect_value:
-            if not re.match(r"^-?[A-Za-z0-9][A-Za-z0-9_.,:=+-]*\Z", word):
-                raise Refused("server.json gives the value %r, which is no number or plain word" % word)
-            expect_value = False
-        elif word in OPTIONS:
-            expect_value = True
-        elif word not in SWITCHES:
+        fits = flag is not None and re.match(r"(?:%s)\Z" % runtime.options[flag], word)
+        if fits and (values == 0 or flag in runtime.lists):
+            values += 1
+        elif flag is not None and values == 0:
+            raise Refused("server.json gives %s the value %r, which it may not have" % (flag, _shown(word)))
+        elif word in runtime.options:
+            flag, values = word, 0
+        elif word in runtime.switches:
+            flag = None
+        else:
             raise Refused("server.json starts the server with %r, which a bundle may not" % _shown(word))
-    if expect_value:
-        raise Refused("server.json ends with %s and no value" % args[-1])
+    if flag is not None and values == 0:
+        raise Refused("server.json ends with %s and no value" % flag)
     for name, value in environment.items():
-        if not ENVIRONMENT.match(name) or not isinstance(value, str) or "\0" in value:
+        if not runtime.environment.match(name) or not isinstance(value, str) or not _PLAIN.match(value):
             raise Refused("server.json sets %r in the environment, which a bundle may not" % _shown(name))
     flags = list(args) if load_mode is None else with_load_mode(args, load_mode)
-    return with_threads(flags, len(os.sched_getaffinity(0))), dict(environment)
+    cores = os.sched_getaffinity(0)
+    return with_threads(flags, len(cores)), with_cores(environment, cores)
 
 
 def with_load_mode(args: Sequence[str], mode: str) -> List[str]:
@@ -1036,6 +1246,26 @@ def with_threads(args: Sequence[str], cores: int) -> List[str]:
     return flags
 
 
+def with_cores(environment: Dict[str, str], cores: AbstractSet[int]) -> Dict[str, str]:
+    """The variables with no more threads than ``cores``, and threads bound to none that is not among them."""
+    kept = dict(environment)
+    for name in THREAD_VARIABLES:
+        if kept.get(name, "").isdigit():
+            kept[name] = str(min(int(kept[name]), len(cores)))
+    for name in CPU_LISTS:
+        if not _numbers(kept.get(name, "")) <= set(cores):
+            kept[name] = "auto"
+    return kept
+
+
+def _numbers(text: str) -> Set[int]:
+    """The CPUs of a list as vLLM reads it: "0-3,6|7"."""
+    found: Set[int] = set()
+    for first, last in re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", text):
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
 def count_threads(args: Sequence[str]) -> int:
     """Threads a server with these flags has: those that compute and those that serve HTTP."""
     counts = {"compute": len(os.sched_getaffinity(0)), "http": 6}
@@ -1047,32 +1277,53 @@ def count_threads(args: Sequence[str]) -> int:
     return sum(counts.values())
 
 
+def flag_value(args: Sequence[str], flag: str) -> Optional[str]:
+    """The value behind a flag; None where it is not given."""
+    found = [value for word, value in zip(args, args[1:]) if word == flag]  # noqa: B905, RUF007
+    return found[-1] if found else None
+
+
 class Server:
-    """A running llama-server: its process, its meter, and requests to it."""
+    """A running server: its process, its meter, and requests to it."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], meter: Meter, port: int, key: str, log: str, limit: Limit
+        self,
+        process: subprocess.Popen[bytes],
+        meter: Meter,
+        port: int,
+        key: str,
+        log: str,
+        limit: Limit,
+        runtime: Runtime,
+        args: Sequence[str],
     ) -> None:
         self.process = process
         self.log = log
         self.limit = limit
         self.meter = meter
+        self.title = runtime.title
+        self.api: Api = Llama(self) if runtime.name == LLAMA_CPP else OpenAi(self, runtime, args)
+        self._runtime = runtime
         self._port = port
         self._key = key
 
     def get(self, path: str, timeout: float = 60) -> Any:
-        status, value = self._request("GET", path, None, timeout)
+        return json.loads(self.get_text(path, timeout) or "null")
+
+    def get_text(self, path: str, timeout: float = 60) -> str:
+        status, content = self._request("GET", path, None, timeout)
         if status != 200:
-            raise Failed("crashed", "run", "llama-server answers %s with status %d" % (path, status))
-        return value
+            raise Failed("crashed", "run", "%s answers %s with status %d" % (self.title, path, status))
+        return content.decode("utf-8", "replace")
 
     def post(self, path: str, body: Dict[str, Any], stage: str) -> Any:
         try:
-            status, value = self._request("POST", path, body, REQUEST_TIMEOUT)
+            status, content = self._request("POST", path, body, REQUEST_TIMEOUT)
+            value = json.loads(content or b"null")
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.failure(stage, error) from None
         if status != 200:
-            message = "llama-server answers %s with status %d: %s" % (path, status, value)
+            message = "%s answers %s with status %d: %s" % (self.title, path, status, value)
             raise Failed("crashed", stage, message)
         return value
 
@@ -1084,7 +1335,7 @@ class Server:
             response = connection.getresponse()
             if response.status != 200:
                 said = response.read(4096).decode("utf-8", "replace")
-                message = "llama-server answers with status %d: %s" % (response.status, said)
+                message = "%s answers with status %d: %s" % (self.title, response.status, said)
                 raise Failed("crashed", stage, message)
             for line in response:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
@@ -1106,7 +1357,7 @@ class Server:
                 if self._request("GET", "/health", None, 5)[0] == 200:
                     return time.monotonic() - began
             if time.monotonic() - began > timeout:
-                raise Failed("timeout", "load", "llama-server was not ready after %d s" % timeout)
+                raise Failed("timeout", "load", "%s was not ready after %d s" % (self.title, timeout))
             time.sleep(0.05)
 
     def failure(self, stage: str, error: Optional[BaseException]) -> Failed:
@@ -1119,33 +1370,32 @@ class Server:
             status = None
         log = _read(self.log) or ""
         group = cgroup_facts(self.limit)
-        last = [
-            line
-            for line in log.splitlines()
-            if re.search(r"^[\d.]+ E |^ggml_|terminate called|^qemu[-:]", line)
-        ]
-        detail = re.sub(r"^[\d.]+ E ", "", last[0]).strip() if last else str(error or "no message")
+        said = error_lines(log, self._runtime)
+        # llama.cpp says first what went wrong, and a traceback last.
+        detail = (said[-1] if self._runtime.modules else said[0]) if said else str(error or "no message")
         if (group is not None and group["oom_kills"]) or status == -signal.SIGKILL:
-            return Failed("oom-killed", stage, "the kernel killed llama-server: out of memory")
-        if any(text in log for text in OUT_OF_MEMORY):
-            line = next((x for x in last if any(text in x for text in OUT_OF_MEMORY)), detail)
-            text = re.sub(r"^[\d.]+ E ", "", line).strip()
-            return Failed("allocation-refused", stage, "llama-server was refused memory: " + text)
+            return Failed("oom-killed", stage, "the kernel killed %s: out of memory" % self.title)
+        refused = [line for line in said if any(text in line for text in OUT_OF_MEMORY)]
+        # Every line of llama.cpp counts; Python's libraries also speak of memory when nothing is wrong.
+        if refused or (not self._runtime.modules and any(text in log for text in OUT_OF_MEMORY)):
+            line = refused[0] if refused else detail
+            return Failed("allocation-refused", stage, "%s was refused memory: %s" % (self.title, line))
         if status is None:
-            return Failed("timeout", stage, "llama-server no longer answers: %s" % detail)
+            return Failed("timeout", stage, "%s no longer answers: %s" % (self.title, detail))
         if stage == "load" and status > 0:
-            return Failed("did-not-start", stage, "llama-server ended with status %d: %s" % (status, detail))
+            message = "%s ended with status %d: %s" % (self.title, status, detail)
+            return Failed("did-not-start", stage, message)
         how = "signal %d" % -status if status < 0 else "status %d" % status
-        return Failed("crashed", stage, "llama-server ended with %s: %s" % (how, detail))
+        return Failed("crashed", stage, "%s ended with %s: %s" % (self.title, how, detail))
 
     def _request(
         self, method: str, path: str, body: Optional[Dict[str, Any]], timeout: float
-    ) -> Tuple[int, Any]:
+    ) -> Tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout)
         try:
             connection.request(method, path, None if body is None else json.dumps(body), self._headers())
             response = connection.getresponse()
-            return response.status, json.loads(response.read() or b"null")
+            return response.status, response.read()
         finally:
             connection.close()
 
@@ -1153,8 +1403,54 @@ class Server:
         return {"Authorization": "Bearer " + self._key, "Content-Type": "application/json"}
 
 
+def error_lines(log: str, runtime: Runtime) -> List[str]:
+    """The lines of a log that say what went wrong, without what stands before the message."""
+    found = [(match.group(1) or match.group()).strip() for match in runtime.error.finditer(log)]
+    telling = [line for line in found if not any(text in line for text in _SUMMARY)]
+    return telling or found
+
+
 REQUEST_TIMEOUT = 3600.0
 """Seconds without a byte from the server; one batch of a 7B model on a small board takes minutes."""
+
+_OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""A model's config may name another repository: nothing is fetched, and nothing is told."""
+_PYTHON = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
+_MEASURED = ("--enable-prompt-tokens-details", "--max-logprobs", "40")
+"""What vLLM only tells when it is started so: how many tokens of a prompt it had, and WIDE alternatives."""
+
+
+def command(
+    runtime: Runtime, program: str, args: Sequence[str], *, model: str, port: int, key_file: str
+) -> List[str]:
+    """The words that start a server: the bundle's flags, and beside them where it listens and what it loads."""
+    host = ["--host", "127.0.0.1", "--port", str(port)]
+    if runtime.name == LLAMA_CPP:
+        return [program, *args, "-m", model, *host, "--api-key-file", key_file, "--log-verbosity", "4"]
+    if runtime.name == VLLM:
+        api = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+        begin = ["serve", model] if os.path.basename(program) == "vllm" else api
+        return [program, *begin, *args, *_MEASURED, *host]
+    return [program, "-m", "edgepack_server", *args, "--model", model, *host, "--api-key-file", key_file]
+
+
+def _environment(runtime: Runtime, given: Dict[str, str], key: str, app: Optional[str]) -> Dict[str, str]:
+    """The device's environment without what would change the bundle's flags, and with what the bundle says."""
+    inherited = {name: text for name, text in os.environ.items() if not name.startswith(runtime.inherits_not)}
+    if not runtime.modules:
+        return dict(inherited, **given)
+    path = [folder for folder in (app, inherited.get("PYTHONPATH")) if folder]
+    ours = dict(_PYTHON, **_OFFLINE)
+    if runtime.name == VLLM:
+        ours["VLLM_API_KEY"] = key  # vLLM has no option that reads it from a file
+    if path:
+        ours["PYTHONPATH"] = os.pathsep.join(path)
+    return dict(inherited, **ours, **given)
 
 
 @contextlib.contextmanager
@@ -1167,19 +1463,21 @@ def running_server(
     environment: Dict[str, str],
     limit: Limit,
     under: Sequence[str] = (),
+    runtime: str = LLAMA_CPP,
+    app: Optional[str] = None,
 ) -> Iterator[Server]:
-    """Starts llama-server on a free loopback port with a key of its own; it is gone when the block ends.
+    """Starts a server on a free loopback port with a key of its own; it is gone when the block ends.
 
-    ``under``: the emulator and its flags, when the server is for another architecture. The key lies in
-    ``folder`` (mode 0600) beside server.log. The server also dies with this process, however that ends
-    (PR_SET_PDEATHSIG).
+    ``program`` is llama-server, or the Python that runs the others (for vLLM also its ``vllm``). ``model``: the file
+    or folder of weights. ``app``: the folder that holds edgepack_server. ``under``: the emulator and its flags, when
+    the server is for another architecture. The key lies in ``folder`` (mode 0600) beside server.log. The server also
+    dies with this process, however that ends (PR_SET_PDEATHSIG).
     """
+    how = RUNTIMES[runtime]
     key = secrets.token_urlsafe(24)
-    key_file = os.path.join(folder, "server.key")
+    key_file = os.path.join(os.path.abspath(folder), "server.key")
     port = _free_port()
-    argv = [*under, program, *args, "-m", model, "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--api-key-file", key_file, "--log-verbosity", "4"]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    argv = [*under, *command(how, program, args, model=os.path.abspath(model), port=port, key_file=key_file)]
     log = os.path.join(folder, "server.log")
     arenas = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
     parent = os.getpid()
@@ -1204,17 +1502,19 @@ def running_server(
             try:
                 process = subprocess.Popen(
                     argv,
-                    env=dict(inherited, **environment, **arenas),
+                    env=dict(_environment(how, environment, key, app), **arenas),
                     stdin=subprocess.DEVNULL,
                     stdout=out_log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=in_child,
+                    cwd=(app or os.path.abspath(folder)) if how.modules else None,
                 )
             except OSError as error:
                 raise MissingProgram("%s cannot be started: %s" % (argv[0], error.strerror)) from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        server = Server(process, Meter(process, os.path.getsize(model)), port, key, log, limit)
+        meter = Meter(process, weights_bytes(model), tree=bool(how.modules))
+        server = Server(process, meter, port, key, log, limit, how, args)
         server.meter.start()
         try:
             yield server
@@ -1228,15 +1528,26 @@ def running_server(
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def weights_bytes(model: str) -> int:
+    """Bytes of a file of weights, or of all files of their folder."""
+    if os.path.isfile(model):
+        return os.path.getsize(model)
+    return sum(
+        os.path.getsize(os.path.join(folder, name)) for folder, _, names in os.walk(model) for name in names
+    )
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         try:
             process.wait(timeout=patience)
-            return
+            break
         except subprocess.TimeoutExpired:
             continue
+    with contextlib.suppress(ProcessLookupError):  # children that outlive it, as vLLM's engine does
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _free_port() -> int:
@@ -1311,10 +1622,18 @@ THRASH_READS = 10
 (this many times its size): a mapped 0.5B model in 380 MiB took 3 faults a second and read 72 GB in 103 s."""
 
 
-class Meter:
-    """Samples a process ten times a second; all readings in bytes."""
+SHARED_SECONDS = 5.0
 
-    def __init__(self, process: subprocess.Popen[bytes], weights: int) -> None:
+
+class Meter:
+    """Samples a process ten times a second, with ``tree`` all processes of its session; all readings in bytes.
+
+    RSS counts a page once for each process that has it mapped (two of PyTorch share hundreds of MB of libraries):
+    what several processes share is measured every SHARED_SECONDS, since that walks their page tables, and taken off
+    the highest sum since.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], weights: int, *, tree: bool = False) -> None:
         self.thrashing: Optional[str] = None
         """Set, and the process killed, when it has been paging for THRASH_SECONDS."""
         self.peak_anonymous = 0
@@ -1326,8 +1645,18 @@ class Meter:
         self.peak_loaded: Optional[int] = None
         self.run_began: Optional[float] = None
         self.reads_at_run: Optional[int] = None
+        self.most_processes = 1
+        self.peak_together: Optional[int] = None
+        """What several processes held at once, at most; None while there was but one."""
+        self.shared: Optional[int] = None
+        """Bytes that were counted more than once in their sum; None where that cannot be read."""
         self._process = process
         self._weights = weights
+        self._tree = tree
+        self._members: List[int] = [process.pid]
+        self._looked = -1.0
+        self._highest = 0
+        self._shared_at = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
 
@@ -1347,20 +1676,35 @@ class Meter:
         self.peak_loaded = reading.get("VmHWM")
 
     def now(self) -> Dict[str, int]:
-        """VmHWM, RSS by kind, swap and faults of the process at this moment; empty when it is gone."""
-        root = "/proc/%d/" % self._process.pid
-        status = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root + "status") or "", re.M))
-        stat = (_read(root + "stat") or "").rpartition(")")[2].split()
-        if "VmHWM" not in status or len(stat) < 13:
-            return {}
-        names = ("VmHWM", "VmPeak", "VmRSS", "RssAnon", "RssFile", "RssShmem", "VmSwap")
-        found = {name: int(status[name]) * 1024 for name in names if name in status}
-        found["major_faults"] = int(stat[9])
-        found["cpu_ticks"] = int(stat[11]) + int(stat[12])
-        read = re.search(r"^read_bytes: (\d+)", _read(root + "io") or "", re.M)
-        if read:
-            found["read_bytes"] = int(read.group(1))
+        """VmHWM, RSS by kind, swap and faults at this moment; empty when the process is gone.
+
+        VmHWM and VmPeak are the process's own, the others those of all its session's processes together.
+        """
+        found = _reading(self._process.pid)
+        for pid in self.members()[1:] if found else ():
+            other = _reading(pid)
+            for name in set(other) - {"VmHWM", "VmPeak"}:
+                found[name] = found.get(name, 0) + other[name]
         return found
+
+    def members(self) -> List[int]:
+        """The server's processes, itself first; looked up at most once a second."""
+        if self._tree and time.monotonic() - self._looked > 1:
+            self._looked = time.monotonic()
+            own = self._process.pid
+            self._members = [own, *(pid for pid in _session(own) if pid != own)]
+            self.most_processes = max(self.most_processes, len(self._members))
+        return list(self._members)
+
+    def take_together(self) -> None:
+        """Settles the highest sum since the last time, less what is counted more than once in it."""
+        members = self.members()
+        if len(members) > 1:
+            self.shared = _counted_again(members)
+            highest = max(self._highest, self.now().get("VmRSS", 0))
+            self.peak_together = max(self.peak_together or 0, highest - (self.shared or 0))
+        self._highest = 0
+        self._shared_at = time.monotonic()
 
     def _watch(self) -> None:
         window: List[Tuple[float, int]] = []
@@ -1370,6 +1714,9 @@ class Meter:
                 continue
             self.peak_anonymous = max(self.peak_anonymous, reading.get("RssAnon", 0))
             self.peak_file = max(self.peak_file, reading.get("RssFile", 0))
+            self._highest = max(self._highest, reading["VmRSS"])
+            if self._tree and time.monotonic() - self._shared_at > SHARED_SECONDS:
+                self.take_together()
             available = _meminfo().get("MemAvailable")
             if available is not None:
                 self.lowest_available = min(available, self.lowest_available or available)
@@ -1393,10 +1740,78 @@ class Meter:
                 return
 
 
+def _reading(pid: int) -> Dict[str, int]:
+    root = "/proc/%d/" % pid
+    status = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root + "status") or "", re.M))
+    stat = (_read(root + "stat") or "").rpartition(")")[2].split()
+    if "VmHWM" not in status or len(stat) < 13:
+        return {}
+    names = ("VmHWM", "VmPeak", "VmRSS", "RssAnon", "RssFile", "RssShmem", "VmSwap")
+    found = {name: int(status[name]) * 1024 for name in names if name in status}
+    found["major_faults"] = int(stat[9])
+    found["cpu_ticks"] = int(stat[11]) + int(stat[12])
+    read = re.search(r"^read_bytes: (\d+)", _read(root + "io") or "", re.M)
+    if read:
+        found["read_bytes"] = int(read.group(1))
+    return found
+
+
+def _session(leader: int) -> List[int]:
+    """Pids of the session that a process leads, its own too while it runs."""
+    found: List[int] = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            stat = (_read("/proc/%s/stat" % name) or "").rpartition(")")[2].split()
+            if len(stat) > 3 and stat[3] == str(leader):
+                found.append(int(name))
+    return sorted(found)
+
+
+def _counted_again(pids: Sequence[int]) -> Optional[int]:
+    """Bytes that the sum of these processes' RSS counts more than once; None where mappings cannot be read.
+
+    Of a file, or memory shared by name, the process with the most of it counts; of other memory, which only children
+    share with their parents, each page's share (PSS). PSS of files would depend on who else runs here.
+    """
+    files: Dict[Tuple[str, ...], int] = {}
+    resident = once = 0
+    for pid in pids:
+        try:
+            with open("/proc/%d/smaps" % pid, encoding="utf-8", errors="replace") as lines:
+                mappings = list(_mappings(lines))
+        except OSError:
+            if os.path.isdir("/proc/%d" % pid):
+                return None
+            continue
+        for key, sizes in mappings:
+            resident += sizes["Rss:"]
+            if key is None:
+                once += sizes["Pss:"]
+            else:
+                once += sizes["Anonymous:"]
+                files[key] = max(files.get(key, 0), sizes["Rss:"] - sizes["Anonymous:"])
+    return max(0, resident - once - sum(files.values())) * 1024
+
+
+def _mappings(lines: Iterable[str]) -> Iterator[Tuple[Optional[Tuple[str, ...]], Dict[str, int]]]:
+    """Each mapping of a smaps file: what names its file (device, inode, offset), and its sizes in KiB."""
+    key: Optional[Tuple[str, ...]] = None
+    sizes: Dict[str, int] = {}
+    for line in lines:
+        words = line.split()
+        if words[0] in ("Rss:", "Pss:", "Anonymous:"):
+            sizes[words[0]] = int(words[1])
+            if len(sizes) == 3:
+                yield key, sizes
+        elif not words[0].endswith(":"):
+            key, sizes = (None if words[4] == "0" else (words[3], words[4], words[2])), {}
+
+
 def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> Dict[str, Any]:
     """Peak memory of the server so far, from every source there is; bytes, None where there is none."""
-    reading = server.meter.now()
     meter = server.meter
+    meter.take_together()
+    reading = meter.now()
     before = meter.available_before
     drop = None if before is None or meter.lowest_available is None else before - meter.lowest_available
     run_faults = None
@@ -1423,17 +1838,25 @@ def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> 
         "read_bytes_run": run_reads,
         "system_drop": drop,
         "cgroup": cgroup_facts(server.limit),
-        "gpu": _gpu_memory(server.process.pid, gpu_before),
-        "nvmap": _nvmap(server.process.pid),
+        "gpu": _gpu_memory(meter.members(), gpu_before),
+        "nvmap": _nvmap(meter.members()),
+        "processes": _processes(meter),
     }
 
 
-def _gpu_memory(pid: int, before: Optional[List[Dict[str, Any]]]) -> Optional[int]:
-    """Bytes of this process on NVIDIA GPUs; inside a container, where pids differ, what the cards lost."""
+def _processes(meter: Meter) -> Optional[Dict[str, Any]]:
+    """What several processes held together; None for a server that was one only."""
+    if meter.peak_together is None:
+        return None
+    return {"most": meter.most_processes, "peak": meter.peak_together, "shared": meter.shared}
+
+
+def _gpu_memory(pids: Sequence[int], before: Optional[List[Dict[str, Any]]]) -> Optional[int]:
+    """Bytes of these processes on NVIDIA GPUs; inside a container, where pids differ, what the cards lost."""
     if before is None:
         return None
     rows = _nvidia_smi("--query-compute-apps=pid,used_memory") or []
-    mine = [_mib(row[1]) for row in rows if len(row) == 2 and row[0] == str(pid)]
+    mine = [_mib(row[1]) for row in rows if len(row) == 2 and row[0] in map(str, pids)]
     known = [size for size in mine if size is not None]
     if known:
         return sum(known)
@@ -1444,13 +1867,13 @@ def _gpu_memory(pid: int, before: Optional[List[Dict[str, Any]]]) -> Optional[in
     return sum(int(now) - int(then) for now, then in pairs)
 
 
-def _nvmap(pid: int) -> Optional[int]:
-    """Bytes a process holds through Tegra's nvmap, which no RSS counts; needs root."""
+def _nvmap(pids: Sequence[int]) -> Optional[int]:
+    """Bytes these processes hold through Tegra's nvmap, which no RSS counts; needs root."""
     text = _read("/sys/kernel/debug/nvmap/iovmm/clients")
     if text is None:
         return None
-    sizes = re.findall(r"^\S+\s+\S+\s+%d\s+(\d+)K" % pid, text, re.M)
-    return sum(int(kib) * 1024 for kib in sizes)
+    rows = re.findall(r"^\S+\s+\S+\s+(\d+)\s+(\d+)K", text, re.M)
+    return sum(int(kib) * 1024 for pid, kib in rows if int(pid) in pids)
 
 
 # ── llama.cpp's own account ──────────────────────────────────────────────────────────────────────────
@@ -1509,6 +1932,84 @@ def parse_log(text: str) -> Dict[str, Any]:
     }
 
 
+# ── the other servers' own account ───────────────────────────────────────────────────────────────────
+
+_SAMPLE = re.compile(r"^([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)(?: \d+)?$", re.M)
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def samples(text: str, name: str) -> List[Tuple[Dict[str, str], float]]:
+    """Labels and values of one metric in Prometheus' text."""
+    found = []
+    for match in _SAMPLE.finditer(text):
+        if match.group(1) == name:
+            with contextlib.suppress(ValueError):  # a value that is no number is no sample
+                found.append((dict(_LABEL.findall(match.group(2) or "")), float(match.group(3))))
+    return found
+
+
+def parse_vllm_log(text: str) -> Dict[str, Any]:
+    """What vLLM says at its start of the pool of KV blocks and of the weights; None for what it did not say.
+
+    The lines of 0.32 (v1/core/kv_cache_utils.py, v1/metrics/loggers.py, v1/worker/gpu_model_runner.py):
+    "CPU KV cache size: 16,384 tokens, Maximum concurrency for 4,096 tokens per request: 4.00x" (in older versions
+    two lines), "num_gpu_blocks is: 128", and "Model loading took 1.23 GiB memory and 4.5 seconds", rounded to 0.01 GiB.
+    """
+    size = re.search(r"(\w+)(?: \+ host)? KV cache size: ([\d,]+) tokens", text)
+    concurrency = re.search(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", text)
+    blocks = re.search(r"num_gpu_blocks is: (\d+)", text)
+    weights = re.search(r"Model loading took ([\d.]+) GiB", text)
+    return {
+        "device": size.group(1) if size else None,
+        "tokens": int(size.group(2).replace(",", "")) if size else None,
+        "length": int(concurrency.group(1).replace(",", "")) if concurrency else None,
+        "concurrency": float(concurrency.group(2)) if concurrency else None,
+        "blocks": int(blocks.group(1)) if blocks else None,
+        "weights": round(float(weights.group(1)) * GIB) if weights else None,
+    }
+
+
+def served_facts(
+    runtime: Runtime, args: Sequence[str], log: str, account: Optional[Dict[str, Any]]
+) -> Optional[Dict[str, Any]]:
+    """What a server that is not llama.cpp's says of its memory, from its log and, once it ran, its metrics.
+
+    ``parts``: bytes of tensors, exact from edgepack's server, rounded to 0.01 GiB from vLLM's log. ``pool_tokens``,
+    ``pool_blocks``, ``concurrency``: vLLM's pool of KV blocks. ``backend``: cpu or cuda, None when it did not say.
+    """
+    if not runtime.modules:
+        return None
+    account = account or {"version": None, "max_model_len": None, "metrics": ""}
+    metrics = account["metrics"]
+    found: Dict[str, Any] = {
+        "runtime": runtime.name,
+        "version": account["version"],
+        "max_model_len": account["max_model_len"],
+        "parts": {},
+        "pool_tokens": None,
+        "pool_blocks": None,
+        "concurrency": None,
+        "backend": flag_value(args, "--provider"),
+    }
+    if runtime.name != VLLM:
+        sizes = [(labels.get("part"), size) for labels, size in samples(metrics, "edgepack_memory_bytes")]
+        found["parts"] = {part: int(size) for part, size in sizes if part not in ("resident", "peak", None)}
+        return found
+    said = parse_vllm_log(log)
+    pool = (samples(metrics, "vllm:cache_config_info") or [({}, 1.0)])[0][0]
+    found["parts"] = {} if said["weights"] is None else {"weights": said["weights"]}
+    found["pool_tokens"] = _whole(pool.get("kv_cache_size_tokens"), said["tokens"])
+    found["pool_blocks"] = _whole(pool.get("num_gpu_blocks"), said["blocks"])
+    found["concurrency"] = said["concurrency"]
+    if said["device"] is not None:
+        found["backend"] = "cuda" if said["device"] == "GPU" else said["device"].lower()
+    return found
+
+
+def _whole(text: Optional[str], other: Optional[int]) -> Optional[int]:
+    return int(text) if text is not None and text.isdigit() else other
+
+
 # ── what is measured ─────────────────────────────────────────────────────────────────────────────────
 
 TEXT = (
@@ -1523,22 +2024,272 @@ FULL_PREDICT = 16
 GREEDY = {"temperature": 0.0, "seed": 1, "samplers": ["temperature"], "ignore_eos": True}
 
 
+class Api(Protocol):
+    """What is asked of a server, whatever its words for it; each method raises Failed."""
+
+    named_slots: bool
+    """Whether a request can say which slot it is for."""
+
+    def slots(self) -> Dict[str, Any]:
+        """How many slots the server has and how many tokens each holds: {"slots", "tokens", "source"}."""
+
+    def tokenize(self, text: str, *, special: bool) -> List[int]:
+        """Tokens of a text; with ``special`` behind whatever token the model begins texts with."""
+
+    def complete(
+        self,
+        prompt: Sequence[int],
+        *,
+        predict: int,
+        stage: str,
+        slot: int,
+        reuse: bool,
+        on_prompt: Callable[[int, int, float], None],
+    ) -> Dict[str, Any]:
+        """`complete`, below."""
+
+    def top(self, prompt: str, count: int) -> List[Tuple[int, float]]:
+        """The likeliest next tokens with their log-probabilities, the first choice first."""
+
+    def greedy(self, prompt: str, predict: int) -> Tuple[List[int], str]:
+        """The continuation of a text by the first choices, as tokens and text."""
+
+    def build(self) -> Optional[str]:
+        """The build the server says it is; None for one that has versions."""
+
+    def account(self) -> Dict[str, Any]:
+        """What it says of itself: {"version", "max_model_len", "metrics"}, the last being Prometheus' text."""
+
+
+class Llama:
+    """llama-server's own endpoints, which time themselves."""
+
+    named_slots = True
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def slots(self) -> Dict[str, Any]:
+        props = self._server.get("/props")
+        per_slot = [props["default_generation_settings"]["n_ctx"]] * props["total_slots"]
+        source = "/props"
+        if props.get("endpoint_slots"):
+            per_slot = [slot["n_ctx"] for slot in self._server.get("/slots")]
+            source = "/slots"
+        return {"slots": props["total_slots"], "tokens": per_slot, "source": source}
+
+    def tokenize(self, text: str, *, special: bool) -> List[int]:
+        answer = self._server.post("/tokenize", {"content": text, "add_special": special}, "tokenize")
+        return list(answer["tokens"])
+
+    def complete(
+        self,
+        prompt: Sequence[int],
+        *,
+        predict: int,
+        stage: str,
+        slot: int,
+        reuse: bool,
+        on_prompt: Callable[[int, int, float], None],
+    ) -> Dict[str, Any]:
+        began = time.monotonic()
+        first: Optional[float] = None
+        tokens: List[int] = []
+        final: Dict[str, Any] = {}
+        body = dict(GREEDY, prompt=list(prompt), n_predict=predict, id_slot=slot, cache_prompt=reuse)
+        for event in self._server.stream("/completion", dict(body, return_progress=True), stage):
+            progress = event.get("prompt_progress")
+            if progress is not None:
+                on_prompt(progress["processed"], progress["total"], time.monotonic() - began)
+            elif event.get("tokens_predicted", 0) >= 1 and not event.get("stop"):
+                first = time.monotonic() - began if first is None else first
+                tokens += event.get("tokens", [])
+            if event.get("stop"):
+                final = event
+        if not final:
+            raise self._server.failure(stage, None)
+        timings = final["timings"]
+        return {
+            "seconds": round(time.monotonic() - began, 4),
+            "first_token_seconds": None if first is None else round(first, 4),
+            "prompt_tokens": len(prompt),
+            "prompt_evaluated": timings["prompt_n"],
+            "prompt_reused": timings["cache_n"],
+            "prompt_per_second": _rate(timings["prompt_n"], timings["prompt_ms"]),
+            "predicted_tokens": timings["predicted_n"],
+            "predicted_per_second": _rate(timings["predicted_n"] - 1, timings["predicted_ms"]),
+            "held_tokens": final.get("tokens_cached"),
+            "tokens": tokens,
+        }
+
+    def top(self, prompt: str, count: int) -> List[Tuple[int, float]]:
+        """None when the first choice is a piece of a character, which the server holds back.
+
+        What the slot holds of the prompt before this one is not read again: probes may grow out of each other.
+        """
+        body = dict(GREEDY, prompt=prompt, n_predict=1, n_probs=count, cache_prompt=True, id_slot=0)
+        answer = self._server.post("/completion", body, "quality")
+        found = (answer.get("completion_probabilities") or [{"top_logprobs": []}])[0]["top_logprobs"]
+        return [(entry["id"], round(entry["logprob"], 3)) for entry in found if entry["logprob"] is not None]
+
+    def greedy(self, prompt: str, predict: int) -> Tuple[List[int], str]:
+        body = dict(
+            GREEDY, prompt=prompt, n_predict=predict, return_tokens=True, cache_prompt=False, id_slot=0
+        )
+        answer = self._server.post("/completion", body, "quality")
+        return answer["tokens"], answer["content"]
+
+    def build(self) -> Optional[str]:
+        found: Optional[str] = self._server.get("/props").get("build_info")
+        return found
+
+    def account(self) -> Dict[str, Any]:
+        return {"version": None, "max_model_len": None, "metrics": ""}
+
+
+_NO_LOGPROB = -9999.0
+"""What vLLM says for minus infinity."""
+
+
+class OpenAi:
+    """OpenAI's completions with vLLM's additions: prompts and answers as token ids; timed from outside.
+
+    Slots have no names here. A conversation keeps its KV cache in edgepack's server by ``cache_prompt`` (a slot is
+    found by what it holds), in vLLM by a salt of its own (``cache_salt``: blocks are shared under the same one).
+    """
+
+    named_slots = False
+
+    def __init__(self, server: Server, runtime: Runtime, args: Sequence[str]) -> None:
+        self._server = server
+        self._runtime = runtime
+        self._slots = flag_value(args, runtime.slots)
+        self._salts: Dict[int, str] = {}
+        self._model: Optional[Dict[str, Any]] = None
+
+    def slots(self) -> Dict[str, Any]:
+        count = int(self._slots or 1)
+        tokens = self._served()["max_model_len"]
+        return {
+            "slots": count,
+            "tokens": [tokens] * count,
+            "source": "/v1/models and %s" % self._runtime.slots,
+        }
+
+    def tokenize(self, text: str, *, special: bool) -> List[int]:
+        body = {"model": self._served()["id"], "prompt": text, "add_special_tokens": special}
+        return list(self._server.post("/tokenize", body, "tokenize")["tokens"])
+
+    def complete(
+        self,
+        prompt: Sequence[int],
+        *,
+        predict: int,
+        stage: str,
+        slot: int,
+        reuse: bool,
+        on_prompt: Callable[[int, int, float], None],
+    ) -> Dict[str, Any]:
+        body = self._body(prompt, predict, slot=slot, reuse=reuse)
+        began = time.monotonic()
+        first: Optional[float] = None
+        last = began
+        tokens: List[int] = []
+        at_first = 0
+        usage: Dict[str, Any] = {}
+        for event in self._server.stream(
+            "/v1/completions", dict(body, stream_options={"include_usage": True}), stage
+        ):
+            if "error" in event:
+                raise Failed("crashed", stage, "%s answers: %s" % (self._server.title, event["error"]))
+            for choice in event.get("choices") or []:
+                ids = choice.get("token_ids") or []
+                if ids:
+                    last = time.monotonic()
+                    tokens += ids
+                if ids and first is None:
+                    first, at_first = last, len(ids)
+            usage = event.get("usage") or usage
+        if not usage:
+            raise self._server.failure(stage, None)
+        if first is None or len(tokens) != usage["completion_tokens"]:
+            message = "%s streams %d token ids for %d tokens; return_token_ids is not known to it" % (
+                self._server.title, len(tokens), usage["completion_tokens"],
+            )  # fmt: skip
+            raise Failed("crashed", stage, message)
+        reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return {
+            "seconds": round(time.monotonic() - began, 4),
+            "first_token_seconds": round(first - began, 4),
+            "prompt_tokens": len(prompt),
+            "prompt_evaluated": usage["prompt_tokens"] - reused,
+            "prompt_reused": reused,
+            "prompt_per_second": _rate(usage["prompt_tokens"] - reused, 1000 * (first - began)),
+            "predicted_tokens": len(tokens),
+            "predicted_per_second": _rate(len(tokens) - at_first, 1000 * (last - first)),
+            "held_tokens": usage["prompt_tokens"] + len(tokens) - 1,  # the last one was never read
+            "tokens": tokens,
+        }
+
+    def top(self, prompt: str, count: int) -> List[Tuple[int, float]]:
+        body = self._body(self.tokenize(prompt, special=True), 1, slot=0, reuse=True)
+        body.update(logprobs=count, return_tokens_as_token_ids=True)
+        choice = self._server.post("/v1/completions", body, "quality")["choices"][0]
+        alternatives = ((choice.get("logprobs") or {}).get("top_logprobs") or [{}])[0]
+        found = [
+            (int(name.rpartition(":")[2]), round(value, 3))
+            for name, value in alternatives.items()
+            if value is not None and value > _NO_LOGPROB
+        ]
+        return sorted(found, key=lambda pair: -pair[1])[:count]
+
+    def greedy(self, prompt: str, predict: int) -> Tuple[List[int], str]:
+        body = self._body(self.tokenize(prompt, special=True), predict, slot=0, reuse=False)
+        choice = self._server.post("/v1/completions", body, "quality")["choices"][0]
+        return list(choice["token_ids"]), choice["text"]
+
+    def build(self) -> Optional[str]:
+        return None
+
+    def account(self) -> Dict[str, Any]:
+        return {
+            "version": self._server.get("/version")["version"],
+            "max_model_len": self._served()["max_model_len"],
+            "metrics": self._server.get_text("/metrics"),
+        }
+
+    def _served(self) -> Dict[str, Any]:
+        if self._model is None:
+            self._model = self._server.get("/v1/models")["data"][0]
+        return self._model
+
+    def _body(self, prompt: Sequence[int], predict: int, *, slot: int, reuse: bool) -> Dict[str, Any]:
+        """A greedy request; one that reuses nothing begins a conversation of its slot anew."""
+        body: Dict[str, Any] = {
+            "model": self._served()["id"],
+            "prompt": list(prompt),
+            "max_tokens": predict,
+            "temperature": 0.0,
+            "seed": 1,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        if self._runtime.name != VLLM:
+            return dict(body, cache_prompt=reuse)
+        if not reuse or slot not in self._salts:
+            self._salts[slot] = secrets.token_hex(16)
+        return dict(body, cache_salt=self._salts[slot])
+
+
 def slot_facts(server: Server) -> Dict[str, Any]:
-    """How many slots the server has and how many tokens each holds, by its own /props and /slots."""
-    props = server.get("/props")
-    per_slot = [props["default_generation_settings"]["n_ctx"]] * props["total_slots"]
-    source = "/props"
-    if props.get("endpoint_slots"):
-        per_slot = [slot["n_ctx"] for slot in server.get("/slots")]
-        source = "/slots"
-    return {"slots": props["total_slots"], "tokens": per_slot, "source": source}
+    """How many slots the server has and how many tokens each holds, by its own word."""
+    return server.api.slots()
 
 
 def text_tokens(server: Server, count: int) -> List[int]:
     """``count`` tokens of the fixed text, with whatever token the model begins texts with."""
-    once = server.post("/tokenize", {"content": TEXT, "add_special": True}, "tokenize")["tokens"]
-    again = server.post("/tokenize", {"content": TEXT, "add_special": False}, "tokenize")["tokens"]
-    tokens = list(once)
+    tokens = server.api.tokenize(TEXT, special=True)
+    again = server.api.tokenize(TEXT, special=False)
     while len(tokens) < count:
         tokens += again
     return tokens[:count]
@@ -1556,37 +2307,11 @@ def complete(
 ) -> Dict[str, Any]:
     """One greedy completion of tokens on one slot: timings in seconds and tokens per second.
 
-    ``on_prompt(done, total, seconds)`` is told how the prompt proceeds. Raises Failed.
+    ``on_prompt(done, total, seconds)`` is told how the prompt proceeds, by servers that tell. Raises Failed.
     """
-    began = time.monotonic()
-    first: Optional[float] = None
-    tokens: List[int] = []
-    final: Dict[str, Any] = {}
-    body = dict(GREEDY, prompt=list(prompt), n_predict=predict, id_slot=slot, cache_prompt=reuse)
-    for event in server.stream("/completion", dict(body, return_progress=True), stage):
-        progress = event.get("prompt_progress")
-        if progress is not None:
-            on_prompt(progress["processed"], progress["total"], time.monotonic() - began)
-        elif event.get("tokens_predicted", 0) >= 1 and not event.get("stop"):
-            first = time.monotonic() - began if first is None else first
-            tokens += event.get("tokens", [])
-        if event.get("stop"):
-            final = event
-    if not final:
-        raise server.failure(stage, None)
-    timings = final["timings"]
-    return {
-        "seconds": round(time.monotonic() - began, 4),
-        "first_token_seconds": None if first is None else round(first, 4),
-        "prompt_tokens": len(prompt),
-        "prompt_evaluated": timings["prompt_n"],
-        "prompt_reused": timings["cache_n"],
-        "prompt_per_second": _rate(timings["prompt_n"], timings["prompt_ms"]),
-        "predicted_tokens": timings["predicted_n"],
-        "predicted_per_second": _rate(timings["predicted_n"] - 1, timings["predicted_ms"]),
-        "held_tokens": final.get("tokens_cached"),
-        "tokens": tokens,
-    }
+    return server.api.complete(
+        prompt, predict=predict, stage=stage, slot=slot, reuse=reuse, on_prompt=on_prompt
+    )
 
 
 def _rate(count: int, milliseconds: float) -> Optional[float]:
@@ -1642,19 +2367,21 @@ def fill_context(server: Server, slots: Dict[str, Any], context: int, *, full: b
     """
     count = slots["slots"]
     target = min(min(slots["tokens"]), context // count)
-    prompt = text_tokens(server, target - FULL_PREDICT - 1)
+    text = text_tokens(server, target - FULL_PREDICT - 1)
+    # Where slots have no names each prompt differs, so that none is answered from another's cache.
+    prompts = [text if server.api.named_slots else _turned(text, slot) for slot in range(count)]
     runs: List[Dict[str, Any]] = []
     for slot in range(count if full else 1):
         run = complete(
             server,
-            prompt,
+            prompts[slot],
             predict=FULL_PREDICT,
             stage="fill",
             slot=slot,
             on_prompt=_Eta("context of slot %d" % slot),
         )
         runs.append(dict(run, slot=slot))
-    together = _all_at_once(server, prompt, [run["tokens"] for run in runs]) if len(runs) > 1 else None
+    together = _all_at_once(server, prompts, [run["tokens"] for run in runs]) if len(runs) > 1 else None
     return {
         "slots_filled": len(runs),
         "slots": count,
@@ -1667,14 +2394,21 @@ def fill_context(server: Server, slots: Dict[str, Any], context: int, *, full: b
     }
 
 
-def _all_at_once(server: Server, prompt: List[int], answers: List[List[int]]) -> Optional[float]:
+def _turned(tokens: List[int], by: int) -> List[int]:
+    """The same tokens but the first, which begins texts, from another one on."""
+    rest = tokens[1:]
+    by %= max(1, len(rest))
+    return [*tokens[:1], *rest[by:], *rest[:by]]
+
+
+def _all_at_once(server: Server, prompts: List[List[int]], answers: List[List[int]]) -> Optional[float]:
     """Tokens per second of all slots decoding together."""
     results: List[Any] = [None] * len(answers)
 
     def one(slot: int) -> None:
         try:
             results[slot] = complete(
-                server, prompt + answers[slot][:8], predict=4, stage="fill", slot=slot, reuse=True
+                server, prompts[slot] + answers[slot][:8], predict=4, stage="fill", slot=slot, reuse=True
             )
         except Failed as failed:
             results[slot] = failed
@@ -1731,9 +2465,9 @@ def record_quality(server: Server, prompts: Sequence[str], continuation: str, pr
     greedy continuation of one prompt as token ids. Prompts that the server gives no log-probabilities for are
     left out.
     """
-    asked = [(text, _top(server, text, TOP)) for text in prompts]
+    asked = [(text, server.api.top(text, TOP)) for text in prompts]
     probes = [{"prompt": text, "top": top} for text, top in asked if top]
-    tokens, text = _greedy(server, continuation, predict)
+    tokens, text = server.api.greedy(continuation, predict)
     return {"probes": probes, "decode": {"prompt": continuation, "tokens": tokens, "text": text}}
 
 
@@ -1743,7 +2477,7 @@ def probe_quality(server: Server, recorded: Dict[str, Any]) -> Dict[str, Any]:
     drifts: List[float] = []
     for probe in recorded["probes"]:
         then = [(token, value) for token, value in probe["top"]]
-        here = _top(server, probe["prompt"], WIDE) or [(-1, NOTHING)]
+        here = server.api.top(probe["prompt"], WIDE) or [(-1, NOTHING)]
         known = dict(here)
         lowest = min(known.values())
         first, best = then[0]
@@ -1754,7 +2488,7 @@ def probe_quality(server: Server, recorded: Dict[str, Any]) -> Dict[str, Any]:
         missing += sum(token not in known for token, _ in then)
         drifts += [abs(known.get(token, lowest) - value) for token, value in then]
     decode = recorded["decode"]
-    tokens, text = _greedy(server, decode["prompt"], len(decode["tokens"]))
+    tokens, text = server.api.greedy(decode["prompt"], len(decode["tokens"]))
     pairs = zip(tokens, decode["tokens"])  # noqa: B905 - strict= needs Python 3.10
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(tokens))
     return {
@@ -1770,36 +2504,21 @@ def probe_quality(server: Server, recorded: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def _top(server: Server, prompt: str, count: int) -> List[Tuple[int, float]]:
-    """The likeliest next tokens; none when the first choice is a piece of a character, which the server holds back.
-
-    What the slot holds of the prompt before this one is not read again: probes may grow out of each other.
-    """
-    body = dict(GREEDY, prompt=prompt, n_predict=1, n_probs=count, cache_prompt=True, id_slot=0)
-    answer = server.post("/completion", body, "quality")
-    found = (answer.get("completion_probabilities") or [{"top_logprobs": []}])[0]["top_logprobs"]
-    return [(entry["id"], round(entry["logprob"], 3)) for entry in found if entry["logprob"] is not None]
-
-
-def _greedy(server: Server, prompt: str, predict: int) -> Tuple[List[int], str]:
-    body = dict(GREEDY, prompt=prompt, n_predict=predict, return_tokens=True, cache_prompt=False, id_slot=0)
-    answer = server.post("/completion", body, "quality")
-    return answer["tokens"], answer["content"]
-
-
 # ── the whole check ──────────────────────────────────────────────────────────────────────────────────
 
 
 def check(options: argparse.Namespace) -> Dict[str, Any]:
     """Facts of one bundle on this machine. A device that does not carry it is a fact (``failure``) too.
 
-    Raises Refused, MissingProgram and NoSpace.
+    Raises Refused, MissingProgram, NoSpace and BadUsage.
     """
     bundle, facts = _verified(options)
     plan = read_document(bundle, "plan.json")
+    document = read_document(bundle, "server.json")
+    runtime = _runtime(plan, document, options)
+    limited = options.memory_limit is not None
     args, environment = server_arguments(
-        read_document(bundle, "server.json"),
-        options.load_mode or ("none" if options.memory_limit is not None else None),
+        document, options.load_mode or ("none" if limited and runtime.name == LLAMA_CPP else None)
     )
     selftest = read_document(bundle, "selftest.json") if find_file(bundle, "selftest.json") else None
     facts["machine"] = machine_facts()
@@ -1811,17 +2530,25 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     if emulator is not None:
         args = with_threads(args, max(1, facts["machine"]["cores"] // EMULATED_SHARE))
     runs_here = emulator is not None or arch == facts["machine"]["arch"]
-    program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
-    say("unpacking %s" % WEIGHTS)
-    model = extract(bundle, WEIGHTS, options.work)
-    if options.memory_limit is not None:
+    if runtime.modules:
+        program, source = find_python(runtime, options.server)
+        app, source = _app_code(bundle, facts["signature"], options) if _has_app(runtime) else (None, source)
+    else:
+        program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
+        app = None
+    model = unpack_weights(bundle, runtime.name, options.work)
+    if limited:
         _forget_pages(model)
     facts["server"] = {"program": program, "source": source, "args": args, "environment": environment}
     facts["server"]["emulator"] = emulator.facts if emulator is not None else None
+    facts["server"]["code"] = None if app is None else folder_digest(os.path.join(app, APP.rstrip("/")))
     by_group = options.limit_by == "cgroup"
-    with memory_limit(options.memory_limit, cgroup=by_group, threads=count_threads(args)) as limit:
+    with memory_limit(
+        options.memory_limit, cgroup=by_group, threads=count_threads(args), beside=runtime.address_space
+    ) as limit:
         facts["limit"] = limit_facts(limit)
         before = facts["machine"]["gpus"]
+        account: Optional[Dict[str, Any]] = None
         with running_server(
             program,
             args,
@@ -1830,14 +2557,31 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
             environment=environment,
             limit=limit,
             under=emulator.under if emulator is not None else (),
+            runtime=runtime.name,
+            app=app,
         ) as server:
             try:
-                _measure(server, facts, plan, selftest, before, options)
+                account = _measure(server, facts, plan, selftest, before, options)
             except Failed as failed:
                 facts["failure"] = {"kind": failed.kind, "stage": failed.stage, "message": failed.message}
                 facts["memory"] = facts["memory"] or memory_facts(server, before)
-        facts["log"] = parse_log(_read_log(server.log))
+        log = _read_log(server.log)
+        facts["log"] = parse_log("" if runtime.modules else log)
+        facts["served"] = served_facts(runtime, args, log, account)
     return facts
+
+
+def _runtime(plan: Dict[str, Any], document: Dict[str, Any], options: argparse.Namespace) -> Runtime:
+    """The bundle's runtime, when both documents name the same and the options are meant for it."""
+    runtime = runtime_of(document)
+    if plan.get("runtime") != runtime.name:
+        raise Refused(
+            "plan.json is for %r, server.json for %s" % (_shown(str(plan.get("runtime"))), runtime.name)
+        )
+    for given, option in ((options.emulator, "--emulator"), (options.load_mode, "--load-mode")):
+        if given is not None and runtime.name != LLAMA_CPP:
+            raise BadUsage("%s is for %s bundles, and this one is for %s" % (option, LLAMA_CPP, runtime.name))
+    return runtime
 
 
 def _measure(
@@ -1847,9 +2591,10 @@ def _measure(
     selftest: Optional[Dict[str, Any]],
     gpu_before: Optional[List[Dict[str, Any]]],
     options: argparse.Namespace,
-) -> None:
+) -> Dict[str, Any]:
+    """Fills in the facts of a running server, and returns what it says of itself. Raises Failed."""
     settings = plan["settings"]
-    say("starting llama-server")
+    say("starting %s" % server.title)
     facts["server"]["load_seconds"] = round(server.wait_healthy(options.start_timeout), 3)
     facts["slots"] = slot_facts(server)
     per_slot = min(facts["slots"]["tokens"])
@@ -1858,14 +2603,15 @@ def _measure(
     say("speed, and a second turn with and without the KV cache")
     facts["speed"] = measure_speed(server, per_slot)
     facts["turns"] = measure_turns(server, per_slot)
-    if selftest is not None and selftest["probes"]:
+    if selftest is not None and selftest.get("probes"):
         say("quality against what was recorded at build")
         facts["quality"] = probe_quality(server, selftest)
     which = "every slot" if options.full else "one slot"
     say("filling the context (%d tokens, %s)" % (settings["context"], which))
     facts["fill"] = fill_context(server, facts["slots"], settings["context"], full=options.full)
     facts["memory"] = memory_facts(server, gpu_before)
-    facts["server"]["build"] = server.get("/props").get("build_info")
+    facts["server"]["build"] = server.api.build()
+    return server.api.account()
 
 
 def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
@@ -1873,6 +2619,7 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
     say("verifying %s" % options.bundle)
     bundle = read_bundle(options.bundle)
     signature = verify_signature(bundle, options.allowed_signers)
+    server = next((f["digest"] for f in bundle["files"] if f["path"] == SERVER), None)
     facts: Dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "agent": _sha256(os.path.abspath(__file__)),
@@ -1881,12 +2628,13 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
             "manifest_digest": bundle["manifest_digest"],
             "bytes": bundle["size"],
             "agent": next((f["digest"] for f in bundle["files"] if f["path"] == "agent.py"), None),
-            "server": next((f["digest"] for f in bundle["files"] if f["path"] == SERVER), None),
+            "server": server,
+            "code": _app_digest(bundle),
         },
         "signature": signature,
     }
     empty = ("machine", "match", "preflight", "limit", "server", "slots", "speed", "turns", "quality", "fill")
-    for name in (*empty, "memory", "log", "failure"):
+    for name in (*empty, "memory", "log", "served", "failure"):
         facts[name] = None
     return bundle, facts
 
@@ -1919,10 +2667,173 @@ def _server_program(
     raise MissingProgram("no llama-server: give --server, or build the bundle --with-runtime")
 
 
+PYTHON_VARIABLE = "EDGEPACK_PYTHON"
+
+
+def find_python(runtime: Runtime, given: Optional[str]) -> Tuple[str, str]:
+    """The Python that runs a runtime's server and where it comes from: (path, "option" or "path").
+
+    The one that was ``given`` (for vLLM it may be its own program), else the one EDGEPACK_PYTHON names, this one, or
+    python3 on PATH, whichever can import what it needs. Raises MissingProgram with what to install.
+    """
+    if given is not None:
+        named = shutil.which(given)
+        if named is None:
+            raise MissingProgram("%s is not a program" % given)
+        found = os.path.abspath(named)
+        if runtime.name != VLLM or os.path.basename(found) != "vllm":
+            lacking = lacks(found, runtime.modules)
+            if lacking:
+                raise MissingProgram("%s has no %s: %s" % (given, ", ".join(lacking), runtime.install))
+        return found, "option"
+    tried: List[str] = []
+    for program in (os.environ.get(PYTHON_VARIABLE), sys.executable, shutil.which("python3")):
+        if program and program not in tried:
+            tried.append(program)
+            if not lacks(program, runtime.modules):
+                return program, "path"
+    needed = ", ".join(runtime.modules)
+    raise MissingProgram(
+        "no Python here has %s (%s): %s" % (needed, ", ".join(tried) or "none was found", runtime.install)
+    )
+
+
+def lacks(program: str, modules: Sequence[str]) -> List[str]:
+    """Which of these modules a Python cannot find; none of them is imported. Raises MissingProgram if it is none."""
+    code = "import importlib.util as u, sys\nprint('lacks', *[m for m in sys.argv[1:] if u.find_spec(m) is None])"
+    try:
+        done = subprocess.run(
+            [program, "-c", code, *modules],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+            cwd="/",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise MissingProgram("%s cannot be run: %s" % (program, error)) from None
+    words = done.stdout.decode("utf-8", "replace").split()
+    if done.returncode != 0 or words[:1] != ["lacks"]:
+        raise MissingProgram("%s is not a Python" % program)
+    return words[1:]
+
+
+_DATA = re.compile(
+    r"(?:[^.]+|.*\.(?:json|safetensors|onnx|data|txt|model|jinja|md|csv|tiktoken|gguf|yaml|yml))\Z"
+)
+"""Names of files that a model's folder may hold: no pickle and nothing that is run or loaded as code."""
+_LOADS = re.compile(r"lib|path|plugin|backend|dll", re.I)
+"""Fields of genai_config.json that make ONNX Runtime load another library, or write somewhere."""
+
+
+def unpack_weights(
+    bundle: Bundle, runtime: str, folder: str, on_bytes: Callable[[int], None] = lambda _: None
+) -> str:
+    """Unpacks what the runtime loads below ``folder`` and returns where: a file, or a folder with just those files.
+
+    Raises Refused for a model that could make its runtime run code, and NoSpace.
+    """
+    if runtime == LLAMA_CPP:
+        say("unpacking %s" % WEIGHTS)
+        return extract(bundle, WEIGHTS, folder, on_bytes)
+    wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
+    if not wanted:
+        raise Refused("the bundle has no %s" % MODEL)
+    for path in wanted:
+        if not _DATA.match(path.rpartition("/")[2]):
+            raise Refused("the bundle has %s, which no model needs" % path)
+    if MODEL + "genai_config.json" in wanted:
+        _plain_config(read_document(bundle, MODEL + "genai_config.json"), MODEL + "genai_config.json")
+    say("unpacking %s" % MODEL)
+    return os.path.join(_unpacked(bundle, wanted, "model", folder, on_bytes), MODEL.rstrip("/"))
+
+
+def _plain_config(value: Any, where: str) -> None:
+    """Refuses a genai_config.json with a field that names a library or a path."""
+    if isinstance(value, list):
+        for inner in value:
+            _plain_config(inner, where)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if _LOADS.search(name):
+                raise Refused("%s has the field %r, which a bundle may not" % (where, _shown(name)))
+            if name == "filename" and not (isinstance(inner, str) and re.match(r"[\w.-]+\Z", inner)):
+                raise Refused("%s names a file outside its folder" % where)
+            _plain_config(inner, where)
+
+
+def _unpacked(
+    bundle: Bundle,
+    wanted: Sequence[str],
+    what: str,
+    folder: str,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> str:
+    """These files of a bundle in a folder of their own, named after the bundle. Raises Refused for others in it."""
+    digest = bundle["manifest_digest"].rpartition(":")[2]
+    place = os.path.join(folder, "%s-%s" % (what, digest[:16]))
+    for path in wanted:
+        extract(bundle, path, place, on_bytes)
+    for inside, _, names in os.walk(place):
+        for name in names:
+            there = os.path.relpath(os.path.join(inside, name), place)
+            if there not in wanted:
+                raise Refused("%s holds %s, which is not the bundle's: remove it" % (place, there))
+    return place
+
+
+def _has_app(runtime: Runtime) -> bool:
+    return runtime.name in (ONNX_GENAI, TRANSFORMERS)
+
+
+def _app_code(bundle: Bundle, signature: Dict[str, Any], options: argparse.Namespace) -> Tuple[str, str]:
+    """The folder that holds edgepack_server, and whose it is: the bundle's if it may be trusted, or --app's."""
+    carried = [file["path"] for file in bundle["files"] if file["path"].startswith(APP)]
+    if carried and (signature["state"] == "verified" or options.run_unverified):
+        return _unpacked(bundle, carried, "server", options.work), "bundle"
+    if options.app is not None:
+        if not os.path.isfile(os.path.join(options.app, APP, "__main__.py")):
+            raise MissingProgram("%s holds no %s" % (options.app, APP.rstrip("/")))
+        return os.path.abspath(options.app), "option"
+    if carried:
+        raise MissingProgram(
+            "the bundle carries its server's code, but its signer is not verified: give --allowed-signers, "
+            "--run-unverified, or --app"
+        )
+    raise MissingProgram("the bundle has no %s: give --app" % APP.rstrip("/"))
+
+
+def _app_digest(bundle: Bundle) -> Optional[str]:
+    """Digest of the server's code in a bundle, as `folder_digest` makes it; None when it carries none."""
+    files = {f["path"][len(APP) :]: f["digest"] for f in bundle["files"] if f["path"].startswith(APP)}
+    return _joint_digest(files) if files else None
+
+
+def folder_digest(folder: str) -> str:
+    """One digest over the names and contents of a folder's Python files."""
+    files: Dict[str, str] = {}
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(inside, name)
+                files[os.path.relpath(path, folder)] = _sha256(path)
+    return _joint_digest(files)
+
+
+def _joint_digest(files: Dict[str, str]) -> str:
+    text = "".join("%s %s\n" % (digest, name) for name, digest in sorted(files.items()))
+    return "sha256:" + hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 def _forget_pages(path: str) -> None:
-    """Drops a file from the page cache, so that whoever reads it next is charged for it."""
-    with open(path, "rb") as stream, contextlib.suppress(AttributeError):
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Drops a file, or a folder's files, from the page cache, so that whoever reads it next is charged for it."""
+    paths = [path]
+    if os.path.isdir(path):
+        paths = [os.path.join(inside, name) for inside, _, names in os.walk(path) for name in names]
+    for name in paths:
+        with open(name, "rb") as stream, contextlib.suppress(AttributeError):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read_log(path: str) -> str:
@@ -1978,6 +2889,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except MissingProgram as missing:
         say("missing: %s" % missing)
         return 7
+    except BadUsage as usage:
+        say("bad usage: %s" % usage)
+        return 2
     except NoSpace as full:
         say("no space: %s" % full)
         return 10
@@ -2034,11 +2948,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--memory-limit", metavar="BYTES", type=int, help="simulate a smaller device")
         if name == "preflight":
             continue
-        command.add_argument("--server", metavar="PATH", help="llama-server to run")
+        command.add_argument(
+            "--server", metavar="PATH", help="llama-server, or the Python (or vllm) that runs other bundles"
+        )
+        command.add_argument(
+            "--app", metavar="DIR", help="holds edgepack_server, where the bundle's is not trusted"
+        )
         command.add_argument(
             "--emulator", metavar="PATH", help="qemu-ARCH: run a server of another architecture"
         )
-        command.add_argument("--run-unverified", action="store_true", help="run the bundle's llama-server")
+        command.add_argument("--run-unverified", action="store_true", help="run the bundle's own server")
         command.add_argument("--full", action="store_true", help="fill every slot, not one")
         command.add_argument(
             "--limit-by",

@@ -68,7 +68,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     artifact = gguf.build(
         checkpoint, spec, "Q8_0", root / "artifacts", imatrix=None, toolchain=tools, progress=Silent()
     )
-    answers = selftest.record(artifact, plan, tools, root, Silent())
+    answers = selftest.record(artifact, plan, tools.server, root, Silent())
     key = root / "key"
     sign.new_key(key)
     signers = root / "allowed_signers"
@@ -126,7 +126,7 @@ def test_another_models_answers_are_noticed(built: Built, tmp_path: Path) -> Non
     artifact = gguf.build(
         checkpoint, spec, "Q8_0", tmp_path, imatrix=None, toolchain=tools, progress=Silent()
     )
-    wrong = selftest.record(artifact, built.plan, tools, tmp_path, Silent())
+    wrong = selftest.record(artifact, built.plan, tools.server, tmp_path, Silent())
     out = tmp_path / "bundle.tar"
     bundles.write(built.plan, built.artifact, out, checkpoint=checkpoint, selftest=wrong)
 
