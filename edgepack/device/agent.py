@@ -1040,10 +1040,8 @@ _PYTHON_ERROR = re.compile(
 """The last line of a traceback, perhaps behind vLLM's "(EngineCore pid=7) ERROR 11-26 17:46:00 [core.py:1] ", what
 C++ says at its end, and argparse's complaint."""
 _APP_OPTIONS = {
-    **_flags(
-        _COUNT, "--ctx-size --parallel --ubatch-size --threads --queue-size --max-tokens --max-body-bytes"
-    ),
-    **_flags(_NUMBER, "--timeout"),
+    **_flags(_COUNT, "--ctx-size --parallel --ubatch-size --threads --queue-size --max-body-bytes"),
+    **_flags(_NUMBER, "--timeout --grace"),
     **_flags(_NAME, "--alias"),
     "--cache-type-k": "f32|f16|bf16",
     "--provider": "cpu|cuda",
@@ -1054,13 +1052,13 @@ def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
     return Runtime(
         name=name,
         title="the %s server" % name,
-        modules=("fastapi", "uvicorn", *modules),
+        modules=("fastapi", "uvicorn", "jinja2", *modules),
         install="install the bundle's requirements.txt into one, and name it with --server or EDGEPACK_PYTHON",
-        switches=frozenset(["--no-cache-prompt"]),
+        switches=frozenset(["--open-metrics"]),
         options={**_APP_OPTIONS, "--engine": re.escape(name)},
         lists=frozenset(),
         environment=re.compile("(?:%s)\\Z" % _ON_PYTHON),
-        inherits_not="EDGEPACK_SERVER_",
+        inherits_not="EDGEPACK_",
         slots="--parallel",
         address_space=address_space,
         error=_PYTHON_ERROR,
