@@ -26,7 +26,7 @@ from edgepack import (
     workspace,
 )
 from edgepack.artifact import Artifact, Checkpoint, joint_license
-from edgepack.errors import BadInput, BuildFailed, NotFound, NothingFits, Unsupported
+from edgepack.errors import BadInput, BuildFailed, MissingTool, NotFound, NothingFits, Unsupported
 from edgepack.plan import Candidate, ModelRef, Plan, Request
 from edgepack.profile import Session
 from edgepack.progress import Progress, Silent
@@ -224,7 +224,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
-    program = toolchain.install(progress).server if is_gguf else toolchain.python_for(chosen.runtime)
+    program = toolchain.install(progress).server if is_gguf else _python(chosen.runtime, progress)
     if chosen.model.lesson is not None:
         checkpoint = _student(chosen, options, progress)
     else:
@@ -264,6 +264,17 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     )
     workspace.write_text(options.out / f"{exact.name}.plan.json", serde.to_json(exact))
     return exact, made
+
+
+def _python(runtime: str, progress: Progress) -> Path | None:
+    """The Python here that can run what is built, to record its answers; None, with a warning, where there is none."""
+    from edgepack import toolchain
+
+    try:
+        return toolchain.python_for(runtime)
+    except MissingTool as error:
+        progress.step(f"warning: no answers are recorded for the check: {error.message} ({error.hint})")
+        return None
 
 
 def request_from(options: Mapping[str, Any]) -> Request:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from edgepack import profile
+from dataclasses import replace
+
+from edgepack import catalog, profile, runtimes
 from edgepack.memory import MemoryEstimate, Part, Place
 from edgepack.plan import ModelRef, Plan, Quality
 from edgepack.runtimes import llama_cpp
 from edgepack.schemes import Provenance
 from edgepack.speed import Speed
-from edgepack.units import MIB, Bytes
+from edgepack.units import GIB, MIB, Bytes
 
+SERVED = (("vllm", "rtx-4060-8gb"), ("onnx-genai", "x86-laptop-ddr5"), ("transformers", "x86-laptop-ddr5"))
+"""Runtimes in Python, each on a device that it is made for."""
 PROFILES = ("jetson-orin-nano-8gb", "rtx-4060-8gb", "raspberry-pi-5-8gb")
 
 
@@ -77,4 +81,20 @@ def _part(name: str, size: int, place: Place, provenance: Provenance) -> Part:
         high=Bytes(size + spread),
         provenance=provenance,
         place=place,
+    )
+
+
+def served_plan(runtime: str, profile_name: str) -> Plan:
+    """The same model for a runtime in Python, in a scheme that it reads; two slots."""
+    known = runtimes.named(runtime)
+    device = profile.load(profile_name)
+    base = example_plan(profile_name)
+    found = catalog.find("qwen2.5-1.5b-instruct")
+    assert found is not None
+    kv_type = known.kv_types(runtimes.Machine.of(device))[0]
+    settings = known.settings_for(device, context=8192, slots=2, kv_type=kv_type, ubatch=512)
+    start_up = known.start_up(found.spec(), settings, backend=device.backend, needed=5 * GIB, total=8 * GIB)
+    scheme = {"vllm": "gptq-int4-g128", "onnx-genai": "onnx-int4", "transformers": "bf16"}[runtime]
+    return replace(
+        base, runtime=known.NAME, runtime_version=known.VERSION, scheme=scheme, settings=settings, start_up=dict(start_up)
     )

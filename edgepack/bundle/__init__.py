@@ -241,7 +241,9 @@ def _layers(
     if told.is_file():
         small.append(oci.text_layer(STUDENT, "doc", told.read_text(encoding="utf-8")))
     server = [] if runtime is None else [_file_layer(SERVER, "code", runtime)]
-    weights = _weights(plan, artifact)
+    artifacts = _artifact_layers(plan, artifact)
+    weights = tuple(layer for layer in artifacts if layer.kind == "weight")
+    small += [layer for layer in artifacts if layer.kind != "weight"]
     image = image_for(plan, image_digest)
     small += [
         oci.text_layer(
@@ -256,7 +258,7 @@ def _layers(
     return (*sorted(small, key=lambda layer: layer.filepath), *server, *weights)
 
 
-def _weights(plan: Plan, artifact: Artifact) -> tuple[oci.Layer, ...]:
+def _artifact_layers(plan: Plan, artifact: Artifact) -> tuple[oci.Layer, ...]:
     """The artifact as it lies in the bundle: one file, or a folder's files by size, the largest last."""
     place = runtimes.named(plan.runtime).ARTIFACT
     if artifact.path.is_file():

@@ -146,3 +146,17 @@ def start_up(
 ) -> Mapping[str, int | float]:
     """genai_config.json: search.max_length would otherwise be all that the model was trained for."""
     return {"search.max_length": -(-settings.context // settings.slots), "search.batch_size": settings.slots}
+
+
+def launch(
+    settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
+) -> tuple[str, ...]:
+    return (
+        "--engine", "onnx-genai", "--alias", alias, "--ctx-size", str(settings.context), "--parallel", str(settings.slots),
+        "--ubatch-size", str(min(512, settings.ubatch)), "--cache-type-k", settings.kv_type, "--threads", str(settings.threads),
+        "--provider", "cpu" if backend == "cpu" else "cuda",
+    )
+
+
+def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+    return {}

@@ -188,3 +188,17 @@ def start_up(
     spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
 ) -> Mapping[str, int | float]:
     return {"batch_size": settings.slots, "max_length": -(-settings.context // settings.slots)}
+
+
+def launch(
+    settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
+) -> tuple[str, ...]:
+    return (
+        "--engine", "transformers", "--alias", alias, "--ctx-size", str(settings.context), "--parallel", str(settings.slots),
+        "--ubatch-size", str(min(512, settings.ubatch)), "--cache-type-k", settings.kv_type, "--threads", str(settings.threads),
+        "--provider", "cpu" if backend == "cpu" else "cuda",
+    )
+
+
+def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+    return {}

@@ -18,15 +18,15 @@ from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, 
 from edgepack.errors import BadInput
 from edgepack.profile import RuntimeImage, Software
 from edgepack.runtimes import llama_cpp
-from tests.plans import PROFILES, example_plan
+from tests.plans import PROFILES, SERVED, example_plan, served_plan
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DIGEST = "sha256:" + "ab" * 32
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_the_rendered_files_are_the_golden_ones(name: str, update_golden: bool) -> None:
-    plan = example_plan(name)
+@pytest.mark.parametrize(("runtime", "name"), [*(("llama.cpp", name) for name in PROFILES), *SERVED])
+def test_the_rendered_files_are_the_golden_ones(runtime: str, name: str, update_golden: bool) -> None:
+    plan = example_plan(name) if runtime == "llama.cpp" else served_plan(runtime, name)
     folder = GOLDEN / plan.runtime / name
 
     rendered = render(plan)
