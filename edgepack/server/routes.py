@@ -9,6 +9,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -96,9 +97,19 @@ TAKES_BODY = (400, 404, 408, 413, 429, 503, 504)
 """What may be answered to a request with a body, beside 401 and 500."""
 
 
+SILENT: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+"""FastAPI would hand invalid requests, prompts in them, to whatever telemetry the environment names."""
+
+
 def bare(title: str) -> FastAPI:
     """An app without pages that load scripts from elsewhere, whose errors are in OpenAI's shape, or the article's."""
-    app = FastAPI(title=title, version=VERSION, docs_url=None, redoc_url=None)
+    app = FastAPI(title=title, version=VERSION, docs_url=None, redoc_url=None, telemetry=SILENT)
     app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
