@@ -8,9 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+def _whole_characters(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no text and which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start}") from None
+    return text
+
+
+String = Annotated[str, AfterValidator(_whole_characters)]
+StopString = Annotated[String, Field(min_length=1, max_length=256)]
+SessionId = Annotated[String, Field(max_length=128)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -35,7 +47,7 @@ class StreamOptions(Request):
 class Generation(Request):
     """What completions and chats have in common. A null means the default."""
 
-    model: str | None = None
+    model: String | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -50,8 +62,8 @@ class Generation(Request):
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
     cache_prompt: bool = Field(True, description="start from what a slot still holds of the prompt")
-    session_id: Annotated[str, Field(max_length=128)] | None = Field(None, description="kept in the log")
-    user: str | None = Field(None, description="accepted, not used")
+    session_id: SessionId | None = Field(None, description="kept in the log")
+    user: String | None = Field(None, description="accepted, not used")
     n: Literal[1] | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -60,8 +72,8 @@ class Generation(Request):
 
 class CompletionRequest(Generation):
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        String
+        | Annotated[list[String], Field(min_length=1, max_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=40)] | None = None
@@ -72,12 +84,12 @@ class CompletionRequest(Generation):
 
 class TextPart(Request):
     type: Literal["text"]
-    text: str
+    text: String
 
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: String | Annotated[list[TextPart], Field(min_length=1)]
     refusal: None = None
     tool_calls: None = None
 
@@ -109,18 +121,18 @@ class ChatRequest(Request):
     messages: Messages
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.1
     max_tokens: Annotated[int, Field(ge=1)] = Field(2048, description="clamped to what the slot has left")
-    session_id: Annotated[str, Field(max_length=128)] = "default"
+    session_id: SessionId = "default"
 
 
 class TokenizeRequest(Request):
-    prompt: str
+    prompt: String
     add_special_tokens: bool = True
-    model: str | None = None
+    model: String | None = None
 
 
 class DetokenizeRequest(Request):
     tokens: list[TokenId]
-    model: str | None = None
+    model: String | None = None
 
 
 class PromptTokensDetails(BaseModel):
