@@ -108,15 +108,22 @@ def start(program: Sequence[str], folder: Path, *flags: str) -> Server:
 
 
 @contextmanager
-def running(program: Sequence[str], folder: Path, *flags: str) -> Iterator[Server]:
-    """A server that is ready, for as long as the block lasts."""
+def listening(program: Sequence[str], folder: Path, *flags: str) -> Iterator[Server]:
+    """A server that listens, for as long as the block lasts."""
     server = start(program, folder, *flags)
     try:
-        server.api.until(lambda: server.api("GET", "/health").status == 200, 60)
         yield server
     finally:
         server.process.kill()
         server.process.wait()
+
+
+@contextmanager
+def running(program: Sequence[str], folder: Path, *flags: str) -> Iterator[Server]:
+    """The same once it is ready."""
+    with listening(program, folder, *flags) as server:
+        server.api.until(lambda: server.api("GET", "/health").status == 200, 60)
+        yield server
 
 
 FAKE = (sys.executable, "-m", "tests.fake_engine", "--engine", "onnx-genai", "--alias", "fake")

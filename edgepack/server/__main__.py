@@ -145,10 +145,11 @@ def _check(flags: argparse.Namespace, keys: Sequence[bytes]) -> None:
 
 
 def _keys(path: Path | None) -> list[bytes]:
-    """The keys of a file, one a line, as llama-server reads it."""
+    """The keys of a file, one a line; blank lines and comments are left out, as llama-server does."""
     if path is None:
         return []
-    keys = [line.strip() for line in path.read_bytes().splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_bytes().splitlines()]
+    keys = [line for line in lines if line and not line.startswith(b"#")]
     if not keys:
         raise ValueError(f"{path} has no key")
     return keys

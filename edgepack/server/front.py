@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from . import VERSION, metrics
+from . import VERSION, metrics, refusal
 from .answers import error_event
 from .gate import Gate
 from .guard import Exchange, State, exchange
@@ -192,10 +192,7 @@ class Front:
         try:
             asked = _Asked.model_validate_json(body)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(step) for step in first["loc"])
-            message = f"{where}: {first['msg']}" if where else str(first["msg"])
-            raise Refused(400, message, reason="invalid", param=where or None) from error
+            raise refusal.wrong_field(error.errors()) from error
         one.session_id = asked.session_id
         context = self.terms.context
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from starlette.responses import JSONResponse, Response
 
@@ -57,6 +58,23 @@ class Refused(Exception):
                 "code": self.code,
             }
         }
+
+
+def wrong_field(errors: Sequence[Mapping[str, Any]]) -> Refused:
+    """pydantic's first complaint: where and what, without what was sent; of a union what each kind wants."""
+    where = _path(errors[0])
+    wants = dict.fromkeys(str(error["msg"]) for error in errors if _path(error) == where)
+    says = ", or: ".join(wants)
+    return Refused(400, f"{where}: {says}" if where else says, reason="invalid", param=where or None)
+
+
+def _path(error: Mapping[str, Any]) -> str:
+    """ "messages.0.content": the steps that its sender knows, without pydantic's names for kinds of a union."""
+    steps = [str(step) for step in error["loc"] if step != "body"]
+    return ".".join(step for step in steps if step not in _KINDS and not set(step) & set("[]()-"))
+
+
+_KINDS = frozenset({"str", "int", "float", "bool"})
 
 
 def response(refused: Refused, path: str) -> Response:

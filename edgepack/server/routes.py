@@ -43,6 +43,9 @@ from .serving import Answer, Serving
 
 EVENTS = "text/event-stream"
 
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""A server-sent event: a chunk in JSON, or [DONE]."""
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -132,7 +135,7 @@ def answers(success: type, *errors: int, error: type = ErrorAnswer) -> Responses
 
 def streams(success: type) -> Responses:
     described = answers(success, *TAKES_BODY)
-    described[200]["content"] = {EVENTS: {"schema": {"type": "string"}}}
+    described[200]["content"] = {EVENTS: {"itemSchema": EVENT}}
     return described
 
 
@@ -193,13 +196,12 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Exception) -> Response:
     """Names the first field that is wrong, without what it held."""
-    first = cast("RequestValidationError", error).errors()[0]
+    errors = cast("RequestValidationError", error).errors()
+    first = errors[0]
     if first["type"] == "json_invalid":
         message = f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return await _refused(request, Refused(400, message, reason="invalid"))
-    where = ".".join(str(step) for step in first["loc"] if step != "body")
-    message = f"{where}: {first['msg']}" if where else str(first["msg"])
-    return await _refused(request, Refused(400, message, reason="invalid", param=where or None))
+    return await _refused(request, refusal.wrong_field(errors))
 
 
 async def _http(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _whole_characters(text: str) -> str:
@@ -20,10 +20,26 @@ def _whole_characters(text: str) -> str:
     return text
 
 
+def _integral(value: object) -> object:
+    """1.0 is an integer in JSON; true is none, though Python takes it for 1."""
+    if isinstance(value, bool):
+        raise ValueError("input should be a number, not a boolean")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _boolean(value: object) -> object:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        raise ValueError("input should be a boolean, not a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+One = Annotated[Literal[1], BeforeValidator(_integral)]
+Zero = Annotated[Literal[0], BeforeValidator(_integral)]
 String = Annotated[str, AfterValidator(_whole_characters)]
 StopString = Annotated[String, Field(min_length=1, max_length=256)]
 SessionId = Annotated[String, Field(max_length=128)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[Integer, Field(ge=0)]
 
 
 def _absent(value: object) -> bool:
@@ -48,25 +64,25 @@ class Generation(Request):
     """What completions and chats have in common. A null means the default."""
 
     model: String | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 and -1: all tokens")
+    top_k: Annotated[Integer, Field(ge=-1)] | None = Field(None, description="0 and -1: all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    min_tokens: Annotated[int, Field(ge=0)] = 0
+    min_tokens: Annotated[Integer, Field(ge=0)] = 0
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
     cache_prompt: bool = Field(True, description="start from what a slot still holds of the prompt")
     session_id: SessionId | None = Field(None, description="kept in the log")
     user: String | None = Field(None, description="accepted, not used")
-    n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    n: One | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
 
@@ -76,9 +92,9 @@ class CompletionRequest(Generation):
         | Annotated[list[String], Field(min_length=1, max_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=40)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=40)] | None = None
+    echo: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
+    best_of: One | None = None
     suffix: Literal[""] | None = None
 
 
@@ -108,9 +124,9 @@ class TextFormat(Request):
 
 class ChatCompletionRequest(Generation):
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=40)] | None = None
+    top_logprobs: Annotated[Integer, Field(ge=0, le=40)] | None = None
     response_format: TextFormat | None = None
     tools: Annotated[list[None], Field(max_length=0)] | None = None
 
@@ -120,7 +136,7 @@ class ChatRequest(Request):
 
     messages: Messages
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.1
-    max_tokens: Annotated[int, Field(ge=1)] = Field(2048, description="clamped to what the slot has left")
+    max_tokens: Annotated[Integer, Field(ge=1)] = Field(2048, description="clamped to what the slot has left")
     session_id: SessionId = "default"
 
 

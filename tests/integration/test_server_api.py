@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -438,6 +440,27 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(api: Api) -> None:
     assert fifth.headers["retry-after"] == "2"
     assert fifth.json["error"]["message"] == "2 requests run and 2 wait: the queue is full"
     assert served == [200] * 4
+
+
+def test_the_description_is_true_and_nothing_that_follows_or_breaks_it_fails(tmp_path: Path) -> None:
+    """schemathesis' own cases for every field, then random ones: EDGEPACK_FUZZ_EXAMPLES for each operation.
+
+    positive_data_acceptance is left out: a token beyond the vocabulary follows the description and is refused.
+    """
+    examples = os.environ.get("EDGEPACK_FUZZ_EXAMPLES", "5")
+    with running(FAKE, tmp_path, "--model", str(tmp_path), "--ctx-size", "64", "--parallel", "2") as server:
+        command = [
+            sys.executable, "-m", "schemathesis.cli", "run", f"{server.api.url}/openapi.json",
+            "--header", f"Authorization: Bearer {KEY}", "--phases", "coverage,fuzzing", "--checks", "all",
+            "--exclude-checks", "positive_data_acceptance", "--max-examples", examples, "--seed", "1",
+            "--generation-database", "none", "--no-color",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "No issues found" in done.stdout
+        assert "10 selected / 10 total" in done.stdout
+        assert not [event for event in server.events("request") if event["status"] >= 500]
 
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────
