@@ -22,6 +22,7 @@ LEVELS = (
     {"errors"},
     {"units"},
     {
+        "faults",
         "settings",
         "ggufheader",
         "architectures",
@@ -43,7 +44,7 @@ LEVELS = (
     {"artifact", "evaluation"},
     {"toolchain", "hub", "probe", "calibration", "heldout", "record"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard"},
-    {"pipeline", "tables", "run", "calibrate", "quantization", "distillation"},
+    {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""
