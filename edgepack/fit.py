@@ -9,7 +9,7 @@ from edgepack import allocation, memory, runtimes, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
-from edgepack.profile import Budget, DeviceProfile, Session, budget
+from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.settings import Settings
 
@@ -92,10 +92,9 @@ def fit(
     if refused is not None:
         raise Unsupported(refused, hint=_instead(case))
     estimate = case.estimate()
-    start_up = runtimes.named(runtime).start_up(
-        spec, settings, backend=case.machine.backend, needed=on_accelerator(estimate, profile),
-        total=reported_memory(profile) if profile else None,
-    )  # fmt: skip
+    start_up = started(
+        spec, settings, estimate, profile=profile, backend=case.machine.backend, runtime=runtime
+    )
     if case.room is None:
         return Fit(
             model=spec.name,
@@ -132,6 +131,31 @@ def fit(
         change=change,
         runtime=runtime,
         start_up=start_up,
+    )
+
+
+def started(
+    spec: ModelSpec,
+    settings: Settings,
+    estimate: MemoryEstimate,
+    *,
+    profile: DeviceProfile | None,
+    backend: Backend,
+    runtime: str,
+) -> Mapping[str, int | float]:
+    """What the runtime is told, or prints, about its memory when it starts so.
+
+    Counted against all that the accelerator reports are the upper end of what this plan takes of it and the driver's
+    context.
+    """
+    context = profile.reserves.accelerator_context if profile else 0
+    own = profile.accelerator.memory if profile and profile.accelerator else None
+    return runtimes.named(runtime).start_up(
+        spec,
+        settings,
+        backend=backend,
+        needed=estimate.at("device" if backend != "cpu" else "host") + context,
+        total=None if profile is None else int(own or profile.memory),
     )
 
 
@@ -395,19 +419,6 @@ def _instead(case: _Case) -> str:
             return f"{case.runtime} runs here, for instance, --scheme {scheme}"
     able = [r.NAME for r in runtimes.RUNTIMES if r.refusal(case.scheme, case.machine) is None]
     return f"runs here with --runtime {able[0]}" if able else f"--runtime {llama_cpp.NAME} --scheme Q4_K_M"
-
-
-def on_accelerator(estimate: MemoryEstimate, profile: DeviceProfile | None) -> int:
-    """Upper end of what a plan takes of the accelerator's memory, the driver's context included."""
-    if profile is None or profile.backend == "cpu":
-        return estimate.at("host")
-    return estimate.at("device") + profile.reserves.accelerator_context
-
-
-def reported_memory(profile: DeviceProfile) -> int:
-    """Bytes of memory that the accelerator reports, or without one the machine."""
-    own = profile.accelerator.memory if profile.accelerator else None
-    return int(own or profile.memory)
 
 
 def binding(estimate: MemoryEstimate, room: Budget) -> str:

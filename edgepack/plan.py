@@ -14,7 +14,7 @@ from typing import Literal
 from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
 from edgepack.degradation import Loss, Measure
 from edgepack.errors import BadInput, Unsupported
-from edgepack.fit import binding, excess, longest, on_accelerator, reported_memory, tightest
+from edgepack.fit import binding, excess, longest, started, tightest
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -209,8 +209,8 @@ class Plan:
     memory: MemoryEstimate
     speed: Speed
     quality: Quality
-    start_up: dict[str, int | float] = field(default_factory=dict)
-    """What the runtime prints about its memory when it starts, or is to be told (Runtime.start_up)."""
+    start_up: Mapping[str, int | float] = field(default_factory=dict)
+    """What the runtime is told, or prints, about its memory when it starts."""
     warnings: tuple[str, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     schema_version: int = 1
@@ -348,9 +348,9 @@ def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     estimate = _memory(
         plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
     )
-    told = _start_up(plan.profile, spec, plan.settings, estimate, runtimes.named(plan.runtime))
+    start_up = _started(plan.profile, spec, plan.settings, estimate, runtime=plan.runtime)
     warnings = tuple(text for text in plan.warnings if not text.startswith(TO_BE_MADE))
-    return replace(plan, model=model, memory=estimate, start_up=told, warnings=warnings)
+    return replace(plan, model=model, memory=estimate, start_up=start_up, warnings=warnings)
 
 
 def _power_mode(request: Request) -> PowerMode:
@@ -377,14 +377,10 @@ def _memory(
     )
 
 
-def _start_up(
-    profile: DeviceProfile, spec: ModelSpec, settings: Settings, estimate: MemoryEstimate, runtime: Runtime
-) -> dict[str, int | float]:
-    told = runtime.start_up(
-        spec, settings, backend=profile.backend, needed=on_accelerator(estimate, profile),
-        total=reported_memory(profile),
-    )  # fmt: skip
-    return dict(told)
+def _started(
+    profile: DeviceProfile, spec: ModelSpec, settings: Settings, estimate: MemoryEstimate, *, runtime: str
+) -> Mapping[str, int | float]:
+    return started(spec, settings, estimate, profile=profile, backend=profile.backend, runtime=runtime)
 
 
 def _try(
@@ -483,7 +479,7 @@ def _try(
         memory=estimate,
         speed=pace,
         quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
-        start_up=_start_up(request.profile, spec, settings(context), estimate, runtime),
+        start_up=_started(request.profile, spec, settings(context), estimate, runtime=runtime.NAME),
         warnings=tuple(warnings),
     )
 
@@ -552,6 +548,9 @@ def _warnings(
     for image in request.profile.software.images:
         if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
+    caution = runtime.caution(Machine.of(request.profile))
+    if caution:
+        yield caution
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
     weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
     if limit is not None and weights > limit and runtime is llama_cpp:

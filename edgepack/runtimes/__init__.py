@@ -38,6 +38,9 @@ class Runtime(Protocol):
     def refusal(self, scheme: str, machine: Machine) -> str | None:
         """Why it cannot run ``scheme`` on this machine; None when it can."""
 
+    def caution(self, machine: Machine) -> str:
+        """What speaks against it on this machine without forbidding it; empty when nothing does."""
+
     def kv_types(self, machine: Machine) -> tuple[str, ...]:
         """KV types that the planner tries; the first is the default."""
 

@@ -70,6 +70,10 @@ def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 
 
+def caution(machine: support.Machine) -> str:
+    return ""
+
+
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
     """8-bit KV costs no measurable quality (KL 0.001, llama.cpp PR 7412); 4-bit KV costs 0.5 to 3 points."""
     return ("f16", "q8_0")

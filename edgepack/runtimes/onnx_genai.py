@@ -51,6 +51,10 @@ def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 
 
+def caution(machine: support.Machine) -> str:
+    return ""
+
+
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
     """The cache has the graph's floats: the CPU provider keeps fp32."""
     return ("f32",) if machine.backend == "cpu" else ("f16",)

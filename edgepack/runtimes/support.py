@@ -17,6 +17,8 @@ class Machine:
     arch: Arch = "x86_64"
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None when there is none, or it is not known."""
+    memory: int | None = None
+    """Bytes that the accelerator reports, or the device where it has none of its own; None when not known."""
 
     @classmethod
     def of(cls, profile: DeviceProfile) -> Machine:
@@ -27,6 +29,7 @@ class Machine:
             backend=profile.backend,
             arch=profile.arch,
             capability=(int(major), int(minor or 0)) if text else None,
+            memory=int((accelerator.memory if accelerator else None) or profile.memory),
         )
 
 

