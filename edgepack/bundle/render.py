@@ -222,7 +222,7 @@ def _lines(flags: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Flags with their values, one tuple a line."""
     lines: list[list[str]] = []
     for word in flags:
-        if re.fullmatch(r"--?[a-z][a-z-]*", word):
+        if re.fullmatch(r"--?[a-z][a-z_.-]*", word):
             lines.append([])
         lines[-1].append(word)
     return tuple(tuple(line) for line in lines)
