@@ -1030,15 +1030,20 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.,:=+|-]*\Z")
 _ON_PYTHON = (
     "OMP_NUM_THREADS|OMP_PROC_BIND|OMP_PLACES|OMP_WAIT_POLICY|OMP_DYNAMIC|KMP_BLOCKTIME|KMP_AFFINITY|MKL_NUM_THREADS|"
     "OPENBLAS_NUM_THREADS|MALLOC_[A-Z]+(?:_[A-Z]+)*_?|CUDA_VISIBLE_DEVICES|CUDA_MODULE_LOADING|"
-    "PYTORCH_CUDA_ALLOC_CONF|PYTORCH_ALLOC_CONF|TOKENIZERS_PARALLELISM"
+    "PYTORCH_CUDA_ALLOC_CONF|PYTORCH_ALLOC_CONF|TOKENIZERS_PARALLELISM|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|DO_NOT_TRACK"
 )
 _PYTHON_ERROR = re.compile(
-    r"^(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?"
-    r"((?:[\w.]*(?:Error|Exception)\b.*)|terminate called .*|  what\(\): .*|.*: error: .*|Killed\b.*)$",
+    r"^(?:"
+    r"(?:\([^)]*\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?((?:\w[\w.]*)?(?:Error|Exception)\b.*)"
+    r"|(terminate called .*|  what\(\): .*|[\w./-]+: error: .*)"
+    r'|\{.*"event": "cannot_\w+", .*?"(?:message|error)": "((?:[^"\\]|\\.)*)".*'
+    r'|\{.*"error": "((?:[^"\\]|\\.)*)".*'
+    r"|.*\[E:onnxruntime[^\]]*\] (.*?)(?:\x1b.*)?"
+    r")$",
     re.M,
 )
-"""The last line of a traceback, perhaps behind vLLM's "(EngineCore pid=7) ERROR 11-26 17:46:00 [core.py:1] ", what
-C++ says at its end, and argparse's complaint."""
+"""The last line of a traceback, perhaps behind vLLM's "(EngineCore pid=7) ERROR 11-26 17:46:00 [core.py:1] "; what C++
+says at its end, and argparse; edgepack's server's lines of JSON; ONNX Runtime's errors."""
 _APP_OPTIONS = {
     **_flags(_COUNT, "--ctx-size --parallel --ubatch-size --threads --queue-size --max-body-bytes"),
     **_flags(_NUMBER, "--timeout --grace"),
@@ -1129,6 +1134,7 @@ RUNTIMES: Dict[str, Runtime] = {
                 "--kv-cache-dtype --dtype --quantization -q --prefix-caching-hash-algo --uvicorn-log-level",
             ),
             "--attention-backend": "[A-Z0-9_]+",
+            "--compilation-config.cudagraph_mode": "[A-Z_]+",
             "--generation-config": "vllm",
             "--load-format": "auto|safetensors",
             "--tokenizer-mode": "auto|hf|slow",
@@ -1321,8 +1327,7 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise self.failure(stage, error) from None
         if status != 200:
-            message = "%s answers %s with status %d: %s" % (self.title, path, status, value)
-            raise Failed("crashed", stage, message)
+            raise self.refusal(stage, "answers %s with status %d: %s" % (path, status, value))
         return value
 
     def stream(self, path: str, body: Dict[str, Any], stage: str) -> Iterator[Dict[str, Any]]:
@@ -1333,8 +1338,7 @@ class Server:
             response = connection.getresponse()
             if response.status != 200:
                 said = response.read(4096).decode("utf-8", "replace")
-                message = "%s answers with status %d: %s" % (self.title, response.status, said)
-                raise Failed("crashed", stage, message)
+                raise self.refusal(stage, "answers with status %d: %s" % (response.status, said))
             for line in response:
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     yield json.loads(line[6:])
@@ -1357,6 +1361,20 @@ class Server:
             if time.monotonic() - began > timeout:
                 raise Failed("timeout", "load", "%s was not ready after %d s" % (self.title, timeout))
             time.sleep(0.05)
+
+    def refusal(self, stage: str, said: str) -> Failed:
+        """Why a server that still runs did not answer: Python's outlives memory that it is refused.
+
+        What it answers may come before the line in its log that says why.
+        """
+        for _ in range(10 if self._runtime.modules else 0):
+            lines = error_lines(_read(self.log) or "", self._runtime)
+            refused = [line for line in lines if any(text in line for text in OUT_OF_MEMORY)]
+            if refused:
+                message = "%s was refused memory: %s" % (self.title, refused[0])
+                return Failed("allocation-refused", stage, message)
+            time.sleep(0.1)
+        return Failed("crashed", stage, "%s %s" % (self.title, said))
 
     def failure(self, stage: str, error: Optional[BaseException]) -> Failed:
         """Why the server is no more, from its exit status, its group's kills and its log."""
@@ -1403,7 +1421,10 @@ class Server:
 
 def error_lines(log: str, runtime: Runtime) -> List[str]:
     """The lines of a log that say what went wrong, without what stands before the message."""
-    found = [(match.group(1) or match.group()).strip() for match in runtime.error.finditer(log)]
+    found = []
+    for match in runtime.error.finditer(log):
+        message = next((group for group in match.groups() if group), match.group())
+        found.append(message.replace("\\n", " ").strip())
     telling = [line for line in found if not any(text in line for text in _SUMMARY)]
     return telling or found
 
@@ -1419,8 +1440,6 @@ _OFFLINE = {
 }
 """A model's config may name another repository: nothing is fetched, and nothing is told."""
 _PYTHON = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
-_MEASURED = ("--enable-prompt-tokens-details", "--max-logprobs", "40")
-"""What vLLM only tells when it is started so: how many tokens of a prompt it had, and WIDE alternatives."""
 
 
 def command(
@@ -1433,7 +1452,7 @@ def command(
     if runtime.name == VLLM:
         api = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
         begin = ["serve", model] if os.path.basename(program) == "vllm" else api
-        return [program, *begin, *args, *_MEASURED, *host]
+        return [program, *begin, *args, *host]
     return [program, "-m", "edgepack_server", *args, "--model", model, *host, "--api-key-file", key_file]
 
 
@@ -1448,7 +1467,7 @@ def _environment(runtime: Runtime, given: Dict[str, str], key: str, app: Optiona
         ours["VLLM_API_KEY"] = key  # vLLM has no option that reads it from a file
     if path:
         ours["PYTHONPATH"] = os.pathsep.join(path)
-    return dict(inherited, **ours, **given)
+    return dict(dict(inherited, **given), **ours)
 
 
 @contextlib.contextmanager
@@ -1687,15 +1706,20 @@ class Meter:
 
     def members(self) -> List[int]:
         """The server's processes, itself first; looked up at most once a second."""
-        if self._tree and time.monotonic() - self._looked > 1:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._looked > 1:
+            self._look()
+        return list(self._members)
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        if self._tree:
             own = self._process.pid
             self._members = [own, *(pid for pid in _session(own) if pid != own)]
             self.most_processes = max(self.most_processes, len(self._members))
-        return list(self._members)
 
     def take_together(self) -> None:
         """Settles the highest sum since the last time, less what is counted more than once in it."""
+        self._look()
         members = self.members()
         if len(members) > 1:
             self.shared = _counted_again(members)
@@ -2199,7 +2223,7 @@ class OpenAi:
             "/v1/completions", dict(body, stream_options={"include_usage": True}), stage
         ):
             if "error" in event:
-                raise Failed("crashed", stage, "%s answers: %s" % (self._server.title, event["error"]))
+                raise self._server.refusal(stage, "answers: %s" % event["error"])
             for choice in event.get("choices") or []:
                 ids = choice.get("token_ids") or []
                 if ids:
@@ -2721,7 +2745,7 @@ _DATA = re.compile(
     r"(?:[^.]+|.*\.(?:json|safetensors|onnx|data|txt|model|jinja|md|csv|tiktoken|gguf|yaml|yml))\Z"
 )
 """Names of files that a model's folder may hold: no pickle and nothing that is run or loaded as code."""
-_LOADS = re.compile(r"lib|path|plugin|backend|dll", re.I)
+_LOADS = re.compile(r"librar|_libs?\b|path|plugin|backend|dll", re.I)
 """Fields of genai_config.json that make ONNX Runtime load another library, or write somewhere."""
 
 
