@@ -1135,6 +1135,7 @@ RUNTIMES: Dict[str, Runtime] = {
             ),
             "--attention-backend": "[A-Z0-9_]+",
             "--compilation-config.cudagraph_mode": "[A-Z_]+",
+            "--compilation-config.cudagraph_mode": "[A-Z_]+",
             "--generation-config": "vllm",
             "--load-format": "auto|safetensors",
             "--tokenizer-mode": "auto|hf|slow",
@@ -1147,7 +1148,7 @@ RUNTIMES: Dict[str, Runtime] = {
         environment=re.compile(
             "(?:%s|VLLM_CPU_[A-Z]+(?:_[A-Z]+)*|VLLM_ATTENTION_BACKEND|VLLM_ENABLE_V1_MULTIPROCESSING|"
             "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS|VLLM_LOGGING_LEVEL|VLLM_WORKER_MULTIPROC_METHOD|"
-            "VLLM_NO_USAGE_STATS|VLLM_DO_NOT_TRACK)\\Z" % _ON_PYTHON
+            "VLLM_NO_USAGE_STATS|VLLM_DO_NOT_TRACK|DO_NOT_TRACK|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE)\\Z" % _ON_PYTHON
         ),
         inherits_not="VLLM_",
         slots="--max-num-seqs",
