@@ -147,8 +147,8 @@ _INTRODUCTION = """\
 
 `edgepack doctor` names cause and cure, with the numbers of what it has read:
 
-* `edgepack doctor server.log` or `journalctl -u edgepack | edgepack doctor -`: a log of llama-server, vLLM, ONNX Runtime
-  GenAI, transformers, edgepack's own server, docker, the journal or the kernel (`dmesg`);
+* `edgepack doctor server.log` or `journalctl -u edgepack | edgepack doctor -`: a log of llama-server, vLLM,
+  ONNX Runtime GenAI, transformers, edgepack's own server, docker, the journal or the kernel (`dmesg`);
 * `edgepack doctor report.json`: what `edgepack check BUNDLE --json -o report.json` has written;
 * `edgepack doctor out/demo.tar`: a bundle, and whether this machine would carry it;
 * `edgepack doctor --symptom NAME`: the row of a name.
@@ -332,8 +332,8 @@ def _diagnosis(rule: Rule, found: _Found, follows: str | None) -> Diagnosis:
         certainty=rule.certainty,
         seen=seen,
         line=line,
-        cause=rule.cause.format_map(values),
-        cure=rule.cure.format_map(values),
+        cause=rule.cause.format_map(_Known(values)),
+        cure=rule.cure.format_map(_Known(values)),
         source=rule.source,
         follows=follows,
     )
@@ -350,9 +350,20 @@ def _wrapped(label: str, text: str) -> list[str]:
     return [f"  {label if at == 0 else '':<8}{line}" for at, line in enumerate(lines)]
 
 
-class _Names(dict[str, str]):
+class _Known(dict[str, str]):
+    """What a log says; what it may leave out is left out."""
+
     def __missing__(self, name: str) -> str:
-        return f"*{name}*"
+        if name.startswith("_"):
+            return ""
+        raise KeyError(name)
+
+
+class _Names(dict[str, str]):
+    """Names in italics; what a log may leave out is left out."""
+
+    def __missing__(self, name: str) -> str:
+        return "" if name.startswith("_") else f"*{name}*"
 
 
 def _generic(text: str) -> str:

@@ -59,7 +59,7 @@ class Rule:
     """Any of them, within one line; none for what is only asked for by name."""
     cause: str
     cure: str
-    """Texts; ``{name}`` takes what ``values`` says."""
+    """Texts; ``{name}`` takes what ``values`` says, ``{_name}`` is left out where it says nothing."""
     source: str
     certainty: Certainty = "sure"
     values: Callable[[re.Match[str], Log], Values | None] = _named
@@ -96,8 +96,8 @@ def _part(name: str) -> Callable[[re.Match[str], Log], Values | None]:
         told = re.search(r"\bn_ctx(?:_seq|_per_seq)? +(?:= |\()(\d+)", log.text)
         half = max(256, int(told.group(1)) // 2 // 256 * 256) if told else None
         return {
-            "asked": f": {show(size)} were asked for in one piece" if size else "",
-            "free": f"; {free.group(1)} MiB were free before" if free else "",
+            "_asked": f": {show(size)} were asked for in one piece" if size else "",
+            "_free": f"; {free.group(1)} MiB were free before" if free else "",
             "context": str(half) if half else "HALF",
         }
 
@@ -116,7 +116,7 @@ def _refused_memory(found: re.Match[str], log: Log) -> Values:
 
 def _largest_of(found: re.Match[str], log: Log) -> Values:
     size = found.groupdict().get("bytes")
-    return {"size": f" of {show(int(size))}" if size else ""}
+    return {"_size": f" of {show(int(size))}" if size else ""}
 
 
 def _torch_memory(found: re.Match[str], log: Log) -> Values | None:
@@ -184,8 +184,8 @@ def _killed(found: re.Match[str], log: Log) -> Values:
     line = re.compile(r"Killed process \d+ \((?P<name>.+?)\).*?anon-rss:(?P<rss>\d+)kB")
     said = line.search(log.text, found.start())
     if said is None:
-        return {"who": "a process", "held": ""}
-    return {"who": said["name"], "held": f" ({show(int(said['rss']) * KIB)})"}
+        return {"who": "a process"}
+    return {"who": said["name"], "_held": f" ({show(int(said['rss']) * KIB)})"}
 
 
 def _saved_prompt(found: re.Match[str], log: Log) -> Values | None:
@@ -206,7 +206,7 @@ def _llama_flag(found: re.Match[str], log: Log) -> Values:
     flag = found["flag"]
     why = found.groupdict().get("why")
     cure = f"write {_LLAMA_FLAGS[flag]}" if flag in _LLAMA_FLAGS else "look it up in `llama-server --help`"
-    return {"flag": flag, "why": f" ({why})" if why else "", "instead": cure}
+    return {"flag": flag, "_why": f" ({why})" if why else "", "instead": cure}
 
 
 _LLAMA_FLAGS = {
@@ -254,7 +254,7 @@ def _context_that_fits(found: re.Match[str], log: Log) -> Values:
     needed = (
         f" ({groups['needed']} of keys and values, {groups['free']} are there)" if groups.get("free") else ""
     )
-    return {"asked": groups["asked"] or "", "needed": needed, "fits": fits or "LESS"}
+    return {"asked": groups["asked"] or "", "_needed": needed, "fits": fits or "LESS"}
 
 
 def _any(*texts: str) -> tuple[re.Pattern[str], ...]:
@@ -297,11 +297,11 @@ RULES: tuple[Rule, ...] = (
             r"machine: architecture: expected (?P<expected>\S+), measured (?P<measured>\S+)",
         ),
         values=lambda found, log: {
-            "told": f": it is for {found['expected']}, this is {found['measured']}"
+            "_told": f": it is for {found['expected']}, this is {found['measured']}"
             if found.re.groupindex
             else ""
         },
-        cause="the program, the image or the bundle is for another CPU architecture{told}",
+        cause="the program, the image or the bundle is for another CPU architecture{_told}",
         cure="build for this device: `edgepack profiles list`, then `edgepack build --profile P`; with an "
         "image, pull it for this platform (`docker pull --platform linux/arm64`). `edgepack check "
         "--emulate` runs an Arm bundle on x86",
@@ -496,8 +496,8 @@ RULES: tuple[Rule, ...] = (
             r"Bfloat16 is only supported on GPUs with compute capability of at least 8\.0"
             r"(?:\. Your (?P<gpu>.+?) GPU has compute capability (?P<has>[\d.]+\d))?"
         ),
-        values=lambda found, log: {"told": f" ({found['gpu']}: {found['has']})" if found["gpu"] else ""},
-        cause="the checkpoint is in bfloat16, which this GPU does not compute{told}",
+        values=lambda found, log: {"_told": f" ({found['gpu']}: {found['has']})" if found["gpu"] else ""},
+        cause="the checkpoint is in bfloat16, which this GPU does not compute{_told}",
         cure="serve in half precision (`--dtype half`), or build with the card's own profile: `edgepack build "
         "--profile P`",
         source=f"{_VLLM}issues/1157",
@@ -527,9 +527,9 @@ RULES: tuple[Rule, ...] = (
             r"Failed to load library \S*libonnxruntime_providers_cuda\.so with error: (?P<library>[^:\s]+)",
         ),
         values=lambda found, log: {
-            "library": f" (it misses {found['library']})" if "library" in found.re.groupindex else ""
+            "_library": f" (it misses {found['library']})" if "library" in found.re.groupindex else ""
         },
-        cause="the package that is installed has no CUDA provider, or cannot load it{library}",
+        cause="the package that is installed has no CUDA provider, or cannot load it{_library}",
         cure="x86 with an NVIDIA card: uninstall onnxruntime and onnxruntime-genai, `pip install "
         "onnxruntime-genai-cuda` with its CUDA 13 and cuDNN 9; a Jetson has no wheel on PyPI: `edgepack "
         "build --runtime llama.cpp`. On the CPU: `edgepack build --runtime onnx-genai` for a profile "
@@ -561,7 +561,7 @@ RULES: tuple[Rule, ...] = (
             r"NvMapMem(?:AllocInternalTagged|HandleAlloc)\b.*error (?:12|0)\b",
         ),
         values=_largest_of,
-        cause="the Jetson's memory manager found no contiguous memory for an allocation{size}: it is "
+        cause="the Jetson's memory manager found no contiguous memory for an allocation{_size}: it is "
         "fragmented, or full of page cache, or (L4T 36.4.7) single requests near 1 GiB are refused",
         cure=f"{_DROP}, then start again; a reboot if it stays. L4T 36.4.7: update to 36.5 (JetPack 6.2.2). "
         "Then smaller pieces: `edgepack build … --ubatch 128 --context N`",
@@ -588,7 +588,7 @@ RULES: tuple[Rule, ...] = (
         symptom="llama.cpp: `failed to allocate buffer for kv cache`",
         patterns=_LLAMA_MEMORY,
         values=_part("kv_cache"),
-        cause="there was no memory for the KV cache{asked}{free}",
+        cause="there was no memory for the KV cache{_asked}{_free}",
         cure="`edgepack build … --context {context}` (the cache is linear in it), `--kv-type q8_0` (53 % of "
         "f16), or fewer `--slots`; `edgepack fit --profile P --model M` says the largest context that "
         "fits",
@@ -601,7 +601,7 @@ RULES: tuple[Rule, ...] = (
         symptom="llama.cpp: `failed to allocate compute buffers`",
         patterns=_LLAMA_MEMORY,
         values=_part("compute"),
-        cause="there was no memory for the compute buffers{asked}{free}",
+        cause="there was no memory for the compute buffers{_asked}{_free}",
         cure="`edgepack build … --ubatch 128` (they are linear in it), flash attention on (`-fa on`: without "
         "it they grow with the context), or a shorter `--context`",
         source=f"{_LLAMA}issues/16725",
@@ -613,7 +613,7 @@ RULES: tuple[Rule, ...] = (
         symptom="llama.cpp: `unable to allocate CUDA0 buffer` while loading",
         patterns=_LLAMA_MEMORY,
         values=_part("weights"),
-        cause="there was no memory for the weights{asked}{free}",
+        cause="there was no memory for the weights{_asked}{_free}",
         cure="`edgepack plan --profile P --explain` chooses model and scheme that fit; `--scheme Q4_K_M` or "
         "lower takes less. End what else holds the card (`nvidia-smi`)",
         source=f"{_LLAMA}issues/20431",
@@ -675,7 +675,7 @@ RULES: tuple[Rule, ...] = (
             r"KV cache \((?P<fits>\d+)\)",
         ),
         values=_context_that_fits,
-        cause="one request of {asked} tokens does not fit the KV cache{needed}",
+        cause="one request of {asked} tokens does not fit the KV cache{_needed}",
         cure="`edgepack build --runtime vllm … --context {fits}` (`--max-model-len {fits}`), or `--kv-type "
         "fp8`; the plan sizes the pool itself (`--kv-cache-memory-bytes`)",
         source=f"{_VLLM}issues/16118",
@@ -754,7 +754,7 @@ RULES: tuple[Rule, ...] = (
         symptom="`Memory cgroup out of memory: Killed process`",
         patterns=_any(r"Memory cgroup out of memory: Kill", r"oom-kill:constraint=CONSTRAINT_MEMCG"),
         values=_killed,
-        cause="{who}{held} went over the limit of its container or unit",
+        cause="{who}{_held} went over the limit of its container or unit",
         cure="the limit must cover the plan's upper end on the host (`edgepack plan`): compose.yaml "
         "`mem_limit`, a unit's MemoryMax=, `docker run --memory`. A bundle's files have it right; a limit "
         "of your own must not be lower",
@@ -771,7 +771,7 @@ RULES: tuple[Rule, ...] = (
             r"Failed with result 'oom-kill'",
         ),
         values=_killed,
-        cause="the system ran out of memory, and the kernel killed {who}{held}",
+        cause="the system ran out of memory, and the kernel killed {who}{_held}",
         cure="a plan that fits: `edgepack plan --profile P --explain`, `edgepack build … --context N --kv-type "
         "q8_0`. Start with `sh start.sh`, which refuses too little memory, or the unit, whose "
         "OOMScoreAdjust spares the rest",
@@ -847,7 +847,7 @@ RULES: tuple[Rule, ...] = (
             r"error while handling argument \"(?P<flag>[^\"]+)\": (?P<why>.+)",
         ),
         values=_llama_flag,
-        cause="this llama-server does not take {flag}{why}: flags and their values change between versions",
+        cause="this llama-server does not take {flag}{_why}: flags and their values change between versions",
         cure="{instead}; or run the server that the bundle was planned with (`edgepack build --with-runtime`, "
         "`edgepack toolchain install`)",
         source=f"{_LLAMA}pull/28334",
@@ -1081,11 +1081,11 @@ RULES: tuple[Rule, ...] = (
             r"machine: (?P<needed>\d+) bytes of disk are needed and (?P<free>\d+) are free",
         ),
         values=lambda found, log: {
-            "told": f": {show(int(found['needed']))} are needed and {show(int(found['free']))} are free"
+            "_told": f": {show(int(found['needed']))} are needed and {show(int(found['free']))} are free"
             if found.re.groupindex
             else ""
         },
-        cause="the disk (or the container's /dev/shm or /tmp) is full{told}",
+        cause="the disk (or the container's /dev/shm or /tmp) is full{_told}",
         cure="`df -h` and `docker system df` say where; `docker system prune`, or EDGEPACK_CACHE on another "
         "disk; in a container `--shm-size 1g` or a larger `--tmpfs`",
         source=f"{_HUB}NVIDIA/Megatron-LM/issues/878",
@@ -1094,8 +1094,8 @@ RULES: tuple[Rule, ...] = (
         id="disk-read-only",
         symptom="`Read-only file system`",
         patterns=_any(r"(?i)read-only file system(?:: '(?P<path>[^']+)')?"),
-        values=lambda found, log: {"path": f" ({found['path']})" if found["path"] else ""},
-        cause="something is written where nothing may be{path}: a container with a read-only root, or a file "
+        values=lambda found, log: {"_path": f" ({found['path']})" if found["path"] else ""},
+        cause="something is written where nothing may be{_path}: a container with a read-only root, or a file "
         "system that the kernel made read-only after errors",
         cure="in a container give caches a place: `HF_HOME=/tmp`, `XDG_CACHE_HOME=/tmp`, `--tmpfs /tmp`; on "
         "the host `dmesg | grep -i 'remount.*read-only'` means that the card or disk is failing",

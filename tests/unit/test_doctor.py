@@ -48,6 +48,7 @@ def recorded(path: Path) -> Recorded:
 
 FAULTY = [recorded(path) for path in sorted(LOGS.glob("*.txt"))]
 HEALTHY = [recorded(path) for path in sorted((LOGS / "healthy").glob("*.txt"))]
+UNSEEN = [recorded(path) for path in sorted((LOGS / "unseen").glob("*.txt"))]
 KNOWN = {rule.id for rule in RULES}
 
 
@@ -89,7 +90,7 @@ def test_nothing_is_found_in_the_logs_that_the_agent_is_tested_on(path: Path) ->
 
 
 def test_every_log_says_where_it_is_from() -> None:
-    for log in (*FAULTY, *HEALTHY):
+    for log in (*FAULTY, *HEALTHY, *UNSEEN):
         assert log.source.startswith(("https://", "recorded with ")), log.name
         assert log.text.strip(), log.name
 
@@ -259,6 +260,21 @@ def test_any_lines_in_any_order_give_a_few_whole_diagnoses(seed: int, count: int
     for one in found:
         assert one.follows is None or one.follows in earlier
         earlier.add(one.rule)
+
+
+# ── logs that no rule was written from ───────────────────────────────────────────────────────────────
+
+
+def test_there_are_five_logs_that_no_rule_was_written_from() -> None:
+    assert len(UNSEEN) == 5
+    assert not {log.source for log in UNSEEN} & {log.source for log in FAULTY}
+
+
+@pytest.mark.parametrize("log", UNSEEN, ids=[log.name for log in UNSEEN])
+def test_what_is_said_of_logs_that_no_rule_was_written_from(log: Recorded) -> None:
+    """Held as it came out when the rules were done, before any was changed for them: two are right (onnx-genai-example,
+    ollama-journal), one names a warning beside the fault (gptq-webui), of two nothing is known."""
+    assert names(diagnose(log.text)) == log.expects
 
 
 # ── checks ───────────────────────────────────────────────────────────────────────────────────────────
