@@ -672,6 +672,38 @@ def check(
 
 
 @cli.command()
+@click.argument("source", required=False, metavar="BUNDLE|CHECK.json|LOG|-")
+@click.option("--symptom", metavar="NAME", help="Answer by name what no log shows (docs/troubleshooting.md).")
+@json_option
+def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
+    """Name cause and cure of a failed check, of a log, or of a bundle that this machine would not carry.
+
+    \b
+    Examples:
+      edgepack doctor server.log
+      journalctl -u edgepack | edgepack doctor -
+      edgepack check out/demo.tar --json | edgepack doctor -
+      edgepack doctor out/demo.tar
+    """
+    from edgepack import doctor as doctors
+
+    if (source is None) == (symptom is None):
+        raise BadInput(
+            "name a bundle, a report, a log or -, or a --symptom", hint="docs/troubleshooting.md lists the symptoms"
+        )
+    if symptom is not None:
+        report = doctors.answer(symptom)
+    elif source == "-":
+        report = doctors.examine(None, sys.stdin.buffer.read().decode("utf-8", "replace"))
+    else:
+        report = doctors.examine(Path(str(source)))
+    if as_json:
+        _print_json(doctors.to_document(report))
+    else:
+        click.echo(doctors.table(report), nl=False)
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")

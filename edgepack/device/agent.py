@@ -2559,6 +2559,7 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     else:
         program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
         app = None
+    say("unpacking the weights")
     model = unpack_weights(bundle, runtime.name, options.work)
     if limited:
         _forget_pages(model)
@@ -2758,7 +2759,6 @@ def unpack_weights(
     Raises Refused for a model that could make its runtime run code, and NoSpace.
     """
     if runtime == LLAMA_CPP:
-        say("unpacking %s" % WEIGHTS)
         return extract(bundle, WEIGHTS, folder, on_bytes)
     wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
     if not wanted:
@@ -2768,7 +2768,6 @@ def unpack_weights(
             raise Refused("the bundle has %s, which no model needs" % path)
     if MODEL + "genai_config.json" in wanted:
         _plain_config(read_document(bundle, MODEL + "genai_config.json"), MODEL + "genai_config.json")
-    say("unpacking %s" % MODEL)
     return os.path.join(_unpacked(bundle, wanted, "model", folder, on_bytes), MODEL.rstrip("/"))
 
 

@@ -179,17 +179,6 @@ def test_a_scheme_names_its_runtime() -> None:
     assert (found["runtime"], found["kv_type"]) == ("onnx-genai", "f32")
 
 
-def test_a_plan_for_another_runtime_is_not_built(tmp_path: Path) -> None:
-    plan = tmp_path / "vllm.json"
-    done = run("plan", "--profile", "rtx-4060-8gb", "--runtime", "vllm", "-o", plan)
-
-    built = run("build", "--plan", plan, "-o", tmp_path)
-
-    assert done.exit_code == 0, done.stderr
-    assert built.exit_code == 11
-    assert "builds llama.cpp bundles only, and the plan is for vllm" in built.stderr
-
-
 def test_probe_reads_a_captured_device(tmp_path: Path) -> None:
     captured = Path(__file__).parents[1] / "captures" / "jetson-orin-nano-8gb"
 
