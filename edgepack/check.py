@@ -763,10 +763,7 @@ def _context(plan: Plan, facts: Facts) -> Iterator[Item]:
 def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
     """One verdict per part that the server reports on its own."""
     for residual in residuals:
-        parts = _named(judged.plan, residual.part)
-        low, high = int(sum(p.low for p in parts)), sum(p.high for p in parts)
-        if residual.part == "weights":
-            low = min(low, judged.plan.memory.part("weights"))
+        low, high = _allowed(judged, residual)
         slack = _slack(judged.facts, residual.part)
         inside = low - slack <= residual.measured <= high + slack
         status: Status = "pass" if inside else "fail"
@@ -778,6 +775,16 @@ def _parts(judged: _Judged, residuals: tuple[Residual, ...]) -> Iterator[Item]:
             measured=f"{show(residual.measured)} ({_difference(residual, slack)})",
             message="" if inside else f"{residual.bytes:+,} bytes from the plan ({residual.provenance})",
         )
+
+
+def _allowed(judged: _Judged, residual: Residual) -> tuple[int, int]:
+    """Bytes that the part may have. A server that counts its tensors must count as many bytes as were planned:
+    intervals are for how much of them is resident."""
+    if judged.facts.served is not None:
+        return residual.predicted, residual.predicted
+    parts = _named(judged.plan, judged.facts, residual.part)
+    low, high = int(sum(p.low for p in parts)), sum(p.high for p in parts)
+    return (min(low, judged.plan.memory.part("weights")), high) if residual.part == "weights" else (low, high)
 
 
 def _difference(residual: Residual, slack: float) -> str:
@@ -1015,17 +1022,24 @@ def _residuals(plan: Plan, facts: Facts, *, same_backend: bool) -> Iterator[Resi
     }
     logged = {name: size for name, size in buffers.items() if _log_lines(facts, name)}
     for name, size in (logged if facts.served is None else facts.served.parts).items():
-        copies = same_backend and facts.served is None
-        parts = _named(plan, name) if copies else _named(plan, name, copies=False)
+        parts = _named(plan, facts, name, copies=same_backend)
         predicted = sum(part.bytes for part in parts)
         if predicted:
             provenance = "exact" if all(part.provenance == "exact" for part in parts) else "fitted"
             yield Residual(part=name, predicted=predicted, measured=size, provenance=provenance)
 
 
-def _named(plan: Plan, name: str, *, copies: bool = True) -> list[Part]:
-    """Parts of the plan that one kind of log line covers: copies of weights are model buffers too."""
-    names = ("weights", "host_copy") if name == "weights" and copies else (name,)
+def _named(plan: Plan, facts: Facts, name: str, *, copies: bool = True) -> list[Part]:
+    """Parts of the plan that one figure of a server covers.
+
+    llama.cpp's copies of weights are model buffers too; another server's weights are its file, with the tables of
+    cosines that lie in it, unless it tells them apart.
+    """
+    names = {name}
+    if name == "weights" and facts.served is None and copies:
+        names.add("host_copy")
+    if name == "weights" and facts.served is not None and "rope_cache" not in facts.served.parts:
+        names.add("rope_cache")
     return [part for part in plan.memory.parts if part.name in names]
 
 
