@@ -1095,7 +1095,7 @@ RUNTIMES: Dict[str, Runtime] = {
             **_flags(_NAME, "--alias -a"),
         },
         lists=frozenset(),
-        environment=re.compile(r"(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
+        environment=re.compile(r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
         inherits_not="LLAMA_",
         slots="--parallel",
         address_space=ADDRESS_SPACE,
