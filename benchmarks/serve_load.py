@@ -1,0 +1,250 @@
+"""Loads a server with concurrent streaming clients, some of which leave: refusals, errors, latency, memory.
+
+    python benchmarks/serve_load.py --clients 32 --seconds 120 --leaving 0.25 --model NAME -- \\
+        python -m edgepack.server --engine onnx-genai --model FOLDER --ctx-size 2048 --parallel 2 \\
+        --port {port} --api-key-file {key}
+
+Starts the command after `--`, with a free port for {port} and a file with a new key for {key}, waits for /health,
+and counts the memory of the process and all its children. A refusal is a 429; its client waits as long as it was
+told and asks again. Anything else that is not an answer is an error. Exit status 1 if there was one, or if
+requests are still in slots or queue when all clients have gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import secrets
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "a",
+    "to",
+    "in",
+    "is",
+    "was",
+    "he",
+    "for",
+    "it",
+    "with",
+    "as",
+    "his",
+    "on",
+    "be",
+    "at",
+)
+MIB = 1 << 20
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the clients saw."""
+
+    done: int = 0
+    left: int = 0
+    tokens: int = 0
+    refused: Counter[int] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)
+
+
+async def client(
+    api: openai.AsyncOpenAI, options: argparse.Namespace, seed: int, seen: Seen, end: float
+) -> None:
+    """Asks until the end, one request after another."""
+    chance = random.Random(seed)
+    while time.monotonic() < end:
+        leaves = chance.random() < options.leaving
+        prompt = " ".join(chance.choices(WORDS, k=chance.randint(1, options.words)))
+        most = chance.randint(1, options.tokens)
+        try:
+            await request(api, options.model, prompt, most, seen, chance.randint(0, most) if leaves else None)
+        except openai.RateLimitError as refused:
+            seen.refused[refused.status_code] += 1
+            await asyncio.sleep(
+                float(refused.response.headers.get("retry-after", "1")) * chance.uniform(0.5, 1)
+            )
+        except openai.APIError as error:
+            seen.errors[f"{type(error).__name__}: {error}"[:200]] += 1
+            await asyncio.sleep(0.5)
+
+
+async def request(
+    api: openai.AsyncOpenAI, model: str, prompt: str, most: int, seen: Seen, leaves_after: int | None
+) -> None:
+    """One streamed completion; a client that leaves does so after so many chunks, at 0 before the first."""
+    asked = time.perf_counter()
+    creating = api.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=most,
+        temperature=0.8,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    if leaves_after == 0:
+        try:
+            stream = await asyncio.wait_for(creating, 0.05)
+        except asyncio.TimeoutError:
+            seen.left += 1
+            return
+    else:
+        stream = await creating
+    async with stream:
+        last, count = asked, 0
+        async for chunk in stream:
+            if not chunk.choices or not chunk.choices[0].text:
+                continue
+            now = time.perf_counter()
+            (seen.between if count else seen.first).append(now - last)
+            last, count = now, count + 1
+            seen.tokens += 1
+            if count == leaves_after:
+                seen.left += 1
+                return
+    seen.done += 1
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of a process and its children that are in memory."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            total += one.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return total
+
+
+async def watch(process: psutil.Process, seen: Seen) -> None:
+    while True:
+        seen.memory.append((time.monotonic(), resident(process)))
+        await asyncio.sleep(0.5)
+
+
+async def load(options: argparse.Namespace, port: int, key: str, process: psutil.Process, seen: Seen) -> bool:
+    """All clients to the end; whether the server then had nothing left in slots and queue."""
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1",
+        api_key=key,
+        max_retries=0,
+        timeout=options.seconds + 60,
+    ) as api:
+        for _ in range(options.warm):  # first requests fill caches of libraries; what is measured is growth
+            await request(api, options.model, " ".join(WORDS * 8)[: options.words * 3], 8, Seen(), None)
+        watcher = asyncio.ensure_future(watch(process, seen))
+        end = time.monotonic() + options.seconds
+        await asyncio.gather(*(client(api, options, seed, seen, end) for seed in range(options.clients)))
+        await asyncio.sleep(2)
+        watcher.cancel()
+    return idle(port, key)
+
+
+def idle(port: int, key: str) -> bool:
+    page = httpx.get(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+    lines = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    return (
+        float(lines.get("edgepack_requests_running", 0)) == float(lines.get("edgepack_queue_depth", 0)) == 0
+    )
+
+
+def report(options: argparse.Namespace, seen: Seen, was_idle: bool) -> dict[str, object]:
+    memory = [count / MIB for _, count in seen.memory]
+    quarter = max(1, len(memory) // 4)
+    return {
+        "clients": options.clients,
+        "seconds": options.seconds,
+        "answered": seen.done,
+        "left": seen.left,
+        "refused": dict(seen.refused),
+        "errors": dict(seen.errors),
+        "chunks_per_second": round(seen.tokens / options.seconds, 1),
+        "first_token_ms": percentiles(seen.first),
+        "between_tokens_ms": percentiles(seen.between),
+        "rss_mib": {
+            "start": round(memory[0], 1),
+            "first_quarter": round(statistics.mean(memory[:quarter]), 1),
+            "last_quarter": round(statistics.mean(memory[-quarter:]), 1),
+            "peak": round(max(memory), 1),
+            "end": round(memory[-1], 1),
+        },
+        "idle_at_end": was_idle,
+    }
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    if len(seconds) < 2:
+        return {}
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {name: round(1000 * cuts[at - 1], 2) for name, at in (("p50", 50), ("p95", 95), ("p99", 99))}
+
+
+def wait_for(port: int, process: subprocess.Popen[bytes], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            sys.exit(f"the server ended with {process.returncode}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:  # it does not listen yet
+            time.sleep(0.2)
+    sys.exit(f"the server was not ready after {seconds} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument(
+        "--leaving", type=float, default=0, help="share of requests whose client leaves early"
+    )
+    parser.add_argument("--model", required=True, help="the server's alias")
+    parser.add_argument("--words", type=int, default=40, help="words of a prompt at most")
+    parser.add_argument("--tokens", type=int, default=32, help="max_tokens at most")
+    parser.add_argument("--warm", type=int, default=8, help="requests before memory is read")
+    parser.add_argument("--start-seconds", type=float, default=120)
+    parser.add_argument("command", nargs="+")
+    options = parser.parse_args()
+    key = secrets.token_urlsafe(24)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "key"
+        path.write_text(key, encoding="ascii")
+        command = [word.replace("{port}", str(port)).replace("{key}", str(path)) for word in options.command]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as server:
+            try:
+                wait_for(port, server, options.start_seconds)
+                seen = Seen()
+                was_idle = asyncio.run(load(options, port, key, psutil.Process(server.pid), seen))
+            finally:
+                server.terminate()
+    print(json.dumps(report(options, seen, was_idle), indent=2))
+    sys.exit(1 if seen.errors or not was_idle else 0)
+
+
+if __name__ == "__main__":
+    main()
