@@ -46,6 +46,16 @@ class Part:
     """Characters of all tokens before these, text that a stop string cut included."""
 
 
+def joined(parts: Sequence[Part]) -> Part:
+    """All parts of an answer as one."""
+    return Part(
+        text="".join(part.text for part in parts),
+        pieces=[piece for part in parts for piece in part.pieces],
+        reason=parts[-1].reason,
+        offset=0,
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Tally:
     """Counts an answer's tokens and times while it comes."""

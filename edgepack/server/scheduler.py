@@ -135,7 +135,8 @@ class Scheduler:
                     last = batch[-1]
                     if isinstance(last, Failed):
                         raise last.refused
-                    self._held[ticket.slot] += sum(isinstance(event, Piece) for event in batch)
+                    if self._running.get(ticket.slot) is ticket:
+                        self._held[ticket.slot] += sum(isinstance(event, Piece) for event in batch)
                     yield batch
                     if isinstance(last, End):
                         return
@@ -197,14 +198,18 @@ class Scheduler:
         if ticket in self._waiting:
             self._waiting.remove(ticket)
 
-    def _free(self, slot: int, held: int) -> None:
-        """A worker is done with what it had."""
+    def _finish(self, slot: int, held: int, last: End | Failed | None) -> None:
+        """A worker is done. Its slot is free before its client hears of the end, so that a next turn finds it."""
+        ticket = self._running.pop(slot)
+        if last is not None:
+            ticket.put(last)
         self._held[slot] = held
-        del self._running[slot]
-        if self._waiting:
-            self._start(slot, self._waiting.popleft())
-        else:
-            self._idle.append(slot)
+        while self._waiting:
+            next_one = self._waiting.popleft()
+            if not next_one.cancelled.is_set():
+                self._start(slot, next_one)
+                return
+        self._idle.append(slot)
 
     def _worker(self, slot: int) -> None:
         while (ticket := self._inboxes[slot].get()) is not None:
@@ -221,10 +226,7 @@ class Scheduler:
                 log.failure("engine_failed", error, slot=slot)
                 refused = Refused(500, "the engine failed; the server's log says why", reason="engine_failed")
                 last = Failed(refused=refused)
-            # The slot is free before its client hears of the end, so that a next turn finds it.
-            self._loop.call_soon_threadsafe(self._free, slot, len(ticket.work.prompt) + count)
-            if last is not None:
-                ticket.hand_over(last)
+            self._loop.call_soon_threadsafe(self._finish, slot, len(ticket.work.prompt) + count, last)
 
 
 class _Ticket:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 from . import VERSION, metrics
-from .answers import DONE, AsChat, AsCompletion, Names, Part, Shape, Tally, Wanted, ended
+from .answers import DONE, AsChat, AsCompletion, Names, Part, Shape, Tally, Wanted, ended, joined
 from .engines import Engine, Sampling
 from .guard import Exchange, State
 from .metrics import Gauge, Metrics
@@ -244,11 +244,11 @@ class Serving:
             self.metrics.request.observe(time.perf_counter() - one.arrived)
 
     async def _whole(self, loaded: _Loaded, work: Work, one: Exchange, tally: Tally) -> Part:
-        happened: list[Event] = []
+        parts = []
         async with aclosing(self.events(loaded, work, one)) as events:
             async for batch in events:
-                happened.extend(batch)
-        return tally.part(happened)
+                parts.append(tally.part(batch))
+        return joined(parts)
 
     async def _rendered(self, messages: Sequence[Message], loaded: _Loaded, one: Exchange) -> list[int]:
         plain = [message.plain() for message in messages]
