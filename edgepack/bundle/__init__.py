@@ -285,8 +285,10 @@ def app_layers() -> tuple[oci.Layer, ...]:
 
 def requirements(plan: Plan) -> str:
     """requirements.txt: what a Python on the device needs to run the plan's server, or the front of one that is none."""
-    names = runtimes.named(plan.runtime).MODULES and plan.runtime or "front"
-    return (APP / "requirements" / f"{names}.txt").read_text(encoding="utf-8")
+    runs_in_python = bool(runtimes.named(plan.runtime).MODULES)
+    names = (f"{plan.runtime}-{plan.profile.backend}", plan.runtime) if runs_in_python else ("front",)
+    places = (APP / "requirements" / f"{name}.txt" for name in names)
+    return next(place for place in places if place.is_file()).read_text(encoding="utf-8")
 
 
 def _file_layer(filepath: str, kind: oci.Kind, path: Path) -> oci.Layer:
