@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,11 +48,11 @@ ANSWER = 16 << 20
 LINE = 1 << 20
 """Bytes of one line of a stream that are looked at for its numbers; longer ones pass unread."""
 
-GENERATES = frozenset({"completions", "chat/completions", "responses", "embeddings"})
-"""Paths under /v1 that take a place; others are answered at once."""
 PATH = re.compile(r"(?!.*\.\.)[A-Za-z0-9_./:-]{1,512}")
 KEPT = frozenset({b"content-type", b"cache-control", b"retry-after", b"content-length"})
 """Headers of an answer that are passed on; the others belong to its connection."""
+
+T = TypeVar("T", bound=BaseModel)
 
 RUNTIMES = {"llamacpp": "llama.cpp", "vllm": "vllm"}
 """Who a server says it is, in owned_by of /v1/models."""
@@ -147,20 +147,18 @@ class Front:
         """The article's, over the server's own chat completions."""
         one.session_id = asked.session_id
         deadline = one.arrived + self.terms.timeout
-        async with self.gate.enter(one.client, deadline):
-            wanted = {
-                "messages": [message.plain() for message in asked.messages],
-                "temperature": asked.temperature,
-                "max_tokens": await self._room(asked),
-                "stream": False,
-            }
-            status, body = await self._whole("/v1/chat/completions", wanted)
-        if status != 200:
-            raise Refused(status, _said(body), reason="upstream")
         try:
-            answer = _ChatCompletion.model_validate_json(body)
-        except ValidationError as error:
-            raise Refused(502, "the server behind gave no chat completion", reason="upstream") from error
+            async with self.gate.enter(one.client, deadline):
+                wanted = {
+                    "messages": [message.plain() for message in asked.messages],
+                    "temperature": asked.temperature,
+                    "max_tokens": await self._room(asked),
+                    "stream": False,
+                }
+                answer = await self._post("/v1/chat/completions", wanted, _ChatCompletion)
+        except ClientGone:
+            self.metrics.aborted.add()
+            raise
         choice = answer.choices[0]
         numbers = Numbers(self, one)
         numbers.usage = answer.usage
@@ -181,10 +179,7 @@ class Front:
         if (await self.identity()).runtime != "vllm":
             return most
         wanted = {"messages": [message.plain() for message in asked.messages]}
-        status, body = await self._whole("/tokenize", wanted)
-        if status != 200:
-            raise Refused(status, _said(body), reason="upstream")
-        counted = _Counted.model_validate_json(body)
+        counted = await self._post("/tokenize", wanted, _Counted)
         return max(1, min(most, counted.max_model_len - counted.count))
 
     def check(self, body: bytes, one: Exchange) -> None:
@@ -206,16 +201,28 @@ class Front:
                     code="context_length_exceeded",
                 )
 
-    async def _whole(self, target: str, body: object) -> tuple[int, bytes]:
-        encoded = json.dumps(body).encode("ascii")
-        async with self.ask("POST", target, encoded) as reply:
-            return reply.status, await reply.whole(ANSWER)
+    async def _post(self, target: str, asked: object, answer: type[T]) -> T:
+        """What the server behind answers. Raises Refused with its own status and words where it refuses."""
+        async with self.ask("POST", target, json.dumps(asked).encode("ascii")) as reply:
+            body = await reply.whole(ANSWER)
+        if reply.status != 200:
+            raise Refused(reply.status, _said(body), reason="upstream")
+        try:
+            return answer.model_validate_json(body)
+        except ValidationError as error:
+            message = f"the server behind does not answer {target} as it should"
+            raise Refused(502, message, reason="upstream") from error
 
     @asynccontextmanager
     async def ask(self, method: str, target: str, body: bytes | None = None) -> AsyncGenerator[Reply, None]:
-        """A request to the server behind. Raises Refused: 503 where it cannot be reached, 502 where it broke off."""
+        """A request to the server behind.
+
+        Raises Refused: 503 where it cannot be reached, 502 where it broke off or does not take our key.
+        """
         try:
             async with self.upstream.ask(method, target, body) as reply:
+                if reply.status == 401:  # passed on, it would blame a key that this front has just accepted
+                    raise Refused(502, "the server behind does not take this front's key", reason="upstream")
                 yield reply
         except Unreachable as error:
             raise _unreachable(error) from error
@@ -290,8 +297,8 @@ class Numbers:
         if len(self._rest) > LINE:
             self._rest = b""
         for line in lines:
-            if line.startswith(b"data: {"):
-                self._object(line[6:])
+            if line.startswith(b"data:") and line[5:7].lstrip().startswith(b"{"):
+                self._object(line[5:])
 
     def whole(self, body: bytes) -> None:
         self._object(body)
@@ -305,7 +312,7 @@ class Numbers:
             self._front.no_usage.add()
             return
         one.prompt_tokens, one.completion_tokens = self.usage.prompt_tokens, self.usage.completion_tokens
-        one.cached_tokens = self.usage.prompt_tokens_details.cached_tokens
+        one.cached_tokens = self.usage.cached
         totals.prompt_tokens.add(one.prompt_tokens)
         totals.cached_tokens.add(one.cached_tokens)
         totals.generation_tokens.add(one.completion_tokens)
@@ -319,9 +326,9 @@ class Numbers:
             self.usage = answer.usage
         elif answer.timings is not None:
             self.usage = answer.timings.usage()
-        for choice in answer.choices:
+        for choice in answer.choices or ():
             self.reason = choice.finish_reason or self.reason
-            if choice.text or choice.delta.content or choice.delta.reasoning_content:
+            if choice.says:
                 self._token()
 
     def _token(self) -> None:
@@ -336,15 +343,13 @@ class Numbers:
 
 
 class Passed(Response):
-    """An answer of the server behind, byte for byte."""
+    """An answer of the server behind, byte for byte. What has a body takes a place."""
 
-    def __init__(
-        self, front: Front, method: str, target: str, body: bytes | None, *, takes_place: bool
-    ) -> None:
+    def __init__(self, front: Front, method: str, target: str, body: bytes | None) -> None:
         self.background = None
         self._front = front
         self._ask = method, target, body
-        self._takes_place = takes_place
+        self._takes_place = body is not None
         self._begun: Literal["no", "stream", "whole"] = "no"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -421,14 +426,13 @@ def application(front: Front) -> FastAPI:
 
     @app.get("/v1/{rest:path}", responses=passed, response_model=None)
     async def read(rest: str, request: Request) -> Response:
-        return Passed(front, "GET", _target(request), None, takes_place=False)
+        return Passed(front, "GET", _target(request), None)
 
     @app.post("/v1/{rest:path}", responses=passed, response_model=None)
     async def write(rest: str, request: Request) -> Response:
         body = await request.body()
-        if rest in GENERATES:
-            front.check(body, exchange(request))
-        return Passed(front, "POST", _target(request), body, takes_place=rest in GENERATES)
+        front.check(body, exchange(request))
+        return Passed(front, "POST", _target(request), body)
 
     return app
 
@@ -455,13 +459,18 @@ class _Asked(_Loose):
 
 
 class _Details(_Loose):
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
 
 
 class _Usage(_Loose):
     prompt_tokens: int
     completion_tokens: int = 0
-    prompt_tokens_details: _Details = _Details()
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def cached(self) -> int:
+        details = self.prompt_tokens_details
+        return 0 if details is None or details.cached_tokens is None else details.cached_tokens
 
 
 class _Timings(_Loose):
@@ -486,12 +495,17 @@ class _Delta(_Loose):
 
 class _Choice(_Loose):
     text: str | None = None
-    delta: _Delta = _Delta()
+    delta: _Delta | None = None
     finish_reason: str | None = None
+
+    @property
+    def says(self) -> bool:
+        """Whether a chunk carries text."""
+        return bool(self.text or (self.delta and (self.delta.content or self.delta.reasoning_content)))
 
 
 class _Answer(_Loose):
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     timings: _Timings | None = None
 

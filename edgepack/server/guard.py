@@ -30,7 +30,7 @@ ENDPOINTS = frozenset(
 OPEN = frozenset({"/health"})
 """Asked without a key."""
 QUIET = frozenset({"/health", "/metrics"})
-"""Asked every few seconds by machines: logged only when they fail."""
+"""Asked every few seconds by machines: logged only when they fail, and not because the model still loads."""
 
 BESIDE = 8
 """Requests with a body that may be read beside those in slots and queue; more would only take memory."""
@@ -263,7 +263,7 @@ class Guard:
         self._metrics.requests.add(endpoint=endpoint, status=str(status))
         if one.refused is not None:
             self._metrics.refused.add(reason=one.refused)
-        if endpoint in QUIET and status < 400:
+        if endpoint in QUIET and (status < 400 or self._state() != "ok"):
             return
         log.event(
             "request",

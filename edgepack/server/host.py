@@ -110,6 +110,9 @@ def _begin(
     if isinstance(error, CannotLoad):
         log.event("cannot_load", message=error.message, hint=error.hint)
         return EXIT_ENGINE
+    if isinstance(error, ModuleNotFoundError):
+        log.event("cannot_load", message=str(error), hint="this Python needs what requirements.txt names")
+        return EXIT_ENGINE
     if error is not None:
         log.failure("cannot_load", error)
         return EXIT_ENGINE

@@ -265,6 +265,19 @@ def test_the_key_is_the_fronts_and_the_others_is_not_told(api: Api) -> None:
     assert api("GET", "/v1/models").status == 200
 
 
+def test_a_wrong_key_for_the_server_behind_is_not_the_clients_fault(behind: Api, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text("wrong", encoding="ascii")
+    with front(tmp_path, behind.port, "--upstream-key-file", str(wrong)) as one:
+        answers = [
+            one.api("POST", "/v1/completions", {"prompt": "a"}),
+            one.api("POST", "/chat", {"messages": [{"role": "user", "content": "a"}]}),
+        ]
+
+    assert [answer.status for answer in answers] == [502, 502]
+    assert "does not take this front's key" in answers[0].json["error"]["message"]
+
+
 def test_refusals_of_the_server_behind_pass_as_they_are(api: Api, behind: Api) -> None:
     wrong = {"prompt": "a", "surprise": 1}
 
