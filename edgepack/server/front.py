@@ -398,12 +398,21 @@ class Passed(Response):
         await send(_body(b"", more=False))
 
 
+ANY_OBJECT = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"type": "object"}}},
+        "description": "what the server behind takes; checked here is what decides how much it takes",
+    }
+}
+
+
 def application(front: Front) -> FastAPI:
     """The routes before another server."""
     app = bare("edgepack_server front")
     passed: Responses = {
         200: {"description": "as the server behind answers", "content": {"application/json": {}, EVENTS: {}}},
-        **{status: {"model": ErrorAnswer} for status in (400, 401, 408, 413, 429, 500, 502, 503, 504)},
+        **{status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 500, 502, 503, 504)},
     }
 
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}}, response_model=None)
@@ -424,15 +433,18 @@ def application(front: Front) -> FastAPI:
     async def chat(asked: ChatRequest, request: Request) -> Response:
         return as_json(await front.chat(asked, exchange(request)))
 
-    @app.get("/v1/{rest:path}", responses=passed, response_model=None)
-    async def read(rest: str, request: Request) -> Response:
-        return Passed(front, "GET", _target(request), None)
-
-    @app.post("/v1/{rest:path}", responses=passed, response_model=None)
-    async def write(rest: str, request: Request) -> Response:
+    async def passing(request: Request) -> Response:
+        if request.method == "GET":
+            return Passed(front, "GET", _target(request), None)
         body = await request.body()
         front.check(body, exchange(request))
         return Passed(front, "POST", _target(request), body)
+
+    app.get("/v1/models", responses=passed, response_model=None)(passing)
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        app.post(path, responses=passed, response_model=None, openapi_extra=ANY_OBJECT)(passing)
+    everything = app.api_route("/v1/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+    everything(passing)
 
     return app
 
