@@ -1155,7 +1155,7 @@ def check(
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="check-", dir=cache) as folder:
         place = Path(folder)
-        program, notes = _agent(found, place, verified=verified, foreign=arch != here)
+        program, notes = _agent(found, place, verified=verified, foreign=own and arch != here)
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
         words += ["--work", work or place / "work"]
         words += ["--server", server] if server is not None else []
@@ -1167,7 +1167,7 @@ def check(
         words += ["--emulator", emulator] if emulator is not None else []
         finished = run(words, check=False, on_line=progress.step)
         if finished.returncode not in (0, 5):
-            raise _broken(finished.returncode, finished.stdout)
+            raise _broken(finished.returncode, finished.stdout, plan.runtime)
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
     if own and not emulate and carried and arch != here and toolchain.find_emulator(arch) is not None:
         notes = (*notes, f"--emulate runs the bundle's own {arch} server here, under QEMU")
@@ -1206,9 +1206,14 @@ def _emulator(arch: Arch, here: str) -> Path:
     return found
 
 
-def _broken(status: int, output: str) -> EdgepackError:
+def _broken(status: int, output: str, runtime: str = llama_cpp.NAME) -> EdgepackError:
     """The error of an agent that ended without facts: nothing was measured, so it is no failed check."""
     tail = output.strip().splitlines()[-1:] or ["it said nothing"]
+    if status == 7 and runtime != llama_cpp.NAME:
+        return MissingTool(
+            f"the agent ended with status 7: {tail[0]}",
+            hint="name a Python that can run it with --server PATH",
+        )
     raises = _RAISES.get(status, EdgepackError)
     return raises(f"the agent ended with status {status}: {tail[0]}")
 

@@ -260,3 +260,11 @@ def test_our_own_server_has_the_name_that_bundles_give_it(
     folder = toolchain.app_in(tmp_path / "app")
 
     assert (folder / "edgepack_server" / "__main__.py").is_file()
+
+
+def test_a_program_that_is_missing_on_the_device_is_a_python_here() -> None:
+    error = check._broken(7, "missing: python3 has no torch", "transformers")
+
+    assert isinstance(error, MissingTool)
+    assert error.hint == "name a Python that can run it with --server PATH"
+    assert "toolchain" in (check._broken(7, "missing: no llama-server").hint or "")
