@@ -2743,11 +2743,9 @@ def lacks(program: str, modules: Sequence[str]) -> List[str]:
     return words[1:]
 
 
-_DATA = re.compile(
-    r"(?:[^.]+|.*\.(?:json|safetensors|onnx|data|txt|model|jinja|md|csv|tiktoken|gguf|yaml|yml))\Z"
-)
+_DATA = re.compile(r"(?:[^.]+|.*\.(?:json|safetensors|onnx|data|txt|model|jinja|md|csv|tiktoken))\Z")
 """Names of files that a model's folder may hold: no pickle and nothing that is run or loaded as code."""
-_LOADS = re.compile(r"librar|_libs?\b|path|plugin|backend|dll", re.I)
+_LOADS = re.compile(r"librar|_libs?\b|path|plugin|backend|dll|profil|_dir\b", re.I)
 """Fields of genai_config.json that make ONNX Runtime load another library, or write somewhere."""
 
 
@@ -2772,7 +2770,7 @@ def unpack_weights(
 
 
 def _plain_config(value: Any, where: str) -> None:
-    """Refuses a genai_config.json with a field that names a library or a path."""
+    """Refuses a genai_config.json with a field that names a library, or a value that is a path."""
     if isinstance(value, list):
         for inner in value:
             _plain_config(inner, where)
@@ -2780,9 +2778,9 @@ def _plain_config(value: Any, where: str) -> None:
         for name, inner in value.items():
             if _LOADS.search(name):
                 raise Refused("%s has the field %r, which a bundle may not" % (where, _shown(name)))
-            if name == "filename" and not (isinstance(inner, str) and re.match(r"[\w.-]+\Z", inner)):
-                raise Refused("%s names a file outside its folder" % where)
             _plain_config(inner, where)
+    if isinstance(value, str) and re.search(r"[/\\]", value):
+        raise Refused("%s names the path %r, which a bundle may not" % (where, _shown(value)))
 
 
 def _unpacked(

@@ -302,8 +302,10 @@ def test_disk_is_asked_for_all_that_is_unpacked(tmp_path: Path) -> None:
         ),
         ({"genai_config__json": '{"p": [{"QNN": {"backend_path": "x"}}]}'}, "backend_path"),
         ({"genai_config__json": '{"a": [[{"ep_library": "x"}]]}'}, "ep_library"),
-        ({"genai_config__json": '{"a": {"filename": "../x.onnx"}}'}, "outside its folder"),
-        ({"genai_config__json": '{"a": {"filename": ["x"]}}'}, "outside its folder"),
+        ({"genai_config__json": '{"a": {"filename": "../x.onnx"}}'}, "names the path"),
+        ({"genai_config__json": '{"a": [{"ep.context": ["C:\\\\x"]}]}'}, "names the path"),
+        ({"genai_config__json": '{"session_options": {"enable_profiling": "x"}}'}, "enable_profiling"),
+        ({"genai_config__json": '{"cuda": {"cache_dir": "x"}}'}, "cache_dir"),
     ],
 )
 def test_a_model_that_could_make_its_runtime_run_code_is_refused(
