@@ -1647,8 +1647,8 @@ class Meter:
     """Samples a process ten times a second, with ``tree`` all processes of its session; all readings in bytes.
 
     RSS counts a page once for each process that has it mapped (two of PyTorch share hundreds of MB of libraries):
-    what several processes share is measured every SHARED_SECONDS, since that walks their page tables, and taken off
-    the highest sum since.
+    what several processes share is measured when there is one more or less, and every SHARED_SECONDS, since that walks
+    their page tables, and taken off the highest sum since.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], weights: int, *, tree: bool = False) -> None:
@@ -1711,21 +1711,32 @@ class Meter:
             self._look()
         return list(self._members)
 
-    def _look(self) -> None:
-        self._looked = time.monotonic()
-        if self._tree:
-            own = self._process.pid
-            self._members = [own, *(pid for pid in _session(own) if pid != own)]
-            self.most_processes = max(self.most_processes, len(self._members))
-
     def take_together(self) -> None:
-        """Settles the highest sum since the last time, less what is counted more than once in it."""
+        """Brings what several processes held at most up to this moment."""
         self._look()
-        members = self.members()
-        if len(members) > 1:
-            self.shared = _counted_again(members)
-            highest = max(self._highest, self.now().get("VmRSS", 0))
-            self.peak_together = max(self.peak_together or 0, highest - (self.shared or 0))
+        self._highest = max(self._highest, self.now().get("VmRSS", 0))
+        self._settle()
+
+    def _look(self) -> None:
+        """Finds the processes there are; those before are settled, since sums belong to one set of them."""
+        self._looked = time.monotonic()
+        own = self._process.pid
+        found = [own, *(pid for pid in _session(own) if pid != own)] if self._tree else [own]
+        if found != self._members:
+            self._settle()
+            self._members = found
+            self.most_processes = max(self.most_processes, len(found))
+            self.shared = _counted_again(found) if len(found) > 1 else None
+
+    def _settle(self) -> None:
+        """Takes what is counted more than once off the highest sum since the last time.
+
+        The more of it then and now: a process that was just forked shares all that it has, and later hardly any.
+        """
+        if len(self._members) > 1:
+            before, self.shared = self.shared, _counted_again(self._members)
+            again = max(before or 0, self.shared or 0)
+            self.peak_together = max(self.peak_together or 0, self._highest - again)
         self._highest = 0
         self._shared_at = time.monotonic()
 
@@ -1739,7 +1750,7 @@ class Meter:
             self.peak_file = max(self.peak_file, reading.get("RssFile", 0))
             self._highest = max(self._highest, reading["VmRSS"])
             if self._tree and time.monotonic() - self._shared_at > SHARED_SECONDS:
-                self.take_together()
+                self._settle()
             available = _meminfo().get("MemAvailable")
             if available is not None:
                 self.lowest_available = min(available, self.lowest_available or available)
