@@ -1,20 +1,27 @@
-# A host that builds bundles. Not built by this project's tests; the base image's digest is unknown: not verified.
-FROM docker.io/library/python:3.12-slim-bookworm
+# A host that builds bundles: edgepack, its toolchain, a cross compiler, the signer and the reader of bundles.
+# Which bases were verified, and where: docker/README.md.
+ARG DEBIAN=docker.io/library/debian:bookworm-20260803-slim@sha256:abd67ffcfa541b485a3dff59865ab629aa048a6c613e639d36e7456b0b229241
+ARG SNAPSHOT=20261120T000000Z
 
-# The compilers of the toolchain (the second for bundles with a server for aarch64), the signer, the reader of bundles.
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends \
-        build-essential g++-aarch64-linux-gnu openssh-client skopeo \
-    && rm -rf /var/lib/apt/lists/*
-
+FROM ${DEBIAN} AS tools
+ARG SNAPSHOT
+# The second compiler is for bundles that carry a server for aarch64.
+RUN --mount=type=bind,source=docker/apt-install.sh,target=/mnt/apt-install.sh \
+    sh /mnt/apt-install.sh ca-certificates g++ g++-aarch64-linux-gnu openssh-client python3-venv skopeo
+COPY docker/requirements-build-host.txt /requirements.txt
+RUN python3 -m venv /opt/edgepack \
+    && /opt/edgepack/bin/pip install --no-cache-dir --no-deps --only-binary :all: --require-hashes \
+        --requirement /requirements.txt
 COPY . /src
-RUN pip install --no-cache-dir "/src[build]" && rm -rf /src
-
-RUN useradd --create-home --shell /usr/sbin/nologin edgepack
-USER edgepack
+RUN /opt/edgepack/bin/pip install --no-cache-dir --no-deps --no-build-isolation /src \
+    && useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin edgepack
+ENV PATH=/opt/edgepack/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+USER 10001:10001
 WORKDIR /home/edgepack
-# Compiled once, into the image: about four minutes on two cores.
-RUN edgepack toolchain install
-
 ENTRYPOINT ["edgepack"]
 CMD ["--help"]
+
+FROM tools
+# Compiled once, into the image: about four minutes on two cores.
+RUN edgepack toolchain install
+USER 10001:10001

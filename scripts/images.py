@@ -1,0 +1,434 @@
+"""Builds the images of docker/ and starts them where there is neither a container engine nor an image registry.
+
+    python scripts/images.py build TARGET...          targets of docker/bake.json; as root, on Debian
+    python scripts/images.py start TARGET BUNDLE      what the bundle's compose.yaml would start, until it answers
+    python scripts/images.py test [TARGET...]         both, with bundles of the built-in model made for it
+
+The base is Debian's own root file system made by debootstrap, the builder is buildah without namespaces. A server is
+started as compose would: read-only root, /tmp in memory, the bundle read-only at /bundle, user 10001 without
+capabilities, a network of its own; asked for its health by the compose file's own check, then for a completion. Only
+the number of threads is another where the plan's device has more cores than this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import yaml
+
+from edgepack import toolchain
+from edgepack.progress import Silent
+
+ROOT = Path(__file__).parents[1]
+BASE = "localhost/edgepack/debian:bookworm"
+STATIC = "localhost/edgepack/llama-server-static:here"
+SUITE = "bookworm"
+ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
+TESTED = {
+    "llama-server-cpu": "llama.cpp",
+    "edgepack-server-onnx-genai": "onnx-genai",
+    "edgepack-server-transformers": "transformers",
+}
+"""Targets that run on a CPU, and the runtime whose bundles they serve."""
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PORT = 8080
+START_SECONDS = 180
+UID = 10001
+
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 24, 38
+
+
+class Target(TypedDict, total=False):
+    """A target of docker/bake.json."""
+
+    dockerfile: str
+    tags: list[str]
+    platforms: list[str]
+    args: dict[str, str]
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("/var/tmp/edgepack-images"), help="where images lie"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="build targets of docker/bake.json for this machine")
+    build.add_argument("targets", nargs="+")
+    build.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at once")
+    build.add_argument(
+        "--static",
+        action="store_true",
+        help="llama-server as edgepack's toolchain built it, not compiled again",
+    )
+    start = commands.add_parser("start", help="start an image with a bundle, and ask it")
+    start.add_argument("target")
+    start.add_argument("bundle", type=Path, help="a bundle file, or the folder of an unpacked one")
+    test = commands.add_parser("test", help="build images and bundles, and start each")
+    test.add_argument(
+        "targets", nargs="*", default=list(TESTED), help=f"of {', '.join(TESTED)} (default: all)"
+    )
+    test.add_argument(
+        "--compile", action="store_true", help="llama.cpp inside the image, not the toolchain's"
+    )
+    inside = commands.add_parser("inside")
+    inside.add_argument("request", type=Path)
+    asked = parser.parse_args(words)
+    if asked.command == "inside":
+        serve(json.loads(asked.request.read_text(encoding="utf-8")))
+        return
+    asked.work.mkdir(parents=True, exist_ok=True)
+    if asked.command == "test":
+        test_targets(asked.targets, asked.work, static=not asked.compile)
+    elif asked.command == "build":
+        ensure_base(asked.work)
+        for name in asked.targets:
+            build_target(name, asked.work, jobs=asked.jobs, static=asked.static)
+    else:
+        start_target(asked.target, asked.bundle, asked.work)
+
+
+def targets() -> dict[str, Target]:
+    """The targets of docker/bake.json by name."""
+    document = json.loads((ROOT / "docker" / "bake.json").read_text(encoding="utf-8"))
+    found: dict[str, Target] = document["target"]
+    return found
+
+
+def ensure_base(work: Path) -> None:
+    """Makes the base image out of Debian's packages unless it is there; what this machine trusts, it trusts."""
+    if buildah(work, "images", "--quiet", "--filter", f"reference={BASE}", capture=True):
+        return
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        root = Path(folder) / "root"
+        run("debootstrap", "--variant=minbase", SUITE, str(root))
+        run("chroot", str(root), "apt-get", "clean")
+        own = Path("/usr/local/share/ca-certificates")
+        shutil.copytree(own, root / "usr/local/share/ca-certificates", dirs_exist_ok=True)
+        for name in ("sources.list", "sources.list.d"):
+            place = Path("/etc/apt") / name
+            if place.is_file():
+                shutil.copyfile(place, root / "etc/apt" / name)
+        container = buildah(work, "from", "scratch", capture=True)
+        buildah(work, "add", "--quiet", container, str(root), "/")
+        buildah(work, "config", "--cmd", "bash", "--env", f"PATH={PATH}", container)
+        buildah(work, "commit", "--quiet", "--rm", container, BASE)
+    say(f"base {BASE} made of {SUITE}")
+
+
+def build_target(name: str, work: Path, *, jobs: int, static: bool = False) -> None:
+    """Builds one target for this machine's architecture, on the base made here and from today's packages.
+
+    ``static``: with the llama-server that edgepack's toolchain built. Wheels in a folder that pip is told of
+    (PIP_FIND_LINKS) take the place of further indexes.
+    """
+    target = targets()[name]
+    platform = ARCHITECTURES[os.uname().machine]
+    if platform not in target["platforms"]:
+        sys.exit(f"{name} is for {', '.join(target['platforms'])}; this machine is {platform}")
+    args = target.get("args", {})
+    if "BUILD" in args:
+        sys.exit(f"{name} stands on {args['BUILD'].partition('@')[0]}, which only a registry has")
+    args = {**args, "DEBIAN": BASE, "SNAPSHOT": "", "JOBS": str(jobs)}
+    if static:
+        args["SERVER"] = ensure_static(work)
+    volumes: list[str] = []
+    wheels = os.environ.get("PIP_FIND_LINKS", "")
+    if Path(wheels).is_absolute():
+        args |= {"PIP_FIND_LINKS": "/mnt/wheels", "PIP_EXTRA_INDEX_URL": ""}
+        volumes = ["--volume", f"{wheels}:/mnt/wheels:ro"]
+    known = declared(ROOT / target["dockerfile"])
+    words = [f"--build-arg={key}={value}" for key, value in sorted(args.items()) if key in known]
+    started = time.monotonic()
+    buildah(
+        work, "build", "--format", "docker", "--isolation", "chroot", "--layers", "--pull-never", *words,
+        *volumes, "--file", target["dockerfile"], "--tag", target["tags"][0], ".",
+    )  # fmt: skip
+    size = buildah(work, "images", "--format", "{{.ID}} {{.Size}}", target["tags"][0], capture=True)
+    say(f"{target['tags'][0]}: {size}, built in {time.monotonic() - started:.0f} s")
+
+
+def ensure_static(work: Path) -> str:
+    """An image of nothing but the static llama-server that bundles carry, for COPY --from."""
+    machine: toolchain.Machine = "aarch64" if os.uname().machine == "aarch64" else "x86_64"
+    program = toolchain.static_runtime(machine, Silent())
+    container = buildah(work, "from", "scratch", capture=True)
+    buildah(work, "add", "--quiet", container, str(program), "/build/bin/llama-server")
+    buildah(work, "commit", "--quiet", "--rm", container, STATIC)
+    return STATIC
+
+
+def test_targets(names: Sequence[str], work: Path, *, static: bool) -> None:
+    """Builds each target, a bundle for it, and starts the one with the other."""
+    ensure_base(work)
+    profile = work / "profile.yaml"
+    rows = [{"runtime": TESTED[name], "reference": targets()[name]["tags"][0]} for name in names]
+    device = {"name": "images-test", "extends": "x86-laptop-ddr5", "software": {"images": rows}}
+    profile.write_text(json.dumps(device), encoding="utf-8")
+    for name in names:
+        build_target(name, work, jobs=os.cpu_count() or 1, static=static)
+        words = ("--profile", str(profile), "--model", "demo", "--runtime", TESTED[name])
+        done = subprocess.run(
+            [sys.executable, "-m", "edgepack", "build", *words, "--output", str(work / "bundles")],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+        start_target(name, Path(done.stdout.strip().splitlines()[-1]), work)
+    say(f"{len(names)} images built and started")
+
+
+def declared(dockerfile: Path) -> frozenset[str]:
+    """Names of the build arguments that a Dockerfile has."""
+    text = dockerfile.read_text(encoding="utf-8")
+    return frozenset(re.findall(r"^ARG (\w+)", text, re.MULTILINE))
+
+
+def start_target(name: str, bundle: Path, work: Path) -> None:
+    """Starts the image as the bundle's compose.yaml says, and ends when it has answered; exits 1 if it does not."""
+    image = targets()[name]["tags"][0]
+    container = buildah(work, "from", "--pull-never", image, capture=True)
+    try:
+        root = Path(buildah(work, "mount", container, capture=True))
+        config = json.loads(buildah(work, "inspect", "--type", "image", image, capture=True))["Docker"][
+            "config"
+        ]
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            unpacked = unpack(bundle, Path(folder) / "bundle")
+            key = Path(folder) / "api-key"
+            key.write_text("images-py-key\n", encoding="utf-8")
+            for place in (Path(folder), unpacked, key):
+                os.chown(place, UID, UID)
+            request = Path(folder) / "request.json"
+            request.write_text(
+                json.dumps({"root": str(root), "bundle": str(unpacked), "key": str(key), "config": config}),
+                encoding="utf-8",
+            )
+            run("unshare", "--mount", "--net", "--ipc", sys.executable, __file__, "inside", str(request))
+    finally:
+        buildah(work, "rm", container, capture=True)
+
+
+def unpack(bundle: Path, folder: Path) -> Path:
+    """The folder with the bundle's files under their own names (an unpacked bundle is copied)."""
+    if bundle.is_dir():
+        shutil.copytree(bundle, folder)
+        return folder
+    with tempfile.TemporaryDirectory(dir=folder.parent) as layout:
+        with tarfile.open(bundle) as tar:
+            tar.extractall(layout, filter="data")
+        blobs = Path(layout) / "blobs" / "sha256"
+        index = json.loads((Path(layout) / "index.json").read_text(encoding="utf-8"))
+        manifest = json.loads((blobs / index["manifests"][0]["digest"].partition(":")[2]).read_bytes())
+        for layer in manifest["layers"]:
+            place = folder / layer["annotations"]["org.cncf.model.filepath"]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            (blobs / layer["digest"].partition(":")[2]).rename(place)
+            place.chmod(0o644)
+    return folder
+
+
+# ── inside the namespaces ──
+
+
+def serve(request: Mapping[str, object]) -> None:
+    """Lays the root out as compose does, starts the server in it and asks it."""
+    root, bundle, key = (Path(str(request[name])) for name in ("root", "bundle", "key"))
+    compose = yaml.safe_load((bundle / "compose.yaml").read_text(encoding="utf-8"))
+    service = next(iter(compose["services"].values()))
+    config = request["config"]
+    if not isinstance(config, dict) or not service.get("read_only"):
+        sys.exit("compose.yaml does not ask for a read-only root")
+    loopback_up()
+    lay_out(root, bundle, key)
+    environment = dict(str(pair).split("=", 1) for pair in config["Env"])
+    environment |= {name: plain(value) for name, value in service.get("environment", {}).items()}
+    command = [*service.get("entrypoint", config["Entrypoint"]), *service["command"]]
+    command = with_threads([plain(word) for word in command], os.cpu_count() or 1)
+    say(f"$ {' '.join(command)}")
+    server = start(root, command, environment)
+    try:
+        check = [plain(word) for word in service["healthcheck"]["test"][1:]]
+        seconds = wait_healthy(server, lambda: succeeds(root, check, environment))
+        say(f"healthy after {seconds:.1f} s")
+        say(f"GET /health: {fetch('/health', None)}")
+        body = {"prompt": "Prince Andrew looked up at", "max_tokens": 24, "temperature": 0}
+        answer = json.loads(fetch("/v1/completions", body, key.read_text(encoding="utf-8").strip()))
+        say(f"completion: {answer['choices'][0]['text']!r}")
+        say(f"usage: {answer['usage']}")
+        status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
+        for name in ("Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "VmHWM"):
+            say(next(line for line in status.splitlines() if line.startswith(name)).replace("\t", " "))
+        for place in ("/usr/x", "/bundle/x", "/tmp/x"):
+            written = succeeds(root, ["touch", place], environment)
+            say(f"{place} can be written: {'yes' if written else 'no'}")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        code = server.wait(timeout=30)
+    say(f"ended by SIGTERM with status {code}")
+
+
+def lay_out(root: Path, bundle: Path, key: Path) -> None:
+    """The mounts of the compose file; all of them end with this process."""
+    mount("none", "/", _MS_REC | _MS_PRIVATE)
+    mount(root, root, _MS_BIND | _MS_REC)
+    secret = root / "run/secrets/edgepack-api-key"
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.touch()
+    (root / "bundle").mkdir(exist_ok=True)
+    bind(bundle, root / "bundle")
+    bind(key, secret)
+    mount("proc", root / "proc", 0, kind="proc")
+    for name in ("null", "zero", "random", "urandom"):
+        place = root / "dev" / name
+        place.touch()
+        mount(Path("/dev") / name, place, _MS_BIND)
+    mount("tmpfs", root / "tmp", 0, kind="tmpfs", data="mode=1777,size=64m")
+    mount("none", root, _MS_REMOUNT | _MS_BIND | _MS_RDONLY)
+
+
+def bind(source: Path, place: Path) -> None:
+    mount(source, place, _MS_BIND)
+    mount("none", place, _MS_REMOUNT | _MS_BIND | _MS_RDONLY)
+
+
+def mount(source: Path | str, place: Path | str, flags: int, *, kind: str = "none", data: str = "") -> None:
+    """mount(2). Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = (str(source).encode(), str(place).encode(), kind.encode())
+    if libc.mount(*names, ctypes.c_ulong(flags), data.encode()) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mount {source} on {place}: {os.strerror(code)}")
+
+
+def loopback_up() -> None:
+    """A new network namespace has its loopback down."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
+
+
+def start(
+    root: Path, command: Sequence[str], environment: Mapping[str, str], output: int | None = None
+) -> subprocess.Popen[bytes]:
+    """The command as user 10001 in this root: no groups, no capabilities, no way to get any."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii"))
+
+    def confine() -> None:
+        os.chroot(root)
+        os.chdir("/bundle")
+        libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        for capability in range(last + 1):
+            libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
+        os.setgroups([])
+        os.setgid(UID)
+        os.setuid(UID)
+
+    return subprocess.Popen(command, env=environment, preexec_fn=confine, stdout=output, stderr=output)
+
+
+def succeeds(root: Path, command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    return start(root, command, environment, subprocess.DEVNULL).wait() == 0
+
+
+def wait_healthy(server: subprocess.Popen[bytes], check: Callable[[], bool]) -> float:
+    """Seconds until the health check passes; exits when the server ends or takes too long."""
+    started = time.monotonic()
+    while time.monotonic() - started < START_SECONDS:
+        if server.poll() is not None:
+            sys.exit(f"the server ended with status {server.returncode}")
+        if check():
+            return time.monotonic() - started
+        time.sleep(0.5)
+    sys.exit(f"not healthy within {START_SECONDS} s")
+
+
+def fetch(path: str, body: Mapping[str, object] | None, key: str | None = None) -> str:
+    """The answer's text; exits with the server's words when it is not 200."""
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data=data, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def with_threads(command: Sequence[str], cores: int) -> list[str]:
+    """The command with no more threads than this machine has cores: more of them wait for one another by spinning."""
+    return [
+        str(min(int(word), cores)) if before in ("--threads", "--threads-batch") else word
+        for before, word in zip(("", *command), command, strict=False)
+    ]
+
+
+def plain(word: object) -> str:
+    """A value of a compose file with its variables at their defaults and $$ as $."""
+    text = re.sub(r"(?<!\$)\$\{\w+:-([^}]*)\}", r"\1", str(word))
+    return text.replace("$$", "$")
+
+
+# ── programs ──
+
+
+def buildah(work: Path, *words: str, capture: bool = False) -> str:
+    """Runs buildah with its storage under ``work``; its output when captured."""
+    settings = work / "storage.conf"
+    if not settings.exists():
+        driver = "overlay" if overlays(work) else "vfs"
+        text = f'[storage]\ndriver = "{driver}"\ngraphroot = "{work}/graph"\nrunroot = "{work}/run"\n'
+        settings.write_text(text, encoding="utf-8")
+    environment = {**os.environ, "CONTAINERS_STORAGE_CONF": str(settings), "BUILDAH_ISOLATION": "chroot"}
+    done = subprocess.run(
+        ["buildah", *words], cwd=ROOT, env=environment, check=True, text=True,
+        stdout=subprocess.PIPE if capture else None,
+    )  # fmt: skip
+    return done.stdout.strip() if capture else ""
+
+
+def overlays(work: Path) -> bool:
+    """Whether layers can be laid over one another here; otherwise each is a whole copy of those below it."""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        lower, upper, inner, place = (Path(folder) / name for name in ("lower", "upper", "work", "merged"))
+        for each in (lower, upper, inner, place):
+            each.mkdir()
+        options = f"lowerdir={lower},upperdir={upper},workdir={inner}"
+        try:
+            mount("overlay", place, 0, kind="overlay", data=options)
+        except OSError:
+            return False
+        subprocess.run(["umount", str(place)], check=True)
+    return True
+
+
+def run(*words: str) -> None:
+    done = subprocess.run(words, check=False)
+    if done.returncode != 0:
+        sys.exit(f"{words[0]} ended with status {done.returncode}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
