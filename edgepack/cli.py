@@ -689,7 +689,8 @@ def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
 
     if (source is None) == (symptom is None):
         raise BadInput(
-            "name a bundle, a report, a log or -, or a --symptom", hint="docs/troubleshooting.md lists the symptoms"
+            "name a bundle, a report, a log or -, or a --symptom",
+            hint="docs/troubleshooting.md lists the symptoms",
         )
     if symptom is not None:
         report = doctors.answer(symptom)

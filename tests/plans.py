@@ -96,5 +96,10 @@ def served_plan(runtime: str, profile_name: str) -> Plan:
     start_up = known.start_up(found.spec(), settings, backend=device.backend, needed=5 * GIB, total=8 * GIB)
     scheme = {"vllm": "gptq-int4-g128", "onnx-genai": "onnx-int4", "transformers": "bf16"}[runtime]
     return replace(
-        base, runtime=known.NAME, runtime_version=known.VERSION, scheme=scheme, settings=settings, start_up=dict(start_up)
+        base,
+        runtime=known.NAME,
+        runtime_version=known.VERSION,
+        scheme=scheme,
+        settings=settings,
+        start_up=dict(start_up),
     )

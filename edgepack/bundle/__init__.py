@@ -264,7 +264,11 @@ def _artifact_layers(plan: Plan, artifact: Artifact) -> tuple[oci.Layer, ...]:
     if artifact.path.is_file():
         return (
             oci.Layer(
-                filepath=place, kind="weight", content=artifact.path, sha256=artifact.sha256, bytes=artifact.bytes
+                filepath=place,
+                kind="weight",
+                content=artifact.path,
+                sha256=artifact.sha256,
+                bytes=artifact.bytes,
             ),
         )
     files = sorted(artifact.path.iterdir(), key=lambda file: (file.stat().st_size, file.name))
@@ -278,7 +282,9 @@ def _kind(file: Path) -> oci.Kind:
 def app_layers() -> tuple[oci.Layer, ...]:
     """The modules of edgepack's own server, as a package that needs nothing else of edgepack."""
     return tuple(
-        oci.text_layer(f"{APP_FOLDER}/{path.relative_to(APP).as_posix()}", "code", path.read_text(encoding="utf-8"))
+        oci.text_layer(
+            f"{APP_FOLDER}/{path.relative_to(APP).as_posix()}", "code", path.read_text(encoding="utf-8")
+        )
         for path in sorted(APP.rglob("*.py"))
     )
 

@@ -65,8 +65,16 @@ def front(settings: Settings) -> tuple[str, ...]:
     return ("--ctx-size", str(settings.context), "--parallel", str(settings.slots))
 
 
+IMAGES: Mapping[tuple[str, str], str] = {
+    ("onnx-genai", "cpu"): "localhost/edgepack/edgepack-server:onnx-genai-0.18.0",
+    ("onnx-genai", "cuda"): "localhost/edgepack/edgepack-server:onnx-genai-0.18.0-cuda13",
+    ("transformers", "cpu"): "localhost/edgepack/edgepack-server:transformers-5.17.0",
+}
+"""By runtime and backend: images of docker/, where the profile names none."""
+
+
 def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
-    """The profile's image for the plan's runtime, under the digest the user gave, if any; None without image.
+    """The profile's image for the plan's runtime, or ours, under the digest the user gave, if any; None without image.
 
     Raises BadInput for a digest that is none.
     """
@@ -79,7 +87,10 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
         if image.runtime == plan.runtime:
             known = digest or image.digest
             return RuntimeImage(runtime=image.runtime, reference=image.reference, digest=known)
-    return None
+    own = IMAGES.get((plan.runtime, plan.profile.backend))
+    return (
+        None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")
+    )
 
 
 def templates() -> Path:

@@ -156,9 +156,22 @@ def launch(
     settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
 ) -> tuple[str, ...]:
     return (
-        "--engine", "onnx-genai", "--alias", alias, "--ctx-size", str(settings.context), "--parallel", str(settings.slots),
-        "--ubatch-size", str(min(512, settings.ubatch)), "--cache-type-k", settings.kv_type, "--threads", str(settings.threads),
-        "--provider", "cpu" if backend == "cpu" else "cuda",
+        "--engine",
+        "onnx-genai",
+        "--alias",
+        alias,
+        "--ctx-size",
+        str(settings.context),
+        "--parallel",
+        str(settings.slots),
+        "--ubatch-size",
+        str(min(512, settings.ubatch)),
+        "--cache-type-k",
+        settings.kv_type,
+        "--threads",
+        str(settings.threads),
+        "--provider",
+        "cpu" if backend == "cpu" else "cuda",
     )
 
 

@@ -371,7 +371,9 @@ def test_extract_asks_for_space_before_it_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("repack", [True, False])
 def test_all_flags_of_the_runtime_are_allowed(profile: str, repack: bool) -> None:
     plan = example_plan(profile)
-    args = list(llama_cpp.launch(replace(plan.settings, repack=repack, unified_kv=repack, threads=1), alias="m"))
+    args = list(
+        llama_cpp.launch(replace(plan.settings, repack=repack, unified_kv=repack, threads=1), alias="m")
+    )
 
     assert agent.server_arguments({"args": args, "env": {}}, None) == (args, {})
 

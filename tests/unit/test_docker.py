@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from edgepack import toolchain
-from edgepack.bundle.render import CONTAINER_UID
+from edgepack.bundle.render import CONTAINER_UID, IMAGES
 from edgepack.profile import load, names
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 REQUIREMENTS = ROOT / "edgepack" / "server" / "requirements"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-RUNTIMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
+RUNTIMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if not path.stem.startswith("vllm"))
+"""vLLM runs in its makers' images."""
 LOCKS = sorted(DOCKER.glob("requirements-*.txt"))
 TARGETS = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))["target"]
 
@@ -285,3 +286,9 @@ def test_no_more_threads_than_cores_are_started_here() -> None:
     here = images.with_threads(command, 2)
 
     assert here == ["llama-server", "--threads", "2", "--threads-batch", "1", "--threads-http", "5"]
+
+
+def test_the_images_that_bundles_name_are_built_here() -> None:
+    tags = {tag for target in TARGETS.values() for tag in target["tags"]}
+
+    assert set(IMAGES.values()) <= tags

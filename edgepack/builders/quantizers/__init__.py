@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MODULES: tuple[str, ...] = ("gptqmodel", "autoround", "llmcompressor", "bitsandbytes", "onnx_genai", "unrounded")
+MODULES: tuple[str, ...] = (
+    "gptqmodel",
+    "autoround",
+    "llmcompressor",
+    "bitsandbytes",
+    "onnx_genai",
+    "unrounded",
+)
 """The quantizers; adding one is a module here and rows in layouts.py."""
 
 RECIPE = 1

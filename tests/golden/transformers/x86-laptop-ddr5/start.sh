@@ -5,6 +5,7 @@
 # sh start.sh key        make the API key if there is none, and say where it is
 # sh start.sh health     succeed when the server answers
 # sh start.sh ready      wait until it does
+# sh start.sh container  run it with docker compose instead
 # sh start.sh install    make a Python environment out of requirements.txt
 # EDGEPACK_HOST (127.0.0.1), EDGEPACK_PORT (8080), EDGEPACK_STATE (folder of the key), EDGEPACK_VENV (the environment) and
 # EDGEPACK_PYTHON (a program) change where it runs; EDGEPACK_FORCE=1 starts in too little memory all the same; nothing
@@ -91,6 +92,23 @@ ready() {
     done
 }
 
+container() {
+    command -v docker >/dev/null || die "docker is not installed"
+    preflight
+    make_key
+    if [ "$(id -u)" -eq 0 ]; then
+        EDGEPACK_UID=10001
+        EDGEPACK_GID=10001
+        chown "$EDGEPACK_UID:$EDGEPACK_GID" "$key_file"
+    else
+        EDGEPACK_UID=$(id -u)
+        EDGEPACK_GID=$(id -g)
+    fi
+    EDGEPACK_KEY_FILE=$key_file
+    export EDGEPACK_UID EDGEPACK_GID EDGEPACK_KEY_FILE
+    exec docker compose --file "$here/compose.yaml" up --detach
+}
+
 case "${1:-run}" in
 key)
     make_key
@@ -110,6 +128,7 @@ ready)
     ready
     exit
     ;;
+container) container ;;
 install)
     install_python
     exit
