@@ -25,7 +25,7 @@ class Runtime(Protocol):
     """Tried when no scheme is asked for."""
     STEPS_DOWN: tuple[str, ...]
     """Schemes a hint may propose."""
-    WEIGHTS: str
+    ARTIFACT: str
     """Where the artifact lies in a bundle: a file, or a folder."""
     MODULES: tuple[str, ...]
     """What its Python must have; empty for a program."""
