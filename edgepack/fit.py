@@ -269,7 +269,8 @@ class _Case:
         return Machine.of(self.profile)
 
     def refusal(self) -> str | None:
-        return runtimes.named(self.runtime).refusal(self.scheme, self.machine)
+        runtime = runtimes.named(self.runtime)
+        return runtime.refusal(self.scheme, self.machine) or runtime.objection(self.machine)
 
     @property
     def room(self) -> Budget | None:
@@ -417,7 +418,11 @@ def _instead(case: _Case) -> str:
     for scheme in runtimes.named(case.runtime).SCHEMES:
         if _possible(case, scheme):
             return f"{case.runtime} runs here, for instance, --scheme {scheme}"
-    able = [r.NAME for r in runtimes.RUNTIMES if r.refusal(case.scheme, case.machine) is None]
+    able = [
+        r.NAME
+        for r in runtimes.RUNTIMES
+        if r.refusal(case.scheme, case.machine) is None and r.objection(case.machine) is None
+    ]
     return f"runs here with --runtime {able[0]}" if able else f"--runtime {llama_cpp.NAME} --scheme Q4_K_M"
 
 

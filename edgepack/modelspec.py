@@ -59,6 +59,9 @@ class ModelSpec:
     expert_ffn: int = 0
     window_period: int = 0
     """With sliding windows: layer il has full attention iff il % window_period == window_period - 1."""
+    ignored_window: int | None = None
+    """Sliding window of all layers, in tokens, that llama.cpp ignores and the model has elsewhere (Mistral 0.1, Phi-3);
+    ``kv`` is without it. None when there is none, or the source is a GGUF."""
     recurrent_bytes: int = 0
     """State per sequence of all recurrent layers."""
     recurrent_layers: int = 0
@@ -125,14 +128,28 @@ def from_config(config: Mapping[str, object], *, name: str) -> ModelSpec:
     if read is None:
         planned = architectures.read(str(model_type), Config(config, name))
         if planned is not None:
-            return _from_layout(planned, name=name)
+            return _with_window(_from_layout(planned, name=name), config)
         known = ", ".join(sorted((*_READERS, *architectures.MODEL_TYPES)))
         missing = architectures.NOT_KNOWN.get(str(model_type))
         raise Unsupported(
             f"{name}: model_type {model_type!r} is not known" + (f": {missing}" if missing else ""),
             hint=f"known model types: {known}; a .gguf of a known architecture also works",
         )
-    return read(Config(config, name))
+    return _with_window(read(Config(config, name)), config)
+
+
+_UNSAID_WINDOW: Mapping[str, int] = {"mistral": 4096}
+"""Window where the config has no such field (transformers' configuration_mistral.py); a null is none."""
+
+
+def _with_window(spec: ModelSpec, config: Mapping[str, object]) -> ModelSpec:
+    """With the window that all layers have and llama.cpp ignores; kinds of layers are the reader's to tell."""
+    if config.get("layer_types") is not None or "use_sliding_window" in config:
+        return spec
+    window = config.get("sliding_window", _UNSAID_WINDOW.get(str(config.get("model_type"))))
+    if not isinstance(window, int) or window <= 0 or any(kind.window for kind in spec.kv):
+        return spec
+    return replace(spec, ignored_window=window)
 
 
 def converts(config: Mapping[str, object]) -> bool:

@@ -254,10 +254,13 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
             continue
         panel = panels[candidate.model.id]
         for runtime, scheme, kv_type in tried:
-            why_not = refused[runtime.NAME, scheme]
+            no_kernel, against = refused[runtime.NAME, scheme], runtime.objection(machine)
+            why_not = no_kernel or against
             try:
                 if why_not is not None and not request.force:
                     raise Unsupported(why_not, hint="another --runtime or --scheme, or --force")
+                if no_kernel is not None and request.scheme is None:
+                    raise Unsupported(no_kernel, hint=f"--scheme {scheme} --force")
                 found = _try(request, room, mode, candidate, panel, runtime, scheme, kv_type)
             except (Unsupported, BadInput) as error:
                 if isinstance(error, BadInput) and len({r.NAME for r, _, _ in tried}) == 1:

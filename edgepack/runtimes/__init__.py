@@ -38,6 +38,9 @@ class Runtime(Protocol):
     def refusal(self, scheme: str, machine: Machine) -> str | None:
         """Why it cannot run ``scheme`` on this machine; None when it can."""
 
+    def objection(self, machine: Machine) -> str | None:
+        """Why only --force takes it on this machine, whatever the scheme; None when nothing speaks against it."""
+
     def caution(self, machine: Machine) -> str:
         """What speaks against it on this machine without forbidding it; empty when nothing does."""
 
@@ -97,7 +100,7 @@ def named(name: str) -> Runtime:
 
 def reading(scheme: str, machine: Machine) -> tuple[Runtime, ...]:
     """Runtimes that run ``scheme`` on this machine. Raises Unsupported with each one's reason when none does."""
-    reasons = {runtime.NAME: runtime.refusal(scheme, machine) for runtime in RUNTIMES}
+    reasons = {r.NAME: r.refusal(scheme, machine) or r.objection(machine) for r in RUNTIMES}
     able = tuple(runtime for runtime in RUNTIMES if reasons[runtime.NAME] is None)
     if not able:
         said = [str(reasons[r.NAME]) for r in RUNTIMES if r.reads(scheme)] or [

@@ -69,6 +69,10 @@ def refusal(scheme: str, machine: support.Machine) -> str | None:
     return support.refusal(NAME, KERNELS, scheme, machine)
 
 
+def objection(machine: support.Machine) -> str | None:
+    return None
+
+
 def caution(machine: support.Machine) -> str:
     return ""
 

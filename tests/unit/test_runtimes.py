@@ -283,7 +283,7 @@ def test_onnx_genai_on_a_cpu_takes_what_was_measured(
         ),
         ("onnx-genai", "onnx-int4", "jetson-agx-thor", "no code for compute capability 11.0"),
         ("onnx-genai", "gptq-int4-g128", "rtx-4060-8gb", "does not read gptq-int4-g128"),
-        ("vllm", "gptq-int4-g128", "x86-laptop-ddr5", "no official wheel for cpu"),
+        ("vllm", "gptq-int8-g128", "x86-laptop-ddr5", "is known to run gptq-int8-g128 on cuda, not on cpu"),
         ("vllm", "Q4_K_M", "rtx-4060-8gb", "through a plugin only"),
         ("vllm", "fp8", "jetson-orin", "it needs 8.9, the device has compute capability 8.7"),
         ("vllm", "bnb-nf4", "rtx-4060-8gb", "does not read bnb-nf4"),
@@ -413,7 +413,7 @@ def test_what_fits_is_below_the_budget_and_a_hint_applied_fits(
 ) -> None:
     runtime, device, scheme = run
     where = with_memory(profile.load(device), mib * MIB)
-    assume(runtime.refusal(scheme, Machine.of(where)) is None)
+    assume(runtime.objection(Machine.of(where)) is None)
 
     result = try_it("qwen2.5-1.5b", scheme, where, runtime, context=context, slots=slots)
 
@@ -530,8 +530,8 @@ def test_a_runtime_without_a_wheel_is_planned_with_force_only() -> None:
     candidates = [pipeline.named("qwen2.5-0.5b-instruct")]
     request = Request(profile=LAPTOP, runtime="vllm", scheme="bf16", context=1024, min_decode=0.0)
 
-    (refused,) = plan.survey(request, candidates)
-    (forced,) = plan.survey(replace(request, force=True), candidates)
+    refused = next(iter(plan.survey(request, candidates)))
+    forced = next(iter(plan.survey(replace(request, force=True), candidates)))
 
     assert isinstance(refused, Rejection)
     assert "no official wheel for cpu" in refused.reason

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from edgepack import pipeline, plan, profile, runtimes, serde
+from edgepack import modelspec, pipeline, plan, profile, runtimes, serde
 from edgepack.errors import BadInput, Unsupported
 from edgepack.plan import Plan, Rejection, Request
 from edgepack.runtimes import Machine, vllm, vllm_flags
 from edgepack.units import GIB
+from tests import shapes
 
 MODEL = "qwen2.5-1.5b-instruct"
 
@@ -22,9 +23,7 @@ def planned(
         profile=profile.load(device), runtime="vllm", scheme=scheme, force=True, min_decode=0.0, context=4096
     )
     request = replace(request, **more)  # type: ignore[arg-type]  # fields by name
-    (found,) = plan.survey(request, [pipeline.named(model)])
-    assert isinstance(found, Plan)
-    return found
+    return next(found for found in plan.survey(request, [pipeline.named(model)]) if isinstance(found, Plan))
 
 
 def flags(chosen: Plan, version: str = vllm.VERSION) -> dict[str, list[str]]:
@@ -165,8 +164,8 @@ def test_a_cpu_takes_force_and_the_refusal_says_so() -> None:
     request = Request(profile=profile.load("x86-laptop"), runtime="vllm", scheme="bf16", context=512)
     model = [pipeline.named("demo")]
 
-    (refused,) = plan.survey(request, model)
-    (forced,) = plan.survey(replace(request, force=True), model)
+    refused = next(iter(plan.survey(request, model)))
+    forced = next(iter(plan.survey(replace(request, force=True), model)))
 
     assert isinstance(refused, Rejection)
     assert "no official wheel for cpu" in refused.reason
@@ -180,8 +179,11 @@ def test_a_cpu_takes_force_and_the_refusal_says_so() -> None:
 
 @pytest.mark.parametrize("device", ["jetson-orin-nano-4gb", "rtx-3060-laptop-6gb"])
 def test_a_gpu_of_less_than_8_gb_takes_force(device: str) -> None:
-    refused = vllm.refusal("gptq-int4-g128", Machine.of(profile.load(device)))
+    machine = Machine.of(profile.load(device))
 
+    refused = vllm.objection(machine)
+
+    assert vllm.refusal("gptq-int4-g128", machine) is None
     assert refused is not None
     assert "for GPUs of 8 GB or more" in refused
 
@@ -198,7 +200,7 @@ def test_a_gpu_of_less_than_8_gb_takes_force(device: str) -> None:
 def test_a_jetson_of_8_gb_is_planned_with_a_warning(device: str, warned: bool) -> None:
     machine = Machine.of(profile.load(device))
 
-    assert vllm.refusal("gptq-int4-g128", machine) is None
+    assert vllm.objection(machine) is None
     assert bool(vllm.caution(machine)) == warned
     found = plan.survey(
         Request(
@@ -215,3 +217,71 @@ def test_others_have_nothing_to_say_against_a_machine() -> None:
     machine = Machine(backend="cuda", arch="aarch64", memory=7 * GIB)
 
     assert [runtime.NAME for runtime in runtimes.RUNTIMES if runtime.caution(machine)] == ["vllm"]
+    small = replace(machine, memory=6 * GIB)
+    assert [runtime.NAME for runtime in runtimes.RUNTIMES if runtime.objection(small)] == ["vllm"]
+
+
+def test_force_takes_what_no_kernel_runs_only_when_it_is_named() -> None:
+    request = Request(profile=profile.load("x86-laptop"), runtime="vllm", force=True, context=512)
+    model = [pipeline.named("demo")]
+
+    schemes = {found.scheme for found in plan.survey(request, model) if isinstance(found, Plan)}
+    (named,) = plan.survey(replace(request, scheme="gptq-int8-g128", kv_type="f16"), model)
+
+    assert schemes <= {"bf16", "gptq-int4-g128", "awq-int4-g128"}
+    assert "bf16" in schemes
+    assert isinstance(named, Plan)
+    assert "is known to run gptq-int8-g128 on cuda" in named.forced
+
+
+# -- models that vLLM sees otherwise --------------------------------------------------------------------------
+
+
+def test_gemma_3_on_a_cpu_takes_bf16_for_vllm_refuses_float16() -> None:
+    request = Request(
+        profile=profile.load("x86-laptop"),
+        runtime="vllm",
+        scheme="bf16",
+        force=True,
+        context=1024,
+        min_decode=0.0,
+    )
+
+    found = list(plan.survey(request, [pipeline.named("gemma-3-1b-it")]))
+
+    assert [(type(outcome).__name__, kv_type_of(outcome)) for outcome in found] == [
+        ("Rejection", "f16"),
+        ("Plan", "bf16"),
+    ]
+    assert isinstance(found[0], Rejection)
+    assert "float16" in found[0].reason
+    assert found[0].hint == "--kv-type bf16"
+
+
+def kv_type_of(outcome: Plan | Rejection) -> str:
+    return outcome.settings.kv_type if isinstance(outcome, Plan) else outcome.kv_type
+
+
+@pytest.mark.parametrize(
+    ("fields", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, 4096),
+        ({"model_type": "mistral", "sliding_window": None}, None),
+        ({"model_type": "mistral"}, 4096),
+        ({"model_type": "llama"}, None),
+        ({"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False}, None),
+    ],
+)
+def test_a_window_that_llama_cpp_ignores_is_known_to_vllm(
+    fields: dict[str, object], window: int | None
+) -> None:
+    shape = {**shapes.config("llama", 8, 512, 1024, 8, 2, 32000), **fields}
+
+    model = modelspec.from_config(shape, name="m")
+
+    assert model.ignored_window == window
+    assert {kind.window for kind in model.kv} == {None}
+    layout = vllm.groups(model, "bf16", backend="cuda")
+    assert layout.windows == (window,)
+    blocks = 32768 // 16 if window is None else -(-(window - 1 + 512) // 16) + 1
+    assert vllm.request_blocks(layout, 32768, 512) == blocks
