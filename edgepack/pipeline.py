@@ -77,7 +77,9 @@ def candidates(
     Of the catalog those that edgepack can build; the ones it only plans for are there by name, and so are the built-in
     ones, which are for trying things out. ``extra``: models of a user's catalog, which come before those of the same
     id. ``distill``: what a student of the teacher can begin as, smaller models of its family and what is kept of
-    itself; a build teaches it. ``converted``: whether a named model is to become a GGUF. Raises BadInput, NotFound, Offline, Unsupported.
+    itself; a build teaches it. ``converted``: whether a named model is to become a GGUF.
+
+    Raises BadInput, NotFound, Offline, Unsupported.
     """
     if distill and (teacher is None or model is not None):
         raise BadInput(

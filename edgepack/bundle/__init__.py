@@ -290,7 +290,7 @@ def app_layers() -> tuple[oci.Layer, ...]:
 
 
 def requirements(plan: Plan) -> str:
-    """requirements.txt: what a Python on the device needs to run the plan's server, or the front of one that is none."""
+    """requirements.txt: what a Python on the device needs to run the plan's server, or the front of a program."""
     runs_in_python = bool(runtimes.named(plan.runtime).MODULES)
     names = (f"{plan.runtime}-{plan.profile.backend}", plan.runtime) if runs_in_python else ("front",)
     places = (APP / "requirements" / f"{name}.txt" for name in names)

@@ -1135,7 +1135,6 @@ RUNTIMES: Dict[str, Runtime] = {
             ),
             "--attention-backend": "[A-Z0-9_]+",
             "--compilation-config.cudagraph_mode": "[A-Z_]+",
-            "--compilation-config.cudagraph_mode": "[A-Z_]+",
             "--generation-config": "vllm",
             "--load-format": "auto|safetensors",
             "--tokenizer-mode": "auto|hf|slow",

@@ -70,8 +70,9 @@ class Runtime(Protocol):
     def launch(
         self, settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
     ) -> tuple[str, ...]:
-        """Flags of its server, without model, address and key; all that bounds memory is explicit. ``alias``: the model's
-        name in its API; ``start_up``: the plan's."""
+        """Flags of its server, without model, address and key; all that bounds memory is explicit.
+
+        ``alias``: the model's name in its API; ``start_up``: the plan's."""
 
     def environment(self, settings: Settings, *, backend: Backend) -> Mapping[str, str]:
         """Variables that its server is started with."""

@@ -144,7 +144,7 @@ def launch(
     backend: Backend = "cpu",
     start_up: Mapping[str, int | float] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """llama-server's flags, without model, address and key; ``backend`` is in the settings. Everything that bounds memory is explicit.
+    """llama-server's flags, without model, address and key; everything that bounds memory is explicit.
 
     The prompt cache (8 GiB by default) and context checkpoints (32 a slot) grow with use, and --fit would
     change what was planned: all three are off.

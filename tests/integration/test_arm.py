@@ -81,7 +81,7 @@ def test_the_carried_server_says_on_arm_what_the_model_is_known_to_say(bundle: P
     with (
         agent.memory_limit(None) as limit,
         agent.running_server(
-            str(tmp_path / "release" / bundles.SERVER), args, model=str(tmp_path / "release" / bundles.WEIGHTS),
+            str(tmp_path / "release" / bundles.SERVER), args, model=str(tmp_path / "release" / llama_cpp.ARTIFACT),
             folder=str(tmp_path), environment=environment, limit=limit, under=emulator.under,
         ) as server,
     ):  # fmt: skip
