@@ -18,6 +18,7 @@ from edgepack import check, toolchain
 from edgepack.bundle import sign
 from edgepack.device import agent
 from edgepack.progress import Terminal
+from edgepack.runtimes import llama_cpp
 from tests.integration.test_stories import CONTINUATION, PROMPT
 
 pytestmark = pytest.mark.integration
