@@ -1,7 +1,8 @@
 """An engine without a model, whose tokens are the bytes of UTF-8, and a server over it: `python -m tests.fake_engine`.
 
 At temperature 0 it says the prompt's text again and ends; else it says random letters by the seed. A prompt with
-"!fail" makes it fail, one with "!slow" makes each token take 50 ms and each chunk of the prompt 200 ms.
+"!fail" makes it fail, one with "!slow" makes each token take 50 ms and each chunk of the prompt 200 ms, and
+"!stuck" is a chunk of 3 s.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class FakeEngine:
         for first in range(start, len(prompt), self._ubatch):
             if cancelled():
                 return
-            time.sleep(0.2 if slow else 0)
+            time.sleep(3 if b"!stuck" in text else 0.2 if slow else 0)
             held.extend(prompt[first : min(first + self._ubatch, len(prompt))])
         if b"!fail" in text:
             raise OSError("the fake engine was told to fail")

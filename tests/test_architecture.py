@@ -19,7 +19,7 @@ PACKAGE = ROOT / "edgepack"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 LEVELS = (
-    {"errors"},
+    {"errors", "server"},
     {"units"},
     {
         "faults",
