@@ -99,6 +99,9 @@ def main(words: Sequence[str] | None = None) -> None:
     if asked.command == "inside":
         serve(json.loads(asked.request.read_text(encoding="utf-8")))
         return
+    missing = [name for name in ("buildah", "debootstrap", "unshare") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        sys.exit("this needs root, and on Debian: apt install buildah debootstrap util-linux")
     asked.work.mkdir(parents=True, exist_ok=True)
     if asked.command == "test":
         test_targets(asked.targets, asked.work, static=not asked.compile)
@@ -126,11 +129,8 @@ def ensure_base(work: Path) -> None:
         run("debootstrap", "--variant=minbase", SUITE, str(root))
         run("chroot", str(root), "apt-get", "clean")
         own = Path("/usr/local/share/ca-certificates")
-        shutil.copytree(own, root / "usr/local/share/ca-certificates", dirs_exist_ok=True)
-        for name in ("sources.list", "sources.list.d"):
-            place = Path("/etc/apt") / name
-            if place.is_file():
-                shutil.copyfile(place, root / "etc/apt" / name)
+        if own.is_dir():
+            shutil.copytree(own, root / own.relative_to("/"), dirs_exist_ok=True)
         container = buildah(work, "from", "scratch", capture=True)
         buildah(work, "add", "--quiet", container, str(root), "/")
         buildah(work, "config", "--cmd", "bash", "--env", f"PATH={PATH}", container)
@@ -254,6 +254,8 @@ def unpack(bundle: Path, folder: Path) -> Path:
 def serve(request: Mapping[str, object]) -> None:
     """Lays the root out as compose does, starts the server in it and asks it."""
     root, bundle, key = (Path(str(request[name])) for name in ("root", "bundle", "key"))
+    if not (bundle / "compose.yaml").is_file():
+        sys.exit("the bundle has no compose.yaml: its profile names no image for its runtime")
     compose = yaml.safe_load((bundle / "compose.yaml").read_text(encoding="utf-8"))
     service = next(iter(compose["services"].values()))
     config = request["config"]
@@ -277,15 +279,18 @@ def serve(request: Mapping[str, object]) -> None:
         say(f"completion: {answer['choices'][0]['text']!r}")
         say(f"usage: {answer['usage']}")
         status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
+        facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         for name in ("Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "VmHWM"):
-            say(next(line for line in status.splitlines() if line.startswith(name)).replace("\t", " "))
-        for place in ("/usr/x", "/bundle/x", "/tmp/x"):
-            written = succeeds(root, ["touch", place], environment)
-            say(f"{place} can be written: {'yes' if written else 'no'}")
+            say(f"{name}: {facts[name].strip()}")
+        places = ("/usr/x", "/bundle/x", "/tmp/x")
+        written = [place for place in places if succeeds(root, ["touch", place], environment)]
+        say(f"of {', '.join(places)} can be written: {', '.join(written)}")
     finally:
         server.send_signal(signal.SIGTERM)
         code = server.wait(timeout=30)
     say(f"ended by SIGTERM with status {code}")
+    if code != 0 or written != ["/tmp/x"] or int(facts["CapBnd"], 16) != 0:
+        sys.exit("that is not how a server is to run")
 
 
 def lay_out(root: Path, bundle: Path, key: Path) -> None:
