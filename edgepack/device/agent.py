@@ -1489,7 +1489,7 @@ def running_server(
     ``program`` is llama-server, or the Python that runs the others (for vLLM also its ``vllm``). ``model``: the file
     or folder of weights. ``app``: the folder that holds edgepack_server. ``under``: the emulator and its flags, when
     the server is for another architecture. The key lies in ``folder`` (mode 0600) beside server.log. The server also
-    dies with this process, however that ends (PR_SET_PDEATHSIG).
+    dies with this process, however that ends (PR_SET_PDEATHSIG; `guarded`).
     """
     how = RUNTIMES[runtime]
     key = secrets.token_urlsafe(24)
@@ -1535,7 +1535,8 @@ def running_server(
         server = Server(process, meter, port, key, log, limit, how, args)
         server.meter.start()
         try:
-            yield server
+            with guarded(process) if runtime == VLLM else contextlib.nullcontext():
+                yield server
         finally:
             server.meter.stop()
     finally:
@@ -1544,6 +1545,32 @@ def running_server(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(key_file)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_GUARD = "import os, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), 9)"
+
+
+@contextlib.contextmanager
+def guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends a server's whole group should this process be killed meanwhile: what the kernel then ends is the server's
+    first process alone, and vLLM's engine lives on with all its memory.
+
+    Another process waits for the end of a pipe that only this one holds.
+    """
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-c", _GUARD, str(process.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.wait()
+        if guard.stdin is not None:
+            guard.stdin.close()
 
 
 def weights_bytes(model: str) -> int:

@@ -490,6 +490,30 @@ def test_children_do_not_outlive_the_server_that_started_them() -> None:
         assert agent._session(process.pid) == []
 
 
+def test_children_do_not_outlive_an_agent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "agent_of_a_family.py"
+    script.write_text(
+        f"import subprocess, sys, time\nsys.path.insert(0, {str(Path(agent.__file__).parent)!r})\nimport agent\n"
+        f"code = {SPAWNED!r}\n"
+        "server = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, start_new_session=True)\n"
+        "server.stdout.readline()\n"
+        "with agent.guarded(server):\n    print(server.pid, flush=True)\n    time.sleep(600)\n",
+        encoding="utf-8",
+    )
+
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        leader = int(process.stdout.readline())
+        assert len(agent._session(leader)) == 2
+        process.kill()
+
+    for _ in range(100):
+        if not agent._session(leader):
+            break
+        time.sleep(0.05)
+    assert agent._session(leader) == []
+
+
 def test_facts_are_plain_json() -> None:
     facts = agent.served_facts(agent.RUNTIMES["vllm"], [], "", None)
 
