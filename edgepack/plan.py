@@ -551,6 +551,8 @@ def _warnings(
     for image in request.profile.software.images:
         if image.runtime == runtime.NAME and image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
+        if image.runtime == runtime.NAME and image.version is not None:
+            yield f"image {image.reference} holds {image.version}: the figures are for {runtime.VERSION}"
     caution = runtime.caution(Machine.of(request.profile))
     if caution:
         yield caution

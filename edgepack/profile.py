@@ -93,6 +93,8 @@ class RuntimeImage:
     """Registry, repository and exact tag."""
     digest: str = "unknown"
     """sha256:… where it could be read; otherwise "unknown", which is warned about."""
+    version: str | None = None
+    """Of the runtime inside, where it is not the one that the planner counts with; its flags are rendered then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,41 @@ def test_the_plan_says_what_the_log_will_and_survives_its_file() -> None:
     assert serde.load(Plan, serde.dump(chosen), source="plan") == chosen
 
 
+DEVICES = [profile.load(name) for name in profile.names()]
+IMAGES = [
+    (device.name, image) for device in DEVICES for image in device.software.images if image.runtime == "vllm"
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "image"), IMAGES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_an_image_holds_is_started_with_its_own_flags_and_warned_about(
+    device: str, image: profile.RuntimeImage
+) -> None:
+    assert image.version is not None
+    assert image.version in image.reference
+
+    chosen = planned(device)
+
+    assert flags(chosen, image.version)["--max-model-len"] == ["4096"]
+    assert any(
+        f"holds {image.version}: the figures are for {vllm.VERSION}" in text for text in chosen.warnings
+    )
+
+
+def test_every_gpu_that_takes_it_unforced_has_an_image_or_is_not_deployed_to() -> None:
+    able = {
+        device.name
+        for device in DEVICES
+        if device.deployable and vllm.refusal("gptq-int4-g128", Machine.of(device)) is None
+        and vllm.objection(Machine.of(device)) is None
+    }  # fmt: skip
+
+    assert able <= {name for name, _ in IMAGES}
+    assert {"jetson-agx-orin-64gb", "jetson-orin-nx-16gb", "rtx-4060-laptop-8gb"} <= able
+
+
 # -- where it is planned --------------------------------------------------------------------------------------
 
 
