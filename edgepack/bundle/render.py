@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 RELEASE = "/var/lib/edgepack/current"
 """Where the bundle's files lie on a device; the units name them there."""
 CONTAINER_UID = 10001
+STOP_SECONDS = 45
+"""edgepack_server lets running answers end for 30 s."""
 _SLOWEST_DISK = 20_000_000
 """Bytes per second at which a start may read the weights: a slow SD card (class 10 promises 10 MB/s)."""
 _CONTAINERS = ("compose.yaml", "edgepack.container")
@@ -210,6 +212,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "need_host": plan.memory.high if plan.budget.unified else plan.memory.at("host"),
         "need_device": None if plan.budget.unified else plan.memory.at("device"),
         "memory_max": int(plan.budget.host),
+        "stop_seconds": 30 if plan.runtime == runtimes.llama_cpp.NAME else STOP_SECONDS,
         "ready_seconds": 60 + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }
 

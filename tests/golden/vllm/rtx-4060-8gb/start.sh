@@ -5,6 +5,7 @@
 # sh start.sh key        make the API key if there is none, and say where it is
 # sh start.sh health     succeed when the server answers
 # sh start.sh ready      wait until it does
+# sh start.sh container  run it with docker compose instead
 # sh start.sh install    make a Python environment out of requirements.txt
 # sh start.sh chat       run the front beside it: /chat, /metrics and the OpenAI API, on EDGEPACK_CHAT_PORT (8081)
 # EDGEPACK_HOST (127.0.0.1), EDGEPACK_PORT (8080), EDGEPACK_STATE (folder of the key), EDGEPACK_VENV (the environment) and
@@ -95,6 +96,29 @@ ready() {
     done
 }
 
+container() {
+    command -v docker >/dev/null || die "docker is not installed"
+    preflight
+    make_key
+    if [ "$(id -u)" -eq 0 ]; then
+        EDGEPACK_UID=10001
+        EDGEPACK_GID=10001
+        chown "$EDGEPACK_UID:$EDGEPACK_GID" "$key_file"
+    else
+        EDGEPACK_UID=$(id -u)
+        EDGEPACK_GID=$(id -g)
+    fi
+    EDGEPACK_KEY_FILE=$key_file
+    export EDGEPACK_UID EDGEPACK_GID EDGEPACK_KEY_FILE
+    EDGEPACK_GID_VIDEO=$(getent group video | cut -d: -f3)
+    [ -n "$EDGEPACK_GID_VIDEO" ] || die 'there is no group video'
+    export EDGEPACK_GID_VIDEO
+    EDGEPACK_GID_RENDER=$(getent group render | cut -d: -f3)
+    [ -n "$EDGEPACK_GID_RENDER" ] || die 'there is no group render'
+    export EDGEPACK_GID_RENDER
+    exec docker compose --file "$here/compose.yaml" up --detach
+}
+
 chat() {
     find_python 'fastapi uvicorn'
     make_key
@@ -127,6 +151,7 @@ ready)
     ready
     exit
     ;;
+container) container ;;
 install)
     install_python
     exit
