@@ -664,6 +664,11 @@ def _check_reading(
         return Refused(
             where=where, reason=f"the check of {name or 'the bundle'} did not get to measuring its speed"
         )
+    served = facts.get("served")
+    if served is not None:
+        return Refused(
+            where=where, reason=f"{name} runs on {_part(facts, 'served').get('runtime')}, not on llama.cpp"
+        )
     if record.get("same_device") is not True:
         return Refused(
             where=where, reason=f"{name} was checked on a device that its profile does not describe"

@@ -6,13 +6,13 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from edgepack import bundle as bundles
-from edgepack import modelspec, runtimes, serde, toolchain, workspace
+from edgepack import serde, toolchain, workspace
 from edgepack.bundle.sbom import commit
 from edgepack.device import agent
 from edgepack.errors import BadInput, EdgepackError, Interrupted, MissingTool, NoSpace, Untrusted
@@ -412,13 +412,9 @@ def evaluate(
     *,
     strict_device: bool = False,
     measured: Quality | None = None,
-    start_up: Mapping[str, int | float] | None = None,
     notes: tuple[str, ...] = (),
 ) -> CheckReport:
-    """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised.
-
-    ``start_up``: what the plan's runtime is to say when it starts (`Runtime.start_up`), where that is known.
-    """
+    """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
     emulator = facts.server.emulator
     same_device = emulator is None and all(row.status != "fail" for row in facts.match)
     same_backend = _server_backend(plan, facts) == plan.profile.backend
@@ -433,7 +429,7 @@ def evaluate(
         _run(facts),
         *_context(plan, facts),
         *_parts(judged, residuals),
-        *_pool(facts, start_up or {}),
+        *_pool(plan, facts),
         *_peak(judged),
         *_paging(plan, facts),
         *_speed(judged),
@@ -801,9 +797,9 @@ _POOL = {
 """vLLM's start-up numbers (runtimes/vllm.py): the item that each becomes, and the fact that answers it."""
 
 
-def _pool(facts: Facts, start_up: Mapping[str, int | float]) -> Iterator[Item]:
+def _pool(plan: Plan, facts: Facts) -> Iterator[Item]:
     """vLLM's pool of KV blocks, which it cuts from the bytes it is given: each number is the plan's or it is wrong."""
-    served = facts.served
+    served, start_up = facts.served, plan.start_up
     if served is None or served.runtime != vllm.NAME:
         return
     for promised, (name, fact) in _POOL.items():
@@ -1137,7 +1133,6 @@ def check(
             f"{plan.runtime}",
             hint="leave it out",
         )
-    start_up = _start_up(plan, found, bundle)
     arch, here = plan.profile.arch, platform.machine()
     emulator = _emulator(arch, here) if emulate else None
     carried = agent.find_file(found, bundles.SERVER) is not None
@@ -1171,24 +1166,7 @@ def check(
         facts = facts_from(serde.read_json(place / "facts.json"), source="the agent's facts")
     if own and not emulate and carried and arch != here and toolchain.find_emulator(arch) is not None:
         notes = (*notes, f"--emulate runs the bundle's own {arch} server here, under QEMU")
-    return evaluate(
-        plan, facts, strict_device=strict_device, measured=measured, start_up=start_up, notes=notes
-    )
-
-
-def _start_up(plan: Plan, found: agent.Bundle, bundle: Path) -> Mapping[str, int | float]:
-    """What vLLM is to say of its pool when it starts; nothing for other runtimes, which have none.
-
-    Raises Untrusted and BadInput for a damaged config, Unsupported for one of an unknown architecture.
-    """
-    config = f"{agent.MODEL}config.json"
-    if plan.runtime != vllm.NAME or agent.find_file(found, config) is None:
-        return {}
-    with bundles.translated(bundle):
-        spec = modelspec.from_config(agent.read_document(found, config), name=plan.model.id)
-    return runtimes.named(plan.runtime).start_up(
-        spec, plan.settings, backend=plan.profile.backend, needed=plan.memory.total, total=None
-    )
+    return evaluate(plan, facts, strict_device=strict_device, measured=measured, notes=notes)
 
 
 def _emulator(arch: Arch, here: str) -> Path:

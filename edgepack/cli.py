@@ -616,7 +616,9 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
     is_flag=True,
     help="Run a bundle of another CPU architecture under QEMU; speed and peak memory are then not judged.",
 )
-@click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
+@click.option(
+    "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
+)
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
 )
@@ -730,7 +732,9 @@ def unpack(progress: Progress, /, bundle: Path, folder: Path, allowed_signers: P
 @click.option("--seed", type=int, default=1, show_default=True, help="Seed of the sampler.")
 @click.option("--ignore-eos", is_flag=True, help="Go on past the model's end of text.")
 @click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
-@click.option("--server", type=click.Path(path_type=Path), help="llama-server to use when none is inside.")
+@click.option(
+    "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
+)
 @click.pass_obj
 def run(progress: Progress, /, bundle: Path, prompt: str, **options: Any) -> None:
     """Start a bundle here, with the flags it ships, and continue a text.

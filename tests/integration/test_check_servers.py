@@ -105,9 +105,8 @@ def facts(bundle: Path, work: Path, *words: str) -> dict[str, Any]:
 
 
 def judged(runtime: str, document: Mapping[str, Any], **start_up: float) -> dict[str, check.Item]:
-    report = check.evaluate(
-        plan_for(runtime), check.facts_from(document, source="the agent"), start_up=start_up or None
-    )
+    plan = replace(plan_for(runtime), start_up=start_up)
+    report = check.evaluate(plan, check.facts_from(document, source="the agent"))
     assert "llama-server" not in check.table(report)
     return {item.name: item for item in report.items}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edgepack import check, runtimes, toolchain
+from edgepack import check, toolchain
 from edgepack.device import agent
 from edgepack.errors import BadInput, MissingTool
 from edgepack.memory import MemoryEstimate
@@ -56,6 +56,7 @@ def plan_of(runtime: str) -> Plan:
         runtime=runtime,
         runtime_version=VERSIONS[runtime],
         settings=replace(plan.settings, context=512, slots=2),
+        start_up=START_UP if runtime == "vllm" else {},
         memory=MemoryEstimate(
             parts=PARTS[runtime],
             file_bytes=Bytes(1),
@@ -80,7 +81,7 @@ def recorded(runtime: str, changes: Mapping[str, Any] | None = None) -> check.Fa
 def judged(
     runtime: str, changes: Mapping[str, Any] | None = None
 ) -> tuple[check.CheckReport, dict[str, check.Item]]:
-    report = check.evaluate(plan_of(runtime), recorded(runtime, changes), start_up=START_UP)
+    report = check.evaluate(plan_of(runtime), recorded(runtime, changes))
     return report, {item.name: item for item in report.items}
 
 
@@ -236,18 +237,6 @@ def test_without_a_python_that_has_it_what_to_install_is_said(
 
     assert caught.value.hint is not None
     assert "pip install 'edgepack[serve,torch]'" in caught.value.hint
-
-
-def test_what_vllm_is_to_say_follows_from_the_bundles_config(tmp_path: Path) -> None:
-    config = Path(__file__).parents[2] / "edgepack" / "models" / "demo" / "config.json"
-    path = bundle(tmp_path, "vllm", config.read_text(encoding="utf-8"))
-    plan = plan_of("vllm")
-
-    said = check._start_up(plan, agent.read_bundle(str(path)), path)
-
-    blocks = 2 * -(-256 // runtimes.vllm.block_size("cpu")) + 1
-    assert said["num_blocks"] == blocks
-    assert check._start_up(plan_of("onnx-genai"), agent.read_bundle(str(path)), path) == {}
 
 
 def test_our_own_server_has_the_name_that_bundles_give_it(

@@ -13,8 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepack import profile
+from edgepack import profile, runtimes
+from edgepack.bundle import server_document
 from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, for_yaml, render
+from edgepack.device import agent
 from edgepack.errors import BadInput
 from edgepack.profile import RuntimeImage, Software
 from edgepack.runtimes import llama_cpp
@@ -57,6 +59,18 @@ def test_every_profile_renders_and_every_start_file_bounds_memory(name: str) -> 
     environment = rendered["server.env"]
     assert f"LLAMA_ARG_CTX_SIZE={plan.settings.context}\n" in environment
     assert "LLAMA_ARG_CACHE_RAM=0\n" in environment
+
+
+@pytest.mark.parametrize("name", [name for name in profile.names() if profile.load(name).deployable])
+def test_the_agent_starts_what_every_plan_says(name: str) -> None:
+    """Each flag and variable is on the list of what a bundle may say."""
+    device = profile.load(name)
+    for runtime in runtimes.NAMES:
+        if runtime != "llama.cpp" and device.backend not in ("cpu", "cuda"):
+            continue
+        plan = example_plan(name) if runtime == "llama.cpp" else served_plan(runtime, name)
+
+        agent.server_arguments(json.loads(server_document(plan)), None)
 
 
 @pytest.mark.parametrize("name", PROFILES)
