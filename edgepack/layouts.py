@@ -8,6 +8,7 @@ are one graph. All but ONNX leave embeddings, the output head and norms in 16 bi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -378,6 +379,14 @@ def kind_bytes(kind: str, shape: tuple[int, ...]) -> int:
     bits = int(integers[2])
     groups = columns // int(integers[4]) if integers[4] else 1
     return rows * 4 * -(-columns * bits // 32) + 2 * groups * rows + 16 * matrices
+
+
+def blocks(kind: str, shape: tuple[int, ...]) -> int:
+    """Blocks of an ONNX matrix, each with a scale; 0 for what has none."""
+    found = _BLOCKS.fullmatch(kind.rpartition("+")[2])
+    if found is None:
+        return 0
+    return math.prod(shape) // shape[0] * -(-shape[0] // int(found[2]))
 
 
 def packed(kind: str, columns: int, rows: int) -> Mapping[str, tuple[str, int]]:

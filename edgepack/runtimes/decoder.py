@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
-from edgepack.profile import DeviceProfile
-from edgepack.settings import Settings
 
 FFN_COPIES = 3
 """gate, up and their product live at once in the feed-forward block, …"""
@@ -17,23 +15,6 @@ tokens, is 1.002 times that."""
 
 HALF = 2
 """Bytes of a bf16 or fp16 number."""
-
-
-def whole_prompts(profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str) -> Settings:
-    """Settings of a runtime that reads each prompt whole, in a batch of ``slots`` sequences."""
-    return Settings(
-        context=context,
-        slots=slots,
-        kv_type=kv_type.lower(),
-        batch=context,
-        ubatch=context,
-        flash_attention=True,
-        unified_kv=False,
-        threads=profile.cpu_cores if profile else 4,
-        gpu_layers=0 if profile is not None and profile.backend == "cpu" else 99,
-        load_mode="none",
-        repack=False,
-    )
 
 
 def activation_bytes(spec: ModelSpec, tokens: int) -> int:

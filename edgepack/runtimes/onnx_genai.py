@@ -1,7 +1,7 @@
-"""onnxruntime-genai as a runtime: the whole KV cache at once, fp32 on a CPU and fp16 on CUDA.
+"""onnxruntime-genai in edgepack's server: the whole KV cache at once, fp32 on a CPU and fp16 on CUDA, in chunks.
 
-Held against onnxruntime-genai 0.18.0 with onnxruntime 1.32.0 as they ran on a CPU (`python
-scripts/measure_onnx_genai.py`, and a model of 5.25 M parameters); nothing was run on a GPU.
+Held against onnxruntime-genai 0.18.0 with onnxruntime 1.32.0 as they ran on a CPU (`python scripts/measure_servers.py`,
+and a model of 5.25 M parameters); nothing was run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from edgepack.errors import BadInput
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import decoder, support
+from edgepack.runtimes import decoder, served, support
 from edgepack.settings import Settings
 from edgepack.units import MIB
 
@@ -72,9 +72,7 @@ def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
 def settings_for(
     profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
 ) -> Settings:
-    """search.max_length = context / slots, batch_size = slots, past_present_share_buffer on. Raises BadInput."""
-    if context < 1 or slots < 1:
-        raise BadInput(f"context {context} and slots {slots} must both be at least 1")
+    """A generator of context / slots tokens for each slot; prompts in chunks of ``ubatch``. Raises BadInput."""
     on_cpu = profile is not None and profile.backend == "cpu"
     allowed = ("f32",) if on_cpu else ("f16", "bf16")
     if kv_type.lower() not in allowed:
@@ -82,7 +80,7 @@ def settings_for(
             f"{NAME} keeps its cache in {' or '.join(allowed)} here, not {kv_type}",
             hint=f"--kv-type {allowed[0]}",
         )
-    return decoder.whole_prompts(profile, context=context, slots=slots, kv_type=kv_type)
+    return served.settings(profile, context=context, slots=slots, kv_type=kv_type, ubatch=ubatch)
 
 
 def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> int:
@@ -98,35 +96,47 @@ def kv_bytes(spec: ModelSpec, *, max_length: int, batch: int, element: int) -> i
 
 
 ACTIVATIONS = (1.45, 1.0, 1.7)
-"""Factors on the prompt's activations, 3 ffn and 4 hidden in the graph's floats. On a CPU the slope of peak memory
-over prompts of 1000 to 6000 tokens is 1.44 and 1.46 of it for two shapes (`python scripts/measure_onnx_genai.py`)."""
+"""Factors on a chunk's activations, 3 ffn and 4 hidden in the graph's floats. On a CPU the slope of peak memory over
+whole prompts of 1000 to 6000 tokens was 1.44 and 1.46 of it for two shapes (0.18.0)."""
 ACTIVATIONS_UNSEEN = (1.45, 0.0, 2.5)
 """The same on CUDA, where nothing was measured."""
-PROCESS = (90 * MIB, 50 * MIB, 250 * MIB)
-"""Libraries, tokenizer and what packing the weights for the CPU adds: 59 MiB for 26 MiB of weights, 99 to 108 for 300
-to 380 (the same script). A server around it, and CUDA's libraries, were not measured."""
+SUMS = 2
+"""Numbers in 32 bits for each block of 32 weights beside the packed ones, on a CPU: its scale, which stays mapped, and
+the block's sum (MLAS, QuantBBlkSum). What loading four models of 6 to 113 million weights takes beside them is 10.5 MiB
+and this, to 1 MiB."""
+ROWS = 8
+"""Rows of logits in 32 bits that choosing a token takes: the runtime's, its copies, and those of 64 bits."""
+TOKEN = 430
+"""Bytes of the tokenizer for each token of the vocabulary: 0.9, 3.5 and 13.2 MiB for 2048, 8192 and 32000."""
+PROCESS = (102 * MIB, 90 * MIB, 270 * MIB)
+"""Python with FastAPI, Uvicorn and onnxruntime-genai: what is left of the peaks of four models, 101 to 109 MiB (`python
+scripts/measure_servers.py`). The upper end is for CUDA's libraries, which were not measured."""
+PROCESS_CPU = 125 * MIB
 
 
 def parts(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
 ) -> tuple[Part, ...]:
-    """What a generator takes; a prompt as long as the context is its largest moment."""
+    """What the server takes at its largest moment: a chunk of a prompt behind another, beside all caches."""
     half = backend != "cpu"
     place: Place = "device" if half else "host"
     element = 2 if half else 4
     weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
     table, _ = schemes.lookup_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-    length = -(-settings.context // settings.slots)
-    tokens = length * settings.slots
+    length, tokens = settings.context // settings.slots, served.chunk(settings)
     cache = kv_bytes(spec, max_length=length, batch=settings.slots, element=_KV_BYTES[settings.kv_type])
     widest = 3 * max(spec.ffn, spec.experts_used * spec.expert_ffn) + 4 * spec.hidden
     moment, low, high = (
         int(tokens * widest * element * factor) for factor in (ACTIVATIONS_UNSEEN if half else ACTIVATIONS)
     )
     row = spec.vocab * (2 + 4 if half else 4)
+    chunk, choosing = tokens * row, settings.slots * ROWS * spec.vocab * 4
     shared = schemes.reads_table(spec, scheme)
     mapped = 0 if half or shared else table
-    logits = "logits of every token of a prompt as long as the context (src/models/logits.cpp)"
+    sums = 0 if half else SUMS * 4 * _blocks(spec, scheme, imatrix=imatrix, backend=backend)
+    copied = sums + (table if shared and not half else 0)
+    process = PROCESS[0] + TOKEN * spec.vocab
+    most = (PROCESS[2] if half else PROCESS_CPU) + 2 * TOKEN * spec.vocab
     return (
         exact("weights", weights - mapped, place, "MatMulNBits, packed in place"),
         *(
@@ -135,49 +145,39 @@ def parts(
             else ()
         ),
         *(
-            (fitted("host_copy", table, (0, table), place, "the shared table, packed again as output head"),)
-            if shared and not half
+            (fitted("host_copy", copied, (0, copied), place, "scales and sums of blocks; a shared table packed again"),)
+            if copied
             else ()
         ),
         exact("rope_cache", layouts.rope_table_bytes(spec, half=half), place, "cosines and sines of all positions"),
         exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
-        fitted("compute", moment, (low, high), place, "activations of the prompt, not in chunks"),
-        fitted("output", tokens * row, (settings.slots * row, tokens * row), place, f"{logits}; not measured on CUDA")
-        if half
-        else exact("output", tokens * row, place, logits),
-        fitted("process", PROCESS[0], PROCESS[1:], "host", "libraries and tokenizer; measured on a CPU"),
+        fitted("compute", moment, (low, high), place, "activations of one chunk of a prompt"),
+        fitted(
+            "output", chunk + choosing, (settings.slots * row, chunk + 2 * choosing), place,
+            "logits of every token of a chunk (src/models/logits.cpp), and the rows that a choice takes",
+        ),
+        fitted("process", process, (PROCESS[1], most), "host", "Python, FastAPI, libraries, tokenizer"),
     )  # fmt: skip
+
+
+def _blocks(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend) -> int:
+    """Blocks of all matrices, each with a scale."""
+    kinds = schemes.tensor_types(spec, scheme, imatrix=imatrix, backend=backend)
+    return sum(layouts.blocks(kind, t.shape) for kind, t in zip(kinds, spec.tensors, strict=True))
 
 
 def start_up(
     spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
 ) -> Mapping[str, int | float]:
     """genai_config.json: search.max_length would otherwise be all that the model was trained for."""
-    return {"search.max_length": -(-settings.context // settings.slots), "search.batch_size": settings.slots}
+    return {"search.max_length": settings.context // settings.slots, "search.batch_size": 1}
 
 
 def launch(
     settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
 ) -> tuple[str, ...]:
-    return (
-        "--engine",
-        "onnx-genai",
-        "--alias",
-        alias,
-        "--ctx-size",
-        str(settings.context),
-        "--parallel",
-        str(settings.slots),
-        "--ubatch-size",
-        str(min(512, settings.ubatch)),
-        "--cache-type-k",
-        settings.kv_type,
-        "--threads",
-        str(settings.threads),
-        "--provider",
-        "cpu" if backend == "cpu" else "cuda",
-    )
+    return served.arguments(NAME, settings, alias=alias, backend=backend)
 
 
 def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    return {}
+    return served.ENVIRONMENT

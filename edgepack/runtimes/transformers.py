@@ -1,8 +1,9 @@
-"""Hugging Face transformers as a runtime: one process, a cache that grows, no chunks in the prompt.
+"""Hugging Face transformers in edgepack's server: a preallocated cache for each slot, prompts in chunks.
 
-Fitted on the Qwen2.5 table of transformers 4.46 on an A100 and held against Qwen3's on an H20 (`python
-scripts/measured_memory.py` prints predicted against measured); both report the allocator's memory, so the CUDA
-context is not in them.
+What a pass takes was fitted on tables of others, who ran generate() with whole prompts and a cache that grows: that of
+Qwen2.5 and transformers 4.46 on an A100, held against Qwen3's on an H20 (`python scripts/measured_memory.py` prints
+predicted against measured; `peak_bytes` and `resting_bytes` are for them). Both report the allocator's memory, so the
+CUDA context is not in them. The server was measured on a CPU (`python scripts/measure_servers.py`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from edgepack.layouts import EMBEDDING
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import decoder, support
+from edgepack.runtimes import decoder, served, support
 from edgepack.settings import Settings
 from edgepack.units import MIB
 
 NAME = "transformers"
-VERSION = "5.23.0"
+VERSION = "5.17.0"
 ARTIFACT = "model"
 MODULES: tuple[str, ...] = ("torch", "transformers", "fastapi", "uvicorn", "jinja2")
 FRONT = False
@@ -88,18 +89,16 @@ def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
 def settings_for(
     profile: DeviceProfile | None, *, context: int, slots: int, kv_type: str, ubatch: int
 ) -> Settings:
-    """A batch of ``slots`` sequences; the prompt goes through whole, so ``ubatch`` bounds nothing."""
-    if context < 1 or slots < 1:
-        raise BadInput(f"context {context} and slots {slots} must both be at least 1")
+    """Prompts in chunks of ``ubatch``, of one slot at a time. Raises BadInput."""
     if kv_type.lower() not in KV_TYPES:
         raise BadInput(
             f"KV type {kv_type!r} is not known to {NAME}", hint=f"known KV types: {', '.join(KV_TYPES)}"
         )
-    return decoder.whole_prompts(profile, context=context, slots=slots, kv_type=kv_type)
+    return served.settings(profile, context=context, slots=slots, kv_type=kv_type, ubatch=ubatch)
 
 
 def kv_bytes(spec: ModelSpec, tokens: int, *, slots: int = 1) -> int:
-    """Bytes of the dynamic cache of ``slots`` sequences of ``tokens`` each; a sliding layer keeps its window.
+    """Bytes of generate()'s cache of ``slots`` sequences of ``tokens`` each; a sliding layer keeps its window.
 
     Latent attention is cached unfolded here. Raises Unsupported for it and for recurrent layers.
     """
@@ -114,9 +113,13 @@ WORKSPACE = (45 * MIB, 0, 260 * MIB)
 """cuBLAS workspaces, rotary tables and rounding of the allocator: the median of what is left in both tables, 53 and
 36 MiB, and the extremes of the A100 table on one card (`python scripts/measured_memory.py`)."""
 
-PROCESS = (900 * MIB, 440 * MIB, 2500 * MIB)
-"""Python with torch and transformers on the host. Measured: 458 MiB with the CPU build (torch 2.13, transformers 5.24,
-a model of 8 MiB); with CUDA nothing was measured, hence the upper end."""
+PROCESS = (415 * MIB, 370 * MIB, 2500 * MIB)
+"""Python with torch, transformers, FastAPI and Uvicorn on the host: what is left of the peaks of two models on a CPU is
+424 and 430 MiB (`python scripts/measure_servers.py`), and 20 less where neither torchao nor peft is installed, which
+transformers imports. With CUDA nothing was measured, hence the upper end."""
+PROCESS_CPU = 540 * MIB
+TOKEN = 680
+"""Bytes of the tokenizer for each token of the vocabulary: 20.3 MiB more for 32000 than for 2048."""
 
 _DEQUANTIZES = ("gptq", "autoround")
 """Kernels that unpack a whole matrix beside the packed one (exllama's temp_dq): what GPTQ rows of the A100 table take
@@ -166,60 +169,59 @@ def _embedding_bytes(spec: ModelSpec) -> int:
 def parts(
     spec: ModelSpec, scheme: str, settings: Settings, *, backend: Backend, arch: Arch, imatrix: bool
 ) -> tuple[Part, ...]:
-    """What generate() takes at its largest moment, a prompt as long as the context."""
-    place: Place = "host" if backend == "cpu" else "device"
+    """What the server takes at its largest moment: a chunk of a prompt, beside all caches."""
+    on_cpu = backend == "cpu"
+    place: Place = "host" if on_cpu else "device"
     weights = schemes.weights_bytes(spec, scheme, imatrix=imatrix, backend=backend)
-    per_slot = -(-settings.context // settings.slots)
-    activations = decoder.activation_bytes(spec, per_slot * settings.slots)
+    activations = decoder.activation_bytes(spec, served.chunk(settings))
     unpacked, loading = unpacked_bytes(spec, scheme), loading_bytes(spec, scheme)
     low, high = ACTIVATION_SPREAD
     moment = max(activations + unpacked, loading)
     copy = head_copy_bytes(spec, scheme)
+    cache = cache_bytes(spec, tokens=settings.context // settings.slots, slots=settings.slots)
+    row = settings.slots * spec.vocab * 4
     device = (
         fitted("workspace", WORKSPACE[0], WORKSPACE[1:], place, "cuBLAS, rotary tables, rounding"),
     )  # fmt: skip
+    process = PROCESS[0] + TOKEN * spec.vocab
+    most = (PROCESS_CPU if on_cpu else PROCESS[2]) + 2 * TOKEN * spec.vocab
     return (
         exact("weights", weights, place, "the checkpoint's tensors"),
         *((exact("host_copy", copy, place, "a tied embedding, again as the output head"),) if copy else ()),
-        exact("kv_cache", kv_bytes(spec, per_slot, slots=settings.slots), place, "DynamicCache, 16 bits"),
+        exact("kv_cache", cache, place, "16 bits, whole for every layer (edgepack/server/engines/preallocated.py)"),
         fitted(
             "compute", moment, (int(activations * low), max(int(activations * high) + unpacked, loading)), place,
-            "a prompt as long as the context, not in chunks",
+            "activations of one chunk of a prompt",
         ),
-        exact("output", settings.slots * spec.vocab * 4, place, "logits of the last token, f32"),
+        exact("output", row, place, "logits of the last token, f32"),
         *(device if place == "device" else ()),
-        fitted("process", PROCESS[0], PROCESS[1:], "host", "Python, torch, transformers"),
+        fitted("process", process, (PROCESS[1], most), "host", "Python, FastAPI, torch, transformers, tokenizer"),
     )  # fmt: skip
+
+
+def cache_bytes(spec: ModelSpec, *, tokens: int, slots: int) -> int:
+    """Bytes of the server's caches: sliding layers have every place too, so that any prefix can be taken up again.
+
+    Latent attention is cached unfolded here. Raises Unsupported for it and for recurrent layers.
+    """
+    return decoder.cache_bytes(
+        spec, tokens=tokens, sequences=slots, element=decoder.HALF, runtime=NAME, windowed=False
+    )
 
 
 def start_up(
     spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
 ) -> Mapping[str, int | float]:
-    return {"batch_size": settings.slots, "max_length": -(-settings.context // settings.slots)}
+    return {"batch_size": 1, "max_length": settings.context // settings.slots}
 
 
 def launch(
     settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
 ) -> tuple[str, ...]:
-    return (
-        "--engine",
-        "transformers",
-        "--alias",
-        alias,
-        "--ctx-size",
-        str(settings.context),
-        "--parallel",
-        str(settings.slots),
-        "--ubatch-size",
-        str(min(512, settings.ubatch)),
-        "--cache-type-k",
-        settings.kv_type,
-        "--threads",
-        str(settings.threads),
-        "--provider",
-        "cpu" if backend == "cpu" else "cuda",
-    )
+    return served.arguments(NAME, settings, alias=alias, backend=backend)
 
 
 def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    return {}
+    """Threads that wait for the next operation do not spin: with others on the same cores a step took ten times as
+    long."""
+    return {**served.ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}

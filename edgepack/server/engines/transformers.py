@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NAME = "transformers"
 
+_LENGTHS = 8
+"""Different lengths of a pass, beside one token."""
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
@@ -36,17 +38,28 @@ class Model:
     network: Any
     device: str
     thread: ThreadPoolExecutor
+    step: int
+    """What lengths of a pass are rounded up to."""
 
     def logits(self, tokens: Sequence[int], cache: Preallocated) -> NDArray[np.float32]:
         """After the last of ``tokens``, which are appended to the cache: [vocabulary]."""
         return self.thread.submit(self._pass, tokens, cache).result()
 
     def _pass(self, tokens: Sequence[int], cache: Any) -> NDArray[np.float32]:
+        """oneDNN compiles a kernel for each length of a pass that it meets and keeps it, 1.5 MiB each for the built-in
+        model, so passes have few lengths: what is appended to fill one up is cut off again, and no token sees what
+        comes after it. A slot too full for that reads token by token."""
         import torch
 
+        held, count = cache.get_seq_length(), len(tokens)
+        length = 1 if count == 1 else -(-count // self.step) * self.step
+        if held + length > cache.get_max_length():
+            return [self._pass((token,), cache) for token in tokens][-1]
         with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self.device)
-            said = self.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([[*tokens, *(tokens[-1],) * (length - count)]], device=self.device)
+            last = torch.tensor([count - 1], device=self.device)
+            said = self.network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
+            cache.cut(held + count)
             row: NDArray[np.float32] = said.logits[0, -1].float().cpu().numpy()
             return row
 
@@ -178,7 +191,8 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
     )
     like = [(layer.keys, layer.values) for layer in cache.layers]
     caches = [Preallocated(like, options.context) for _ in range(options.slots)]
-    model = Model(network=network, device=device, thread=thread)
+    step = max(options.ubatch // _LENGTHS, 1)
+    model = Model(network=network, device=device, thread=thread, step=step)
     words = Words(tokenizer=tokenizer, lock=threading.Lock())
     return TransformersEngine(
         name=NAME,
@@ -199,14 +213,18 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
 def _read(options: Options) -> tuple[Any, Any]:
     """Network and tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder: Path = options.model
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # What places weights elsewhere than on the CPU is accelerate, which comes with the quantized formats.
+        plain = options.provider == "cpu" and getattr(config, "quantization_config", None) is None
+        placed = {} if plain else {"device_map": {"": options.provider}}
         network = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, _DTYPES[options.kv_type]),
-            device_map={"": options.provider},
+            **placed,
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
