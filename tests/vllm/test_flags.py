@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from edgepack.plan import Plan, Request
 from edgepack.runtimes import vllm, vllm_flags
 from tests.vllm.conftest import Parse
 
+DEMO = str(Path(__file__).parents[2] / "edgepack" / "models" / "demo")
 HERE = version(vllm.CPU_PACKAGE)
 
 
@@ -79,6 +81,35 @@ def test_the_flags_of_every_profile_are_read_as_they_are_meant(device: str, slot
         assert read.gpu_memory_utilization == chosen.start_up["gpu_memory_utilization"]
         assert read.cudagraph_capture_sizes == ([1] if slots == 1 else [1, 2, 4])
         assert read.compilation_config.cudagraph_mode.name == "FULL_DECODE_ONLY"
+
+
+@pytest.mark.parametrize("device", ["rtx-4060-laptop-8gb", "jetson-orin-nx-16gb", "x86-laptop"])
+def test_the_engines_configuration_accepts_the_flags_and_keeps_their_numbers(
+    device: str, parse: Parse
+) -> None:
+    """Of a GPU's flags all but the graphs, which a CPU has none of."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    request = Request(
+        profile=profile.load(device), runtime=vllm.NAME, scheme="bf16", slots=4, context=2000, force=True,
+        min_decode=0.0,
+    )  # fmt: skip
+    chosen = next(
+        found for found in plan.survey(request, [pipeline.named("demo")]) if isinstance(found, Plan)
+    )
+    words = vllm.launch(
+        chosen.settings, alias="m", backend=chosen.profile.backend, start_up=chosen.start_up, version=HERE
+    )
+
+    made = EngineArgs.from_cli_args(parse(["--model", DEMO, *words])).create_engine_config()
+
+    assert made.cache_config.kv_cache_memory_bytes == chosen.memory.part("kv_cache")
+    assert made.cache_config.block_size == chosen.start_up["block_size"]
+    assert made.cache_config.enable_prefix_caching is True
+    assert made.model_config.max_model_len == 500
+    assert made.scheduler_config.max_num_seqs == 4
+    assert made.scheduler_config.max_num_batched_tokens == chosen.settings.batch
+    assert made.scheduler_config.enable_chunked_prefill is True
 
 
 @pytest.mark.parametrize(
