@@ -282,7 +282,8 @@ def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
         return runtimes.reading(request.scheme, machine)
     if request.scheme is not None:
         return (llama_cpp,)
-    return tuple(r for r in runtimes.RUNTIMES if any(r.refusal(s, machine) is None for s in r.SCHEMES))
+    able = (r for r in runtimes.RUNTIMES if r.objection(machine) is None)
+    return tuple(r for r in able if any(r.refusal(s, machine) is None for s in r.SCHEMES))
 
 
 def _schemes(request: Request, runtime: Runtime) -> tuple[str, ...]:

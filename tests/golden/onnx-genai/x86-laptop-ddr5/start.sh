@@ -142,6 +142,9 @@ find_python 'onnxruntime_genai fastapi uvicorn jinja2'
 preflight
 make_key
 prepare_python
+export MALLOC_ARENA_MAX=1
+export MALLOC_MMAP_THRESHOLD_=131072
+export MALLOC_TRIM_THRESHOLD_=131072
 exec "$python" -m edgepack_server \
     --model "$here/model" --plan "$here/plan.json" \
     --engine onnx-genai \
@@ -152,5 +155,7 @@ exec "$python" -m edgepack_server \
     --cache-type-k f32 \
     --threads 8 \
     --provider cpu \
+    --queue-size 32 \
+    --timeout 600 \
     --host "$host" --port "$port" \
     --api-key-file "$key_file"

@@ -142,6 +142,11 @@ find_python 'torch transformers fastapi uvicorn jinja2'
 preflight
 make_key
 prepare_python
+export MALLOC_ARENA_MAX=1
+export MALLOC_MMAP_THRESHOLD_=131072
+export MALLOC_TRIM_THRESHOLD_=131072
+export OMP_WAIT_POLICY=PASSIVE
+export HF_HUB_OFFLINE=1
 exec "$python" -m edgepack_server \
     --model "$here/model" --plan "$here/plan.json" \
     --engine transformers \
@@ -152,5 +157,7 @@ exec "$python" -m edgepack_server \
     --cache-type-k bf16 \
     --threads 8 \
     --provider cpu \
+    --queue-size 32 \
+    --timeout 600 \
     --host "$host" --port "$port" \
     --api-key-file "$key_file"
