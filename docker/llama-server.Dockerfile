@@ -3,8 +3,6 @@
 ARG DEBIAN=docker.io/library/debian:bookworm-20260803-slim@sha256:abd67ffcfa541b485a3dff59865ab629aa048a6c613e639d36e7456b0b229241
 ARG BUILD=${DEBIAN}
 ARG RUNTIME=${DEBIAN}
-# Where the program comes from: compiled here, or an image that has it already (scripts/images.py build --static).
-ARG SERVER=build
 ARG SNAPSHOT=20261120T000000Z
 
 FROM ${DEBIAN} AS source
@@ -26,6 +24,7 @@ RUN echo "llama-cpp-python==$SDIST_VERSION --hash=sha256:$SDIST_SHA256" >sdist.t
     && tar --extract --gzip --file "llama_cpp_python-$SDIST_VERSION.tar.gz" --directory /src --strip-components 3 \
         "llama_cpp_python-$SDIST_VERSION/vendor/llama.cpp"
 
+# A folder with build/bin/llama-server can take this stage's place: --build-context build=FOLDER.
 FROM ${BUILD} AS build
 ARG SNAPSHOT
 # Debian has no compiler in it, CUDA's development images have.
@@ -59,11 +58,9 @@ RUN if [ "$(uname -m)" = aarch64 ]; then set -- -DGGML_CPU_ARM_ARCH=armv8.2-a+do
     && /opt/cmake/bin/cmake --build /build --target llama-server llama-bench --parallel "$JOBS" \
     && strip /build/bin/llama-server /build/bin/llama-bench
 
-FROM ${SERVER} AS server
-
 # The programs alone, for edgepack.service (docker/README.md).
 FROM scratch AS program
-COPY --from=server /build/bin/llama-* /
+COPY --from=build /build/bin/llama-* /
 USER 10001:10001
 ENTRYPOINT ["/llama-server"]
 
@@ -75,7 +72,7 @@ RUN --mount=type=bind,source=docker/apt-install.sh,target=/mnt/apt-install.sh \
     { command -v curl || sh /mnt/apt-install.sh curl; } \
     && { [ "$(uname -m)" != aarch64 ] || rm -rf /usr/local/cuda/compat; } \
     && useradd --uid 10001 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin edgepack
-COPY --from=server /build/bin/llama-* /usr/local/bin/
+COPY --from=build /build/bin/llama-* /usr/local/bin/
 # Nothing is written outside /tmp: run it with a read-only root.
 ENV HOME=/tmp \
     CUDA_CACHE_PATH=/tmp/cuda-cache

@@ -39,7 +39,6 @@ from edgepack.progress import Silent
 
 ROOT = Path(__file__).parents[1]
 BASE = "localhost/edgepack/debian:bookworm"
-STATIC = "localhost/edgepack/llama-server-static:here"
 SUITE = "bookworm"
 ARCHITECTURES = {"x86_64": "linux/amd64", "aarch64": "linux/arm64"}
 TESTED = {
@@ -152,32 +151,31 @@ def build_target(name: str, work: Path, *, jobs: int, static: bool = False) -> N
     if "BUILD" in args:
         sys.exit(f"{name} stands on {args['BUILD'].partition('@')[0]}, which only a registry has")
     args = {**args, "DEBIAN": BASE, "SNAPSHOT": "", "JOBS": str(jobs)}
+    more: list[str] = []
     if static:
-        args["SERVER"] = ensure_static(work)
-    volumes: list[str] = []
+        more += ["--build-context", f"build={place_static(work / 'static')}"]
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     if Path(wheels).is_absolute():
         args |= {"PIP_FIND_LINKS": "/mnt/wheels", "PIP_EXTRA_INDEX_URL": ""}
-        volumes = ["--volume", f"{wheels}:/mnt/wheels:ro"]
+        more += ["--volume", f"{wheels}:/mnt/wheels:ro"]
     known = declared(ROOT / target["dockerfile"])
     words = [f"--build-arg={key}={value}" for key, value in sorted(args.items()) if key in known]
     started = time.monotonic()
     buildah(
         work, "build", "--format", "docker", "--isolation", "chroot", "--layers", "--pull-never", *words,
-        *volumes, "--file", target["dockerfile"], "--tag", target["tags"][0], ".",
+        *more, "--file", target["dockerfile"], "--tag", target["tags"][0], ".",
     )  # fmt: skip
     size = buildah(work, "images", "--format", "{{.ID}} {{.Size}}", target["tags"][0], capture=True)
     say(f"{target['tags'][0]}: {size}, built in {time.monotonic() - started:.0f} s")
 
 
-def ensure_static(work: Path) -> str:
-    """An image of nothing but the static llama-server that bundles carry, for COPY --from."""
+def place_static(folder: Path) -> Path:
+    """``folder`` with the static llama-server that bundles carry where the Dockerfile's build stage has its own."""
     machine: toolchain.Machine = "aarch64" if os.uname().machine == "aarch64" else "x86_64"
-    program = toolchain.static_runtime(machine, Silent())
-    container = buildah(work, "from", "scratch", capture=True)
-    buildah(work, "add", "--quiet", container, str(program), "/build/bin/llama-server")
-    buildah(work, "commit", "--quiet", "--rm", container, STATIC)
-    return STATIC
+    program = folder / "build" / "bin" / "llama-server"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(toolchain.static_runtime(machine, Silent()), program)
+    return folder
 
 
 def test_targets(names: Sequence[str], work: Path, *, static: bool) -> None:
