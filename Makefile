@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test lint bench clean system-tools
+.PHONY: demo test test-images test-vllm lint bench clean system-tools
 
 $(BIN)/edgepack: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test: $(VENV)/.dev system-tools
 	$(BIN)/mypy
 	$(BIN)/edgepack toolchain install
 	$(BIN)/python -m pytest
+
+## Build the CPU images and start them on the built-in model, without a container engine (root; buildah, debootstrap).
+test-images: $(VENV)/.dev
+	$(BIN)/python scripts/images.py test
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -193,6 +193,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
         "modules": " ".join(runtime.MODULES),
         "service": "llama-server" if plan.runtime == runtimes.llama_cpp.NAME else "server",
+        "small_torch": "torch" in runtime.MODULES and plan.profile.backend == "cpu",
         "front": runtime.FRONT,
         "front_modules": " ".join(FRONT_MODULES),
         "front_lines": _lines(front(plan.settings)),

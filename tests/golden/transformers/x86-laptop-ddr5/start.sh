@@ -71,6 +71,8 @@ prepare_python() {
 
 install_python() {
     python3 -m venv "$venv"
+    # PyTorch's build for CPUs; the one on PyPI brings CUDA.
+    export PIP_EXTRA_INDEX_URL="${PIP_EXTRA_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
     "$venv/bin/python3" -m pip install --requirement "$here/requirements.txt"
 }
 
