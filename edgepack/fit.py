@@ -41,7 +41,7 @@ class Change:
             if value is not None
         ]
         return " and ".join(
-            [*(["leave out --desktop"] if self.headless else []), *([" ".join(options)] if options else [])]
+            [*([WITHOUT_DESKTOP] if self.headless else []), *([" ".join(options)] if options else [])]
         )
 
 
@@ -302,6 +302,7 @@ class _Case:
         return longest(limit, lambda context: self.with_context(context).fits())
 
 
+WITHOUT_DESKTOP = "leave out --desktop"
 NO_HELP = "no scheme of this model fits at any context; use a smaller model"
 
 

@@ -38,9 +38,13 @@ slot_counts = st.integers(1, 8)
 modest = config(max_examples=60, deadline=None)
 
 
-def estimate(spec: ModelSpec, device: DeviceProfile, scheme: str, settings: Settings) -> MemoryEstimate:
+def estimate(
+    spec: ModelSpec, device: DeviceProfile, scheme: str, settings: Settings, *, runtime: str = "llama.cpp"
+) -> MemoryEstimate:
     try:
-        return memory.estimate(spec, scheme, settings, backend=device.backend, arch=device.arch)
+        return memory.estimate(
+            spec, scheme, settings, backend=device.backend, arch=device.arch, runtime=runtime
+        )
     except Unsupported:  # a cache type that the model's heads cannot have
         assume(False)
         raise
@@ -180,6 +184,7 @@ def test_whatever_is_chosen_fits_and_is_fast_enough(request: Request, models: li
         request.profile,
         chosen.scheme,
         chosen.settings,
+        runtime=chosen.runtime,
     )
 
 
@@ -192,7 +197,7 @@ def applied(hint: str, session: Session, scheme: str, given: Settings) -> tuple[
     words = rest.removeprefix(" and ").split()
     options = dict(zip(words[::2], words[1::2], strict=True))
     assert options or session == "headless"
-    assert set(options) <= {"--scheme", "--kv-type", "--context", "--ubatch", "--min-tokens-per-second"}
+    assert set(options) <= {"--scheme", "--kv-type", "--context", "--ubatch", "--min-tokens-per-second", "--runtime"}
     return (
         session,
         options.get("--scheme", scheme),
@@ -267,6 +272,9 @@ def test_when_nothing_fits_the_change_that_is_named_makes_a_plan(
     pace = re.search(r" --min-tokens-per-second ([\d.]+)", first)
     if pace:
         request = replace(request, min_decode=float(pace.group(1)))
+    runtime = re.search(r" --runtime (\S+)", first)
+    if runtime:
+        request = replace(request, runtime=runtime.group(1))
 
     if not str(refused.hint).startswith(NO_HELP):
         asked = settings(request.profile, request.context or 4096, request.slots, request.kv_type or "f16")
