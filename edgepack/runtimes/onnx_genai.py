@@ -108,10 +108,10 @@ ROWS = 8
 """Rows of logits in 32 bits that choosing a token takes: the runtime's, its copies, and those of 64 bits."""
 TOKEN = 430
 """Bytes of the tokenizer for each token of the vocabulary: 0.9, 3.5 and 13.2 MiB for 2048, 8192 and 32000."""
-PROCESS = (102 * MIB, 90 * MIB, 270 * MIB)
-"""Python with FastAPI, Uvicorn and onnxruntime-genai: what is left of the peaks of four models, 101 to 109 MiB (`python
+PROCESS = (98 * MIB, 85 * MIB, 270 * MIB)
+"""Python with FastAPI, Uvicorn and onnxruntime-genai: what is left of six peaks of four models, 87 to 101 MiB (`python
 scripts/measure_servers.py`). The upper end is for CUDA's libraries, which were not measured."""
-PROCESS_CPU = 125 * MIB
+PROCESS_CPU = 120 * MIB
 
 
 def parts(
@@ -126,11 +126,14 @@ def parts(
     length, tokens = settings.context // settings.slots, served.chunk(settings)
     cache = kv_bytes(spec, max_length=length, batch=settings.slots, element=_KV_BYTES[settings.kv_type])
     widest = 3 * max(spec.ffn, spec.experts_used * spec.expert_ffn) + 4 * spec.hidden
-    moment, low, high = (
-        int(tokens * widest * element * factor) for factor in (ACTIVATIONS_UNSEEN if half else ACTIVATIONS)
-    )
     row = spec.vocab * (2 + 4 if half else 4)
     chunk, choosing = tokens * row, settings.slots * ROWS * spec.vocab * 4
+    # Logits of one chunk are there until the next is through; those of the only one when its activations are gone.
+    after = 0 if half or length > tokens else chunk
+    moment, low, high = (
+        max(int(tokens * widest * element * factor) - after, 0)
+        for factor in (ACTIVATIONS_UNSEEN if half else ACTIVATIONS)
+    )
     shared = schemes.reads_table(spec, scheme)
     mapped = 0 if half or shared else table
     sums = 0 if half else SUMS * 4 * _blocks(spec, scheme, imatrix=imatrix, backend=backend)
@@ -151,7 +154,7 @@ def parts(
         ),
         exact("rope_cache", layouts.rope_table_bytes(spec, half=half), place, "cosines and sines of all positions"),
         exact("kv_cache", cache, place, "past and present share a buffer of max_length"),
-        fitted("compute", moment, (low, high), place, "activations of one chunk of a prompt"),
+        fitted("compute", moment, (low, high), place, "activations of one chunk of a prompt, beside logits of another"),
         fitted(
             "output", chunk + choosing, (settings.slots * row, chunk + 2 * choosing), place,
             "logits of every token of a chunk (src/models/logits.cpp), and the rows that a choice takes",

@@ -1,0 +1,235 @@
+"""Decoding speed of a bundle's server against the bare runtime on the same machine, alternating in one run.
+
+    python benchmarks/server_speed.py onnx-genai ARTIFACT [--tokens 128] [--rounds 5] [--threads 2] [--context 512]
+    python benchmarks/server_speed.py transformers ARTIFACT
+    python benchmarks/server_speed.py llama.cpp model.gguf --server bin/llama-server --bench bin/llama-bench
+
+Bare is each runtime's own loop in a process of its own: generate_next_token(), generate(), llama-bench. The server is
+started with the flags and environment of a plan and streams. Counted are the tokens after the first, per second; the
+ratio is of one round's two figures, and the median over rounds, with the least and the greatest, is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+
+from edgepack import runtimes
+from edgepack.runtimes import llama_cpp
+from edgepack.settings import Settings
+
+KEY = "benchmark"
+PROMPT = list(range(5, 37))
+"""Token ids; what they say does not matter to the speed."""
+
+ONNX = """
+import json, sys, time
+import numpy as np, onnxruntime_genai as og
+folder, threads, length, count, prompt = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
+config = og.Config(folder)
+config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+model = og.Model(config)
+parameters = og.GeneratorParams(model)
+parameters.set_search_options(do_sample=False, max_length=length)
+generator = og.Generator(model, parameters)
+for _ in sys.stdin:
+    generator.rewind_to(0)
+    generator.append_tokens(np.array([prompt], dtype=np.int32))
+    generator.generate_next_token()
+    start = time.perf_counter()
+    for _ in range(count - 1):
+        generator.generate_next_token()
+    print((count - 1) / (time.perf_counter() - start), flush=True)
+"""
+TORCH = """
+import json, sys, time
+import torch
+from transformers import AutoModelForCausalLM
+folder, threads, length, count, prompt = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
+torch.set_num_threads(threads)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
+class Times:
+    def __init__(self): self.at = []
+    def put(self, value): self.at.append(time.perf_counter())
+    def end(self): pass
+for _ in sys.stdin:
+    times = Times()
+    with torch.inference_mode():
+        model.generate(
+            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=times
+        )
+    print((count - 1) / (times.at[-1] - times.at[-count]), flush=True)
+"""
+"""The streamer is given the prompt first, then each token."""
+
+
+def main() -> None:
+    asked = arguments()
+    with ExitStack() as stack:
+        address = stack.enter_context(serving(asked))
+        bare = stack.enter_context(running(asked))
+        served(address, asked.tokens)
+        bare()
+        ratios = []
+        for number in range(asked.rounds):
+            # The one that goes first changes: the machine may get warmer or busier.
+            if number % 2:
+                ours, theirs = served(address, asked.tokens), bare()
+            else:
+                theirs, ours = bare(), served(address, asked.tokens)
+            ratios.append(ours / theirs)
+            print(f"round {number + 1}: server {ours:8.2f}, bare {theirs:8.2f} tokens/s, {ratios[-1]:.3f}")
+    print(
+        f"{asked.runtime}: the server decodes at {median(ratios):.3f} of the bare runtime's speed "
+        f"({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} rounds)"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runtime", choices=("onnx-genai", "transformers", "llama.cpp"))
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--server", type=Path, help="llama-server")
+    parser.add_argument("--bench", type=Path, help="llama-bench")
+    return parser.parse_args()
+
+
+@contextmanager
+def serving(asked: argparse.Namespace) -> Iterator[str]:
+    """The address of a server that is ready."""
+    runtime = runtimes.named(asked.runtime)
+    kv_type = runtime.kv_types(runtimes.Machine(backend="cpu"))[0]
+    base = llama_cpp.cpu_settings(context=asked.context, kv_type="f16", threads=asked.threads)
+    settings = Settings(**{name: getattr(base, name) for name in base.__slots__} | {"kv_type": kv_type})
+    words = runtime.launch(settings, alias="benchmark", backend="cpu", start_up={})
+    port = 18_000 + os.getpid() % 4000
+    with tempfile.TemporaryDirectory() as folder:
+        key = Path(folder) / "key"
+        key.write_text(KEY + "\n", encoding="utf-8")
+        program = (
+            [str(asked.server)] if asked.runtime == "llama.cpp" else [sys.executable, "-m", "edgepack.server"]
+        )
+        model = "-m" if asked.runtime == "llama.cpp" else "--model"
+        command = [
+            *program,
+            *words,
+            model,
+            str(asked.artifact),
+            "--port",
+            str(port),
+            "--api-key-file",
+            str(key),
+        ]
+        environment = {**os.environ, **runtime.environment(settings, backend="cpu")}
+        with (Path(folder) / "log").open("wb") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            address = f"http://127.0.0.1:{port}"
+            while not ready(address):
+                if process.poll() is not None:
+                    sys.exit((Path(folder) / "log").read_text(encoding="utf-8"))
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=5) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+def served(address: str, tokens: int) -> float:
+    """Tokens a second after the first, as a client sees them stream."""
+    body = {
+        "model": "benchmark", "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
+        "stream": True, "cache_prompt": False, "return_token_ids": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+    )
+    at, counted = [], 0
+    with urllib.request.urlopen(request, timeout=900) as reply:
+        for line in reply:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                counted = (event.get("usage") or {}).get("completion_tokens", counted)
+                if event["choices"]:
+                    at.append(time.perf_counter())
+    if counted != tokens:
+        sys.exit(f"asked for {tokens} tokens and got {counted}")
+    return (tokens - 1) / (at[tokens - 1 if len(at) >= tokens else -1] - at[0])
+
+
+@contextmanager
+def running(asked: argparse.Namespace) -> Iterator[Callable[[], float]]:
+    """A function that decodes once with the bare runtime: tokens a second after the first."""
+    if asked.runtime == "llama.cpp":
+        yield lambda: llama_bench(asked)
+        return
+    source = ONNX if asked.runtime == "onnx-genai" else TORCH
+    numbers = (str(asked.threads), str(asked.context), str(asked.tokens), json.dumps(PROMPT))
+    child = subprocess.Popen(
+        [sys.executable, "-c", source, str(asked.artifact), *numbers],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    if child.stdin is None or child.stdout is None:
+        sys.exit("no pipes")
+    said, heard = child.stdin, child.stdout
+
+    def once() -> float:
+        said.write("go\n")
+        said.flush()
+        return float(heard.readline())
+
+    try:
+        yield once
+    finally:
+        child.terminate()
+        child.wait()
+
+
+def llama_bench(asked: argparse.Namespace) -> float:
+    command = [
+        asked.bench,
+        "-m",
+        asked.artifact,
+        "-p",
+        "0",
+        "-n",
+        asked.tokens,
+        "-t",
+        asked.threads,
+        "-r",
+        "1",
+    ]
+    command += ["-ngl", "0", "-o", "json"]
+    done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)[0]["avg_ts"])
+
+
+if __name__ == "__main__":
+    main()
