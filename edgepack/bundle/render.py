@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from edgepack import runtimes
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
+from edgepack.runtimes import vllm
 from edgepack.settings import Settings
 
 if TYPE_CHECKING:
@@ -52,9 +54,16 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
 
 
 def launch(plan: Plan) -> tuple[str, ...]:
-    """The flags that hold a server to the plan; model, address and key come on top."""
-    return runtimes.named(plan.runtime).launch(
-        plan.settings, alias=plan.model.id, backend=plan.profile.backend, start_up=plan.start_up
+    """The flags that hold a server to the plan, as the version in its image has them; model, address and key come on
+    top."""
+    settings, alias, backend, start_up = plan.settings, plan.model.id, plan.profile.backend, plan.start_up
+    if plan.runtime != vllm.NAME:
+        runtime = runtimes.named(plan.runtime)
+        return runtime.launch(settings, alias=alias, backend=backend, start_up=start_up)
+    image = image_for(plan)
+    version = vllm.CPU_VERSION if backend == "cpu" else image.version if image else None
+    return vllm.launch(
+        settings, alias=alias, backend=backend, start_up=start_up, version=version or vllm.VERSION
     )
 
 
@@ -88,7 +97,7 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
     for image in plan.profile.software.images:
         if image.runtime == plan.runtime:
             known = digest or image.digest
-            return RuntimeImage(runtime=image.runtime, reference=image.reference, digest=known)
+            return replace(image, digest=known)
     own = IMAGES.get((plan.runtime, plan.profile.backend))
     return (
         None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")

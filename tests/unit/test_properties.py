@@ -197,7 +197,14 @@ def applied(hint: str, session: Session, scheme: str, given: Settings) -> tuple[
     words = rest.removeprefix(" and ").split()
     options = dict(zip(words[::2], words[1::2], strict=True))
     assert options or session == "headless"
-    assert set(options) <= {"--scheme", "--kv-type", "--context", "--ubatch", "--min-tokens-per-second", "--runtime"}
+    assert set(options) <= {
+        "--scheme",
+        "--kv-type",
+        "--context",
+        "--ubatch",
+        "--min-tokens-per-second",
+        "--runtime",
+    }
     return (
         session,
         options.get("--scheme", scheme),

@@ -25,8 +25,8 @@ _NO_TOKEN = -1
 no other; many models pad with the token that ends a sequence (src/models/logits.cpp, Logits::Update)."""
 
 _NO_ARENA = {"enable_cpu_mem_arena": False, "enable_mem_pattern": False}
-"""ONNX Runtime's own allocator keeps what a pass needed and grows with each length of a prompt that it meets; without it
-a pass takes no longer, and memory at its largest moment is that of the tensors alive (113 M parameters, int8)."""
+"""ONNX Runtime's own allocator keeps what a pass needed and grows with each length of a prompt that it meets; without
+it a pass takes no longer, and memory at its largest moment is that of the tensors alive (113 M parameters, int8)."""
 
 _KV_BYTES: Mapping[str, Mapping[str, int]] = {"cpu": {"f32": 4}, "cuda": {"f16": 2, "bf16": 2}}
 

@@ -171,6 +171,9 @@ export HF_HUB_OFFLINE=1
 export TRANSFORMERS_OFFLINE=1
 export VLLM_DO_NOT_TRACK=1
 export VLLM_NO_USAGE_STATS=1
+# Empty it crashes a worker on a CPU, set it overrides the plan's bytes.
+unset VLLM_CPU_KVCACHE_SPACE
+export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$state/vllm}"
 # In the environment, for a command line can be read by everybody.
 VLLM_API_KEY=$(cat -- "$key_file")
 export VLLM_API_KEY
