@@ -179,6 +179,7 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     network, tokenizer = _read(options)
+    weights = _bytes(network)  # as they were loaded: bitsandbytes repacks NF4 for the CPU at the first pass
     marks = template.read(options.model)
     cache = transformers.DynamicCache(config=network.config)
     if not plain(cache):
@@ -203,7 +204,7 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
         chat_template=marks.source,
         marks=marks,
         words=words,
-        parts={"weights": _bytes(network), "kv_cache": sum(cache.nbytes for cache in caches)},
+        parts={"weights": weights, "kv_cache": sum(cache.nbytes for cache in caches)},
         model=model,
         reader=Reader(ubatch=options.ubatch, ends=_ends(network), decode=words.decode, reading=nullcontext()),
         sequences=tuple(Slot(cache=Kept(model=model, cache=cache)) for cache in caches),
