@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from edgepack.server.__main__ import main
-from edgepack.server.engines import CannotLoad, Options, Sampling, Token
+from edgepack.server.engines import CannotLoad, CannotTokenize, Options, Sampling, Token
 from edgepack.server.template import render
 
 BEGIN, END, VOCABULARY = 256, 257, 258
@@ -38,6 +38,8 @@ class FakeEngine:
         self._held: list[list[int]] = [[] for _ in range(options.slots)]
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
+        if "\0" in text:
+            raise CannotTokenize("a NUL character in the text cannot be tokenized")
         return [BEGIN] * special + list(text.encode("utf-8"))
 
     def detokenize(self, tokens: Sequence[int]) -> str:

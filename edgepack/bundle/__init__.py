@@ -15,7 +15,7 @@ from edgepack import runtimes, serde
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
-from edgepack.bundle.render import image_for, launch, render
+from edgepack.bundle.render import image_for, launch, readers, render
 from edgepack.bundle.sbom import sbom
 from edgepack.errors import BadInput, CheckFailed, MissingTool, NoSpace, NotFound, Untrusted
 from edgepack.evaluation import Quality
@@ -294,7 +294,8 @@ def requirements(plan: Plan) -> str:
     runs_in_python = bool(runtimes.named(plan.runtime).MODULES)
     names = (f"{plan.runtime}-{plan.profile.backend}", plan.runtime) if runs_in_python else ("front",)
     places = (APP / "requirements" / f"{name}.txt" for name in names)
-    return next(place for place in places if place.is_file()).read_text(encoding="utf-8")
+    text = next(place for place in places if place.is_file()).read_text(encoding="utf-8")
+    return text + "".join(f"{line}\n" for line in readers(plan))
 
 
 def _file_layer(filepath: str, kind: oci.Kind, path: Path) -> oci.Layer:

@@ -14,7 +14,7 @@ from edgepack import runtimes
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
-from edgepack.runtimes import vllm
+from edgepack.runtimes import transformers, vllm
 from edgepack.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,13 +67,27 @@ def launch(plan: Plan) -> tuple[str, ...]:
     )
 
 
-FRONT_MODULES = ("fastapi", "uvicorn")
+FRONT_MODULES = ("fastapi", "uvicorn", "jinja2")
 """What the front is made of (edgepack/server)."""
 
 
 def front(settings: Settings) -> tuple[str, ...]:
     """Flags of the front: it lets no request through that the server behind it has no room for."""
     return ("--ctx-size", str(settings.context), "--parallel", str(settings.slots))
+
+
+READERS: Mapping[str, tuple[str, ...]] = {
+    "bnb": ("bitsandbytes==0.50.2", "accelerate==1.15.0"),
+    "gptq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
+    "awq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
+    "autoround": ("auto-round==0.15.1", "accelerate==1.15.0"),
+}
+"""By family of schemes: the libraries that transformers reads such a checkpoint with."""
+
+
+def readers(plan: Plan) -> tuple[str, ...]:
+    """Requirements of the plan's checkpoint beside those of its runtime."""
+    return READERS.get(plan.scheme.partition("-")[0], ()) if plan.runtime == transformers.NAME else ()
 
 
 IMAGES: Mapping[tuple[str, str], str] = {
@@ -98,7 +112,7 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
         if image.runtime == plan.runtime:
             known = digest or image.digest
             return replace(image, digest=known)
-    own = IMAGES.get((plan.runtime, plan.profile.backend))
+    own = None if readers(plan) else IMAGES.get((plan.runtime, plan.profile.backend))
     return (
         None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")
     )
@@ -200,7 +214,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "flag_lines": lines,
         "flags": {line[0]: " ".join(line[1:]) for line in lines},
         "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
-        "modules": " ".join(runtime.MODULES),
+        "modules": " ".join((*runtime.MODULES, *(_module(line) for line in readers(plan)))),
         "service": "llama-server" if plan.runtime == runtimes.llama_cpp.NAME else "server",
         "small_torch": "torch" in runtime.MODULES and plan.profile.backend == "cpu",
         "front": runtime.FRONT,
@@ -222,9 +236,21 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "need_host": plan.memory.high if plan.budget.unified else plan.memory.at("host"),
         "need_device": None if plan.budget.unified else plan.memory.at("device"),
         "memory_max": int(plan.budget.host),
+        "tmp": _tmp(plan),
         "stop_seconds": 30 if plan.runtime == runtimes.llama_cpp.NAME else STOP_SECONDS,
-        "ready_seconds": 60 + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
+        "ready_seconds": (300 if plan.runtime == vllm.NAME else 60)
+        + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }
+
+
+def _module(requirement: str) -> str:
+    return requirement.partition("==")[0].replace("-", "_")
+
+
+def _tmp(plan: Plan) -> str:
+    """Options of /tmp in a container; libraries in Python compile kernels for a GPU there and load them."""
+    compiles = plan.runtime != runtimes.llama_cpp.NAME and plan.profile.backend != "cpu"
+    return "mode=1777,exec,size=1g" if compiles else "mode=1777,size=64m"
 
 
 def _tight(plan: Plan) -> bool:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None, *, load: Load = engines.load) -> int
         rules = Rules(
             keys=keys,
             open_metrics=flags.open_metrics,
-            body=flags.max_body_bytes,
+            body=flags.max_body_bytes or _body_bytes(flags.ctx_size // flags.parallel),
             bodies=flags.parallel + flags.queue_size + BESIDE,
             timeout=flags.timeout,
         )
@@ -155,6 +155,11 @@ def _keys(path: Path | None) -> list[bytes]:
     return keys
 
 
+def _body_bytes(context: int) -> int:
+    """Enough for any text that a slot holds: what is longer would only take memory to be refused."""
+    return min(1 << 20, max(1 << 16, 32 * context))
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=256)
@@ -182,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queue-size", type=_natural, default=32, help="requests that wait for a slot")
     add("--timeout", type=_seconds, default=600.0, help="seconds from a request's arrival to its end")
     add("--grace", type=_seconds, default=30.0, help="seconds that running requests have when told to stop")
-    add("--max-body-bytes", type=_count, default=1 << 20)
+    add("--max-body-bytes", type=_count, help="default: 32 a token of a slot, from 64 KiB to 1 MiB")
     add("--plan", type=Path, help="plan.json, for the planned memory in /metrics")
     add("--upstream", help="front: http://HOST:PORT of the server behind")
     add("--upstream-key-file", type=Path, help="front: the key of the server behind")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -455,18 +455,22 @@ class _Loose(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
+Limit = Annotated[int, Field(lt=2**31)]
+TokenIds = Annotated[list[int], FailFast()]
+
+
 class _Asked(_Loose):
     """The fields that decide how much a request takes; all others are for the server behind to judge."""
 
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    n_predict: int | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
+    max_output_tokens: Limit | None = None
+    n_predict: Limit | None = None
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    prompt: str | list[int] | Annotated[list[str | list[int]], Field(min_length=1, max_length=1)] | None = (
-        None
-    )
+    prompt: (
+        str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=1), FailFast()] | None
+    ) = None
     session_id: Annotated[str, Field(max_length=128)] | None = None
 
 

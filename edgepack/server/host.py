@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import log
 from .engines import CannotLoad
-from .guard import State
+from .guard import BODY_SECONDS, State
 
 EXIT_ENGINE = 3
 CLOSING_SECONDS = 5.0
@@ -153,7 +154,7 @@ def _config(app: ASGIApp, requests: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=_Timed,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -164,6 +165,18 @@ def _config(app: ASGIApp, requests: int) -> uvicorn.Config:
         timeout_graceful_shutdown=int(CLOSING_SECONDS),
         limit_concurrency=requests + CONNECTIONS,
     )
+
+
+class _Timed(H11Protocol):
+    """A connection that asks nothing for BODY_SECONDS is closed: idle ones count against what may be open at once."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.loop.call_later(BODY_SECONDS, self._close_silent)
+
+    def _close_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.abort()
 
 
 class _Uvicorn(uvicorn.Server):

@@ -9,7 +9,6 @@ from typing import Any, cast
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.telemetry import TelemetryConfig
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -100,14 +99,15 @@ TAKES_BODY = (400, 404, 408, 413, 429, 503, 504)
 """What may be answered to a request with a body, beside 401 and 500."""
 
 
-SILENT: TelemetryConfig = {
+SILENT: Any = {
     "tracing": False,
     "metrics": False,
     "logs": False,
     "operation_spans": False,
     "auto_configure": False,
 }
-"""FastAPI would hand invalid requests, prompts in them, to whatever telemetry the environment names."""
+"""FastAPI would hand invalid requests, prompts in them, to whatever telemetry the environment names. Versions
+without it, as in vLLM's images, ignore the word."""
 
 
 def bare(title: str) -> FastAPI:

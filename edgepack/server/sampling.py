@@ -22,7 +22,8 @@ class Chooser:
 
     def __init__(self, sampling: Sampling) -> None:
         self._sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        # numpy takes no negative seed.
+        self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
 
     def choose(self, logits: Floats, barred: Sequence[int] = ()) -> int:
         """A token id; none of ``barred``. ``logits``: [vocabulary]. Raises ValueError when they are not numbers."""

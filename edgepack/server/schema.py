@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 
 def _whole_characters(text: str) -> str:
@@ -40,6 +40,7 @@ String = Annotated[str, AfterValidator(_whole_characters)]
 StopString = Annotated[String, Field(min_length=1, max_length=256)]
 SessionId = Annotated[String, Field(max_length=128)]
 TokenId = Annotated[Integer, Field(ge=0)]
+Count = Annotated[Integer, Field(ge=1, lt=2**31)]
 
 
 def _absent(value: object) -> bool:
@@ -64,17 +65,17 @@ class Generation(Request):
     """What completions and chats have in common. A null means the default."""
 
     model: String | None = None
-    max_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[Integer, Field(ge=-1)] | None = Field(None, description="0 and -1: all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16), FailFast()] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
-    min_tokens: Annotated[Integer, Field(ge=0)] = 0
+    min_tokens: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
     cache_prompt: bool = Field(True, description="start from what a slot still holds of the prompt")
@@ -89,8 +90,8 @@ class Generation(Request):
 class CompletionRequest(Generation):
     prompt: (
         String
-        | Annotated[list[String], Field(min_length=1, max_length=1)]
-        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[String], Field(min_length=1, max_length=1), FailFast()]
+        | Annotated[list[TokenId], Field(min_length=1), FailFast()]
     )
     logprobs: Annotated[Integer, Field(ge=0, le=40)] | None = None
     echo: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
@@ -105,7 +106,7 @@ class TextPart(Request):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: String | Annotated[list[TextPart], Field(min_length=1)]
+    content: String | Annotated[list[TextPart], Field(min_length=1), FailFast()]
     refusal: None = None
     tool_calls: None = None
 
@@ -115,7 +116,8 @@ class Message(Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+Messages = Annotated[list[Message], Field(min_length=1), FailFast()]
+"""Validation ends at the first that is wrong: an error for each of half a million would take the memory of a model."""
 
 
 class TextFormat(Request):
@@ -124,7 +126,7 @@ class TextFormat(Request):
 
 class ChatCompletionRequest(Generation):
     messages: Messages
-    max_completion_tokens: Annotated[Integer, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=40)] | None = None
     response_format: TextFormat | None = None
@@ -136,7 +138,7 @@ class ChatRequest(Request):
 
     messages: Messages
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.1
-    max_tokens: Annotated[Integer, Field(ge=1)] = Field(2048, description="clamped to what the slot has left")
+    max_tokens: Count = Field(2048, description="clamped to what the slot has left")
     session_id: SessionId = "default"
 
 
@@ -147,7 +149,7 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], FailFast()]
     model: String | None = None
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from . import VERSION, metrics
 from .answers import DONE, AsChat, AsCompletion, Names, Part, Shape, Tally, Wanted, ended, joined
-from .engines import Engine, Sampling
+from .engines import CannotTokenize, Engine, Sampling
 from .guard import Exchange, State
 from .metrics import Gauge, Metrics
 from .planned import Planned
@@ -91,6 +91,7 @@ class Serving:
         end = time.monotonic() + grace
         while scheduler.running and time.monotonic() < end:
             await asyncio.sleep(0.05)
+        scheduler.refuse_waiting(stopping)  # those that were still being tokenized
         scheduler.refuse_running(stopping)
 
     def close(self, seconds: float) -> bool:
@@ -233,15 +234,19 @@ class Serving:
         self, loaded: _Loaded, work: Work, one: Exchange
     ) -> AsyncGenerator[Sequence[Event], None]:
         """What happens to the work, whatever has come together in one go."""
+        began = False
         try:
             async with aclosing(loaded.scheduler.events(work, one.client)) as events:
                 async for batch in events:
+                    began = True
                     yield batch
         except ClientGone:
-            self.metrics.aborted.add()
+            if began:
+                self.metrics.aborted.add()
             raise
         finally:
-            self.metrics.request.observe(time.perf_counter() - one.arrived)
+            if began:
+                self.metrics.request.observe(time.perf_counter() - one.arrived)
 
     async def _whole(self, loaded: _Loaded, work: Work, one: Exchange, tally: Tally) -> Part:
         parts = []
@@ -263,6 +268,8 @@ class Serving:
         left = one.arrived + self.terms.timeout - time.perf_counter()
         try:
             return await asyncio.wait_for(loop.run_in_executor(loaded.text, work), max(0.0, left))
+        except CannotTokenize as error:
+            raise _invalid(str(error), "prompt") from error
         except asyncio.TimeoutError:
             raise Refused(504, "not tokenized in time", reason="timeout", code="timeout") from None
 

@@ -347,6 +347,8 @@ def test_metrics_count_what_happened(api: Api) -> None:
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "'other' is not here; 'fake' is"),
         ("/v1/completions", {"prompt": "a", "stream_options": {}}, 400, "stream_options needs stream"),
         ("/v1/completions", {"prompt": "a\ud800"}, 400, "half a surrogate pair at character 1"),
+        ("/v1/completions", {"prompt": "a\0"}, 400, "a NUL character"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 2**31}, 400, "max_tokens"),
         ("/v1/completions", b'{"prompt": ', 400, "the body is not JSON"),
         ("/v1/completions", b'{"prompt": "\xff"}', 400, "pars"),
         ("/v1/completions", b"[" * 60000, 400, ""),

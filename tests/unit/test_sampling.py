@@ -107,6 +107,14 @@ def test_a_barred_token_is_never_chosen() -> None:
     assert LOGITS[1] == 3.0, "the model's own logits stay as they are"
 
 
+def test_a_negative_seed_is_a_seed() -> None:
+    logits = np.zeros(50, np.float32)
+
+    first, again = (Chooser(Sampling(seed=-1)).choose(logits) for _ in range(2))
+
+    assert first == again
+
+
 def test_the_same_seed_chooses_the_same_and_another_differs() -> None:
     def answer(seed: int | None) -> list[int]:
         chooser = Chooser(Sampling(seed=seed))

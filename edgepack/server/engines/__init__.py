@@ -23,6 +23,10 @@ class CannotLoad(Exception):
         self.hint = hint
 
 
+class CannotTokenize(ValueError):
+    """A text that the runtime's tokenizer does not take: the request is wrong, not the server."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The command line's values that an engine needs."""
@@ -87,6 +91,7 @@ class Engine(Protocol):
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text; ``special``: with what the tokenizer adds, such as a beginning of sequence.
 
+        Raises CannotTokenize.
         This, ``detokenize`` and ``render`` are called one at a time, from another thread than the slots'.
         """
         ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from ..sampling import Chooser, likeliest, log_probabilities
 from . import Sampling, Token
 from .detokenize import Detokenizer
+
+_LOOK_SECONDS = 0.1
+"""How often one who waits for another slot's prompt looks whether its client is still there."""
 
 
 class Cache(Protocol):
@@ -53,7 +56,7 @@ class Reader:
     ends: frozenset[int]
     """Tokens that end a sequence."""
     decode: Callable[[Sequence[int]], str]
-    reading: AbstractContextManager[object]
+    reading: threading.Lock | None
     """Held while a prompt is read: activations and logits of a chunk exist once, however many slots there are."""
     last_alone: bool = False
     """Whether a prompt's last token goes through the model by itself, for a runtime that keeps the logits of the whole
@@ -70,8 +73,13 @@ class Reader:
         cancelled: Callable[[], bool],
     ) -> Iterator[Token]:
         """`Engine.generate` for one slot."""
-        with self.reading:
+        if not self._begin(cancelled):
+            return
+        try:
             logits = self._read(slot, prompt, slot.common(prompt) if reuse else 0, cancelled)
+        finally:
+            if self.reading is not None:
+                self.reading.release()
         chooser, text = Chooser(sampling), Detokenizer(self.decode, prompt)
         for count in range(limit):
             if logits is None or cancelled():
@@ -91,6 +99,13 @@ class Reader:
                 return
             logits = slot.cache.read((chosen,))
             slot.held.append(chosen)
+
+    def _begin(self, cancelled: Callable[[], bool]) -> bool:
+        """Waits until no other slot reads a prompt; False when the client left meanwhile."""
+        while self.reading is not None and not self.reading.acquire(timeout=_LOOK_SECONDS):
+            if cancelled():
+                return False
+        return True
 
     def _read(
         self, slot: Slot, prompt: Sequence[int], kept: int, cancelled: Callable[[], bool]

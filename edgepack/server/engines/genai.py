@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from . import CannotTokenize
+
 
 class GenaiError(Exception):
     """The library's own words."""
@@ -123,10 +125,10 @@ class Model:
         self._tokenizing = threading.Lock()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids of a text. Raises ValueError for one that is no UTF-8, or has a NUL, which would end it."""
+        """Token ids of a text. Raises CannotTokenize for one with a NUL, which would end it."""
         raw = text.encode()
         if b"\0" in raw:
-            raise ValueError("a NUL character in the text cannot be tokenized")
+            raise CannotTokenize("a NUL character in the text cannot be tokenized")
         key, value = (c_char_p * 1)(b"add_special_tokens"), (c_char_p * 1)(b"true" if special else b"false")
         with self._tokenizing:
             self._library.call("OgaUpdateTokenizerOptions", self._tokenizer, key, value, 1)

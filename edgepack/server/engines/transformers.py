@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,7 +205,7 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
         words=words,
         parts={"weights": weights, "kv_cache": sum(cache.nbytes for cache in caches)},
         model=model,
-        reader=Reader(ubatch=options.ubatch, ends=_ends(network), decode=words.decode, reading=nullcontext()),
+        reader=Reader(ubatch=options.ubatch, ends=_ends(network), decode=words.decode, reading=None),
         sequences=tuple(Slot(cache=Kept(model=model, cache=cache)) for cache in caches),
     )
 

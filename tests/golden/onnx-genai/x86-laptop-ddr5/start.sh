@@ -55,7 +55,7 @@ sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' 
 
 # A Python that has the modules named in $1.
 find_python() {
-    for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} /opt/edgepack/venv/bin/python3 "$venv/bin/python3" python3; do
+    for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} "$venv/bin/python3" /opt/edgepack/venv/bin/python3 python3; do
         if has "$python" "$1"; then return; fi
         [ -z "${EDGEPACK_PYTHON:-}" ] || break
     done
@@ -70,6 +70,7 @@ prepare_python() {
 }
 
 install_python() {
+    umask 022  # the unit's user reads it
     python3 -m venv "$venv"
     "$venv/bin/python3" -m pip install --requirement "$here/requirements.txt"
 }

@@ -59,7 +59,7 @@ sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' 
 
 # A Python that has the modules named in $1.
 find_python() {
-    for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} /opt/edgepack/venv/bin/python3 "$venv/bin/python3" python3; do
+    for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} "$venv/bin/python3" /opt/edgepack/venv/bin/python3 python3; do
         if has "$python" "$1"; then return; fi
         [ -z "${EDGEPACK_PYTHON:-}" ] || break
     done
@@ -74,6 +74,7 @@ prepare_python() {
 }
 
 install_python() {
+    umask 022  # the unit's user reads it
     python3 -m venv "$venv"
     "$venv/bin/python3" -m pip install --requirement "$here/requirements.txt"
 }
@@ -91,7 +92,7 @@ ready() {
     tries=0
     until healthy 2>/dev/null; do
         tries=$((tries + 1))
-        [ "$tries" -lt 120 ] || die "no answer from http://$host:$port/health within 120 s"
+        [ "$tries" -lt 360 ] || die "no answer from http://$host:$port/health within 360 s"
         sleep 1
     done
 }
@@ -120,10 +121,10 @@ container() {
 }
 
 chat() {
-    find_python 'fastapi uvicorn'
+    find_python 'fastapi uvicorn jinja2'
     make_key
     prepare_python
-    exec "$python" -m edgepack_server --engine front \
+    exec "$python" -m edgepack_server --engine front --plan "$here/plan.json" \
         --upstream "http://$host:$port" --upstream-key-file "$key_file" \
         --alias Qwen/Qwen2.5-1.5B-Instruct \
         --ctx-size 8192 \
