@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -456,7 +456,7 @@ class _Loose(BaseModel):
 
 
 Limit = Annotated[int, Field(lt=2**31)]
-TokenIds = Annotated[list[int], FailFast()]
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class _Asked(_Loose):
@@ -469,7 +469,10 @@ class _Asked(_Loose):
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     prompt: (
-        str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=1), FailFast()] | None
+        str
+        | TokenIds
+        | Annotated[list[str | TokenIds], Field(min_length=1, max_length=1, fail_fast=True)]
+        | None
     ) = None
     session_id: Annotated[str, Field(max_length=128)] | None = None
 

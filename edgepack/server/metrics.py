@@ -122,7 +122,7 @@ class Metrics:
     )
     aborted: Counter = field(
         default_factory=lambda: Counter(
-            "edgepack_aborted_total", "Generations ended because the client went away."
+            "edgepack_aborted_total", "Requests whose client went away before the end, waiting ones too."
         )
     )
     first_token: Histogram = field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _whole_characters(text: str) -> str:
@@ -71,7 +71,7 @@ class Generation(Request):
     top_k: Annotated[Integer, Field(ge=-1)] | None = Field(None, description="0 and -1: all tokens")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16), FailFast()] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -90,8 +90,8 @@ class Generation(Request):
 class CompletionRequest(Generation):
     prompt: (
         String
-        | Annotated[list[String], Field(min_length=1, max_length=1), FailFast()]
-        | Annotated[list[TokenId], Field(min_length=1), FailFast()]
+        | Annotated[list[String], Field(min_length=1, max_length=1, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
     )
     logprobs: Annotated[Integer, Field(ge=0, le=40)] | None = None
     echo: Annotated[Literal[False], BeforeValidator(_boolean)] | None = None
@@ -106,7 +106,7 @@ class TextPart(Request):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: String | Annotated[list[TextPart], Field(min_length=1), FailFast()]
+    content: String | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     refusal: None = None
     tool_calls: None = None
 
@@ -116,7 +116,7 @@ class Message(Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1), FailFast()]
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
 """Validation ends at the first that is wrong: an error for each of half a million would take the memory of a model."""
 
 
@@ -149,7 +149,7 @@ class TokenizeRequest(Request):
 
 
 class DetokenizeRequest(Request):
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
     model: String | None = None
 
 

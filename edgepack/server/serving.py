@@ -241,8 +241,7 @@ class Serving:
                     began = True
                     yield batch
         except ClientGone:
-            if began:
-                self.metrics.aborted.add()
+            self.metrics.aborted.add()
             raise
         finally:
             if began:
