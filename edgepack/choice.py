@@ -143,14 +143,20 @@ def _by(plans: Sequence[Plan], key: Callable[[Plan], tuple[float, float]]) -> li
 
 def _by_sure_score(plans: Sequence[Plan]) -> list[Plan]:
     """Again and again the fastest of those within the noise of the best that is left."""
-    left = _by(plans, lambda p: (p.quality.low, p.speed.decode_full))
+    left = _by(plans, lambda p: (_sure(p), p.speed.decode_full))
     ordered: list[Plan] = []
     while left:
-        floor = left[0].quality.low * (1.0 - NOISE)
-        equal = next((at for at, p in enumerate(left) if p.quality.low < floor), len(left))
-        best = max(range(equal), key=lambda at: (left[at].speed.decode_full, left[at].quality.low))
+        floor = _sure(left[0]) * (1.0 - NOISE)
+        equal = next((at for at, p in enumerate(left) if _sure(p) < floor), len(left))
+        best = max(range(equal), key=lambda at: (left[at].speed.decode_full, _sure(left[at])))
         ordered.append(left.pop(best))
     return ordered
+
+
+def _sure(plan: Plan) -> float:
+    """The score that counts for quality. What another runtime than llama.cpp keeps of a model is known less well, and
+    it needs a Python on the device: it is taken where it is better by more than the noise of both."""
+    return plan.quality.low * (1.0 if plan.runtime == runtimes.llama_cpp.NAME else 1.0 - NOISE)
 
 
 def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
@@ -169,8 +175,10 @@ def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
             return f"{other.speed.decode_all:.1f} tok/s in all slots together against {best.speed.decode_all:.1f}"
         case "context" if other.settings.context != best.settings.context:
             return f"holds {other.settings.context} tokens against {best.settings.context}"
-        case _ if other.quality.low >= best.quality.low * (1.0 - NOISE):
+        case _ if _sure(other) >= _sure(best) * (1.0 - NOISE):
             return f"{quality}, within the noise, and {pace}"
+        case _ if other.quality.low > best.quality.low:
+            return f"{quality}, no more than the noise of two runtimes"
         case _:
             return quality
 

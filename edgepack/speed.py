@@ -198,6 +198,12 @@ class _Seconds:
 SERVER = _Seconds(low=100e-6, middle=300e-6, high=750e-6)
 """What llama-server adds to each token (sampling, detokenizing, one event over HTTP): from two models too small for
 anything else to matter, on two x86-64 cores: stories260K 665 us and the built-in model 627 us a token in all."""
+EAGER: Mapping[str, _Seconds] = {"transformers": _Seconds(low=500e-6, middle=900e-6, high=3500e-6)}
+"""Seconds a layer that a runtime takes to start its operations one by one, on the host. Of transformers Qwen2.5's own
+table (bf16, A100) has 0.88 to 0.90 ms a layer for 0.5B, 1.5B, 3B and 7B alike; 1.2 ms on one core of an x86-64 server
+(demo against demo-half). Cores of boards are two to three times slower."""
+ONE_BY_ONE = ("onnx-genai", "transformers")
+"""Runtimes of edgepack's own server: slots are computed each by itself, the weights read for each."""
 
 
 @lru_cache(maxsize=4096)
@@ -313,28 +319,41 @@ def estimate(
     if own is not None and own.prefill_tflops is not None:
         flops, unsure = own.prefill_tflops * 1e12, OWN_SPREAD_PREFILL
     prefill = flops / (2 * work.weights)
-    first = prompt / prefill + parts.total + SERVER.middle
     wide = math.exp(width)
+    none = _Seconds(low=0.0, middle=0.0, high=0.0)
+    beside = _plus(SERVER, EAGER.get(runtime, none), work.layers)
+    first = prompt / prefill + parts.total + beside.middle
     # Of several slots the weights are read and unpacked once; what each more costs is at best the multiplication at
     # the rate of reading prompts, at worst the whole compute term of its class again.
     best = parts.total + (slots - 1) * 2 * work.weights / flops
     again = terms(on, work, family=family).compute
     worst = parts.total + (slots - 1) * max(again, 2 * work.weights / flops)
+    if runtime in ONE_BY_ONE:
+        best = worst = slots * parts.total
     return Speed(
-        decode_all=slots / (best + slots * (cache + SERVER.middle)),
-        decode_all_low=slots / ((worst + slots * cache) * wide + slots * SERVER.high),
-        decode=1.0 / (parts.total + SERVER.middle),
-        decode_low=1.0 / (parts.total * wide + SERVER.high),
-        decode_high=1.0 / (parts.total / wide + SERVER.low),
-        decode_full=1.0 / (parts.total + cache + SERVER.middle),
-        decode_full_low=1.0 / ((parts.total + cache) * wide + SERVER.high),
+        decode_all=slots / (best + slots * (cache + beside.middle)),
+        decode_all_low=slots / ((worst + slots * cache) * wide + slots * beside.high),
+        decode=1.0 / (parts.total + beside.middle),
+        decode_low=1.0 / (parts.total * wide + beside.high),
+        decode_high=1.0 / (parts.total / wide + beside.low),
+        decode_full=1.0 / (parts.total + cache + beside.middle),
+        decode_full_low=1.0 / ((parts.total + cache) * wide + beside.high),
         prefill=prefill,
         prefill_low=prefill / math.exp(unsure),
         prefill_high=prefill * math.exp(unsure),
         prompt=prompt,
         first_token=first,
-        first_token_high=prompt / prefill * math.exp(unsure) + parts.total * wide + SERVER.high,
+        first_token_high=prompt / prefill * math.exp(unsure) + parts.total * wide + beside.high,
         provenance="calibrated" if own is not None and own.readings else "fitted",
+    )
+
+
+def _plus(each: _Seconds, layer: _Seconds, layers: float) -> _Seconds:
+    """Seconds a token beside those of the law."""
+    return _Seconds(
+        low=each.low + layers * layer.low,
+        middle=each.middle + layers * layer.middle,
+        high=each.high + layers * layer.high,
     )
 
 

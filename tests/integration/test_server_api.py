@@ -459,8 +459,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(api: Api) -> None:
 def test_the_description_is_true_and_nothing_that_follows_or_breaks_it_fails(tmp_path: Path) -> None:
     """schemathesis' own cases for every field, then random ones: EDGEPACK_FUZZ_EXAMPLES for each operation.
 
-    positive_data_acceptance and its warning are left out: a token beyond the vocabulary and a NUL follow the description
-    and are refused.
+    positive_data_acceptance and its warning are left out: a token beyond the vocabulary and a NUL follow the
+    description and are refused.
     """
     examples = os.environ.get("EDGEPACK_FUZZ_EXAMPLES", "5")
     with running(FAKE, tmp_path, "--model", str(tmp_path), "--ctx-size", "64", "--parallel", "2") as server:
