@@ -368,6 +368,7 @@ def _price(
     """What the nearest candidate gives once changed: its speed and what is kept; or that it is then too slow."""
     if change is None:
         return ""
+    grows = request.goal == "context" and request.context is None  # then to what fits, and slower
     changed = replace(
         request,
         session="headless" if change.headless else request.session,
@@ -375,7 +376,7 @@ def _price(
         scheme=change.scheme or nearest.scheme,
         kv_type=change.kv_type or nearest.kv_type,
         ubatch=change.ubatch or request.ubatch,
-        context=change.context or nearest.context,
+        context=change.context or (None if grows else nearest.context),
     )
     found = next(iter(survey(changed, [c for c in candidates if c.model.id == nearest.model])), None)
     match found:
