@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import product
 
@@ -114,7 +113,7 @@ def test_a_plan_fills_the_memory_that_is_left_and_never_more(
         assert left >= 0
         everything_is_best = found.memory.bits_per_weight > 8.4
         weights = sum(p.high for p in found.memory.parts if p.name in llama_cpp.WEIGHTS)
-        assert everything_is_best or left <= math.ceil(0.005 * (weights + left))
+        assert everything_is_best or left <= 0.005 * (weights + left) + 2  # sizes are whole bytes
         assert found.memory.file_bytes <= int(found.scheme.rpartition("-")[2])
 
 
