@@ -352,7 +352,10 @@ def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     estimate = _memory(
         plan.profile, spec, plan.scheme, plan.settings, imatrix=plan.imatrix, runtime=plan.runtime
     )
-    start_up = _started(plan.profile, spec, plan.settings, estimate, runtime=plan.runtime)
+    device = plan.profile
+    start_up = started(
+        spec, plan.settings, estimate, profile=device, backend=device.backend, runtime=plan.runtime
+    )
     warnings = tuple(text for text in plan.warnings if not text.startswith(TO_BE_MADE))
     return replace(plan, model=model, memory=estimate, start_up=start_up, warnings=warnings)
 
@@ -379,12 +382,6 @@ def _memory(
         arch=profile.arch,
         runtime=runtime,
     )
-
-
-def _started(
-    profile: DeviceProfile, spec: ModelSpec, settings: Settings, estimate: MemoryEstimate, *, runtime: str
-) -> Mapping[str, int | float]:
-    return started(spec, settings, estimate, profile=profile, backend=profile.backend, runtime=runtime)
 
 
 def _try(
@@ -483,7 +480,14 @@ def _try(
         memory=estimate,
         speed=pace,
         quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
-        start_up=_started(request.profile, spec, settings(context), estimate, runtime=runtime.NAME),
+        start_up=started(
+            spec,
+            settings(context),
+            estimate,
+            profile=request.profile,
+            backend=request.profile.backend,
+            runtime=runtime.NAME,
+        ),
         warnings=tuple(warnings),
     )
 

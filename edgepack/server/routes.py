@@ -54,7 +54,8 @@ def application(serving: Serving) -> FastAPI:
 
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}}, response_model=None)
     async def health() -> Response:
-        return as_json(serving.health(), status=serving.health().code)
+        answer = serving.health()
+        return as_json(answer, status=answer.code)
 
     @app.get("/version", responses=answers(Version, 503), response_model=None)
     async def version() -> Response:
