@@ -50,6 +50,9 @@ _WINDOWS_DISPLAY = Bytes(1100 * MIB)
 """What Windows keeps of an 8 GB card under WSL2 (ollama#7996)."""
 _CUDA_CONTEXT = Bytes(300 * MIB)
 """120-550 MB by SM count (llama.cpp PR#20595)."""
+_CUDA_CONTEXT_PER_SM = Bytes(5 * MIB)
+"""For larger cards: 607 MiB on an H200 with 132 multiprocessors (driver 580), 555 on an RTX PRO 6000 with 188, 107 on a
+4060 Ti with 34 (llama.cpp PR#23604); the upper end of these."""
 _LEAST_MEMORY = 64 * MIB
 """A MemTotal below this is a broken capture, not a machine that runs models."""
 _PATIENCE = 1.2
@@ -436,6 +439,8 @@ class _Card:
     used: int | None = None
     compute_capability: str | None = None
     bandwidth_gbs: float | None = None
+    multiprocessors: int | None = None
+    fp32_tflops: float | None = None
 
 
 _Driver = tuple["_Card | None", str]
@@ -515,6 +520,8 @@ def _nvidia() -> _Card | None:
             major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
             clock = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)  # MHz; two transfers a tick
             width = nvml.nvmlDeviceGetMemoryBusWidth(handle)  # bits
+            cores = int(nvml.nvmlDeviceGetNumGpuCores(handle))  # of FP32: an addition and a product a tick
+            ticks = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM) * 1e6
             return _Card(
                 name=str(nvml.nvmlDeviceGetName(handle)),
                 source="NVML",
@@ -522,12 +529,19 @@ def _nvidia() -> _Card | None:
                 used=int(memory.used),
                 compute_capability=f"{major}.{minor}",
                 bandwidth_gbs=clock * 2 * width / 8 / 1000,
+                multiprocessors=cores // _lanes(major, minor),
+                fp32_tflops=round(cores * 2 * ticks / 1e12, 1),
             )
     except nvml.NVMLError:  # an integrated GPU: NVML has no memory of its own to tell of
         return None
     finally:
         nvml.nvmlShutdown()
     return None
+
+
+def _lanes(major: int, minor: int) -> int:
+    """FP32 cores of a multiprocessor (CUDA C++ Programming Guide, arithmetic instructions by compute capability)."""
+    return 64 if major == 7 or (major, minor) in ((6, 0), (8, 0)) else 128
 
 
 # ── the profile ──────────────────────────────────────────────────────────────────────────────────────
@@ -719,12 +733,16 @@ def _as_card(
         findings.append(Finding(field="power_modes", source=f"as {nearest.name}; the driver did not say"))
         uncertain += [] if known else ["power_modes"]
     else:
-        like = nearest.mode() if known else PowerMode(name="default", bandwidth_gbs=1.0)
+        like = (
+            nearest.mode()
+            if known
+            else PowerMode(name="default", bandwidth_gbs=1.0, fp32_tflops=card.fp32_tflops)
+        )
         modes = (replace(like, name="default", bandwidth_gbs=round(card.bandwidth_gbs, 1)),)
         findings.append(Finding(field="power_modes", source="NVML: highest memory clock x 2 x bus width"))
     reserves = replace(
         found.reserves,
-        accelerator_context=_CUDA_CONTEXT,
+        accelerator_context=Bytes(max(_CUDA_CONTEXT, (card.multiprocessors or 0) * _CUDA_CONTEXT_PER_SM)),
         safety=nearest.reserves.safety,
         display_headless=display,
         display_desktop=Bytes(max(display, nearest.reserves.display_desktop)),

@@ -70,6 +70,8 @@ class Work:
     """A mixture of experts."""
     recurrent: bool = False
     """Some layers keep a state instead of a KV cache (state space, gated delta net)."""
+    vocab: int = 0
+    """Tokens that one is chosen from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,9 +197,14 @@ class _Seconds:
     high: float
 
 
+_NONE = _Seconds(low=0.0, middle=0.0, high=0.0)
 SERVER = _Seconds(low=100e-6, middle=300e-6, high=750e-6)
-"""What llama-server adds to each token (sampling, detokenizing, one event over HTTP): from two models too small for
-anything else to matter, on two x86-64 cores: stories260K 665 us and the built-in model 627 us a token in all."""
+"""What llama-server adds to each token (detokenizing, one event over HTTP): from two models too small for anything else
+to matter, on two x86-64 cores: stories260K 665 us and the built-in model 627 us a token in all."""
+CHOICE = _Seconds(low=5e-9, middle=13e-9, high=35e-9)
+"""Seconds it takes for each token of the vocabulary to choose one, on one core: with 151936 it took 2.2 ms a token
+longer than llama-bench, which chooses none, beside an H200, and 2.7 ms on 8 cores of that host (a Xeon of 2023); cores
+of boards are two to three times slower."""
 EAGER: Mapping[str, _Seconds] = {"transformers": _Seconds(low=500e-6, middle=900e-6, high=3500e-6)}
 """Seconds a layer that a runtime takes to start its operations one by one, on the host. Of transformers Qwen2.5's own
 table (bf16, A100) has 0.88 to 0.90 ms a layer for 0.5B, 1.5B, 3B and 7B alike; 1.2 ms on one core of an x86-64 server
@@ -229,6 +236,7 @@ def _shape(spec: ModelSpec) -> Work:
         layers=spec.layers,
         experts=spec.experts > 0,
         recurrent=any(".ssm_" in tensor.name for tensor in spec.tensors),
+        vocab=spec.vocab,
     )
 
 
@@ -318,11 +326,14 @@ def estimate(
     unsure = LAW.spread_prefill
     if own is not None and own.prefill_tflops is not None:
         flops, unsure = own.prefill_tflops * 1e12, OWN_SPREAD_PREFILL
-    prefill = flops / (2 * work.weights)
+    rate = flops / (2 * work.weights)
     wide = math.exp(width)
-    none = _Seconds(low=0.0, middle=0.0, high=0.0)
-    beside = _plus(SERVER, EAGER.get(runtime, none), work.layers)
-    first = prompt / prefill + parts.total + beside.middle
+    eager = _plus(_NONE, EAGER.get(runtime, _NONE), work.layers)
+    reading = _reading(prompt / rate, unsure, _plus(_NONE, eager, -(-prompt // PROMPT)))
+    beside = _plus(SERVER, eager, 1)
+    if runtime == "llama.cpp":
+        beside = _plus(beside, CHOICE, work.vocab)
+    first = reading.middle + parts.total + beside.middle
     # Of several slots the weights are read and unpacked once; what each more costs is at best the multiplication at
     # the rate of reading prompts, at worst the whole compute term of its class again.
     best = parts.total + (slots - 1) * 2 * work.weights / flops
@@ -338,22 +349,33 @@ def estimate(
         decode_high=1.0 / (parts.total / wide + beside.low),
         decode_full=1.0 / (parts.total + cache + beside.middle),
         decode_full_low=1.0 / ((parts.total + cache) * wide + beside.high),
-        prefill=prefill,
-        prefill_low=prefill / math.exp(unsure),
-        prefill_high=prefill * math.exp(unsure),
+        prefill=prompt / reading.middle,
+        prefill_low=prompt / reading.high,
+        prefill_high=prompt / reading.low,
         prompt=prompt,
         first_token=first,
-        first_token_high=prompt / prefill * math.exp(unsure) + parts.total * wide + beside.high,
+        first_token_high=reading.high + parts.total * wide + beside.high,
         provenance="calibrated" if own is not None and own.readings else "fitted",
     )
 
 
-def _plus(each: _Seconds, layer: _Seconds, layers: float) -> _Seconds:
+def _reading(seconds: float, unsure: float, starting: _Seconds) -> _Seconds:
+    """A prompt's time: that of its arithmetic, and of starting the operations of each chunk one by one, where the
+    runtime does so: 0.5B and 1.5B in bf16 read 512 tokens in 24 and 22 ms on an H200, most of it this."""
+    wide = math.exp(unsure)
+    return _Seconds(
+        low=seconds / wide + starting.low,
+        middle=seconds + starting.middle,
+        high=seconds * wide + starting.high,
+    )
+
+
+def _plus(each: _Seconds, one: _Seconds, times: float) -> _Seconds:
     """Seconds a token beside those of the law."""
     return _Seconds(
-        low=each.low + layers * layer.low,
-        middle=each.middle + layers * layer.middle,
-        high=each.high + layers * layer.high,
+        low=each.low + times * one.low,
+        middle=each.middle + times * one.middle,
+        high=each.high + times * one.high,
     )
 
 

@@ -113,11 +113,13 @@ WORKSPACE = (45 * MIB, 0, 260 * MIB)
 """cuBLAS workspaces, rotary tables and rounding of the allocator: the median of what is left in both tables, 53 and
 36 MiB, and the extremes of the A100 table on one card (`python scripts/measured_memory.py`)."""
 
-PROCESS = (415 * MIB, 370 * MIB, 2500 * MIB)
+PROCESS = (415 * MIB, 370 * MIB, 540 * MIB)
 """Python with torch, transformers, FastAPI and Uvicorn on the host: what is left of the peaks of two models on a CPU is
 424 and 430 MiB (`python scripts/measure_servers.py`), and 20 less where neither torchao nor peft is installed, which
-transformers imports. With CUDA nothing was measured, hence the upper end."""
-PROCESS_CPU = 540 * MIB
+transformers imports."""
+PROCESS_CUDA = (1590 * MIB, 700 * MIB, 2500 * MIB)
+"""The same beside a GPU: 1720 and 1450 MiB were left of 1.5B and 0.5B in bf16 on an H200 (torch 2.11 of CUDA 13), 520
+of them pages of libraries."""
 TOKEN = 680
 """Bytes of the tokenizer for each token of the vocabulary: 20.3 MiB more for 32000 than for 2048."""
 
@@ -183,8 +185,8 @@ def parts(
     device = (
         fitted("workspace", WORKSPACE[0], WORKSPACE[1:], place, "cuBLAS, rotary tables, rounding"),
     )  # fmt: skip
-    process = PROCESS[0] + TOKEN * spec.vocab
-    most = (PROCESS_CPU if on_cpu else PROCESS[2]) + 2 * TOKEN * spec.vocab
+    process, least, most = PROCESS if on_cpu else PROCESS_CUDA
+    process, most = process + TOKEN * spec.vocab, most + 2 * TOKEN * spec.vocab
     return (
         exact("weights", weights, place, "the checkpoint's tensors"),
         *((exact("host_copy", copy, place, "a tied embedding, again as the output head"),) if copy else ()),
@@ -195,7 +197,7 @@ def parts(
         ),
         exact("output", row, place, "logits of the last token, f32"),
         *(device if place == "device" else ()),
-        fitted("process", process, (PROCESS[1], most), "host", "Python, FastAPI, torch, transformers, tokenizer"),
+        fitted("process", process, (least, most), "host", "Python, FastAPI, torch, transformers, tokenizer"),
     )  # fmt: skip
 
 
