@@ -202,6 +202,9 @@ EAGER: Mapping[str, _Seconds] = {"transformers": _Seconds(low=500e-6, middle=900
 """Seconds a layer that a runtime takes to start its operations one by one, on the host. Of transformers Qwen2.5's own
 table (bf16, A100) has 0.88 to 0.90 ms a layer for 0.5B, 1.5B, 3B and 7B alike; 1.2 ms on one core of an x86-64 server
 (demo against demo-half). Cores of boards are two to three times slower."""
+EAGER_ON_CPU: Mapping[str, _Seconds] = {**EAGER, "vllm": EAGER["transformers"]}
+"""vLLM starts the same operations of PyTorch there, without the CUDA graphs that spare them on a card: 3 to 90 tokens a
+second were measured of the built-in model, where bandwidth alone would give 1431."""
 ONE_BY_ONE = ("onnx-genai", "transformers")
 """Runtimes of edgepack's own server: slots are computed each by itself, the weights read for each."""
 
@@ -321,7 +324,8 @@ def estimate(
     prefill = flops / (2 * work.weights)
     wide = math.exp(width)
     none = _Seconds(low=0.0, middle=0.0, high=0.0)
-    beside = _plus(SERVER, EAGER.get(runtime, none), work.layers)
+    eager = EAGER_ON_CPU if profile.backend == "cpu" else EAGER
+    beside = _plus(SERVER, eager.get(runtime, none), work.layers)
     first = prompt / prefill + parts.total + beside.middle
     # Of several slots the weights are read and unpacked once; what each more costs is at best the multiplication at
     # the rate of reading prompts, at worst the whole compute term of its class again.
