@@ -153,7 +153,7 @@ async def load(options: argparse.Namespace, port: int, key: str, process: psutil
         timeout=options.seconds + 60,
         # llama-server closes the connection of each streamed answer without having said so: of those that are used
         # again one in a hundred meets its closing, which the openai package tries again unless told not to.
-        http_client=httpx.AsyncClient(limits=httpx.Limits(max_keepalive_connections=0)),
+        default_headers={"Connection": "close"},
     ) as api:
         for _ in range(options.warm):  # first requests fill caches of libraries; what is measured is growth
             await request(api, options.model, " ".join(WORDS * 8)[: options.words * 3], 8, Seen(), None)

@@ -68,6 +68,5 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """glibc's allocator in edgepack's own server: what a chunk of a prompt needs goes back to the system when it is over.
 Left alone it raises the first threshold to the largest block that was ever freed and keeps 10 to 45 MiB, more with each
-length. But blocks above it are mapped afresh for every token: at 128 KiB transformers mapped 180 of up to 1.2 MiB for
-each (0.5B, vocabulary of 152 thousand), which is why it is above them; 4 MiB kept 6 MiB more than 2 of the built-in model.
-"""
+length. Blocks above it are mapped afresh for every token: at 128 KiB those were 180 of up to 1.2 MiB for transformers
+(0.5B, vocabulary of 152 thousand). 4 MiB kept 6 MiB more of the built-in model than 2, which is above all of those."""
