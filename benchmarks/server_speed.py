@@ -6,7 +6,9 @@
 
 Bare is each runtime's own loop in a process of its own: generate_next_token(), generate(), llama-bench. The server is
 started with the flags and environment of a plan and streams. Counted are the tokens after the first, per second; the
-ratio is of one round's two figures, and the median over rounds, with the least and the greatest, is printed.
+ratio is of one round's two figures, and the median over rounds, with the least and the greatest, is printed. So is the
+processor's time of a token, of all threads, which others on the same cores disturb less: what an answer of all tokens
+takes more than one of two. With a model of some million parameters both measure HTTP rather than the runtime.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
+
+import psutil
 
 from edgepack import runtimes
 from edgepack.runtimes import llama_cpp
@@ -35,14 +40,15 @@ PROMPT = list(range(5, 37))
 ONNX = """
 import json, sys, time
 import numpy as np, onnxruntime_genai as og
-folder, threads, length, count, prompt = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
+folder, threads, length, prompt = sys.argv[1], *map(int, sys.argv[2:4]), json.loads(sys.argv[4])
 config = og.Config(folder)
 config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
 model = og.Model(config)
 parameters = og.GeneratorParams(model)
 parameters.set_search_options(do_sample=False, max_length=length)
 generator = og.Generator(model, parameters)
-for _ in sys.stdin:
+for line in sys.stdin:
+    count = int(line)
     generator.rewind_to(0)
     generator.append_tokens(np.array([prompt], dtype=np.int32))
     generator.generate_next_token()
@@ -55,14 +61,15 @@ TORCH = """
 import json, sys, time
 import torch
 from transformers import AutoModelForCausalLM
-folder, threads, length, count, prompt = sys.argv[1], *map(int, sys.argv[2:5]), json.loads(sys.argv[5])
+folder, threads, length, prompt = sys.argv[1], *map(int, sys.argv[2:4]), json.loads(sys.argv[4])
 torch.set_num_threads(threads)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True).eval()
 class Times:
     def __init__(self): self.at = []
     def put(self, value): self.at.append(time.perf_counter())
     def end(self): pass
-for _ in sys.stdin:
+for line in sys.stdin:
+    count = int(line)
     times = Times()
     with torch.inference_mode():
         model.generate(
@@ -73,26 +80,52 @@ for _ in sys.stdin:
 """The streamer is given the prompt first, then each token."""
 
 
+SHORT = 2
+"""Tokens of the answer whose processor time is taken off: prompt, first token and HTTP."""
+
+
 def main() -> None:
     asked = arguments()
     with ExitStack() as stack:
-        address = stack.enter_context(serving(asked))
+        server = stack.enter_context(serving(asked))
         bare = stack.enter_context(running(asked))
-        served(address, asked.tokens)
-        bare()
-        ratios = []
+        server(SHORT)
+        bare(SHORT)
+        ratios, seconds = [], []
         for number in range(asked.rounds):
             # The one that goes first changes: the machine may get warmer or busier.
-            if number % 2:
-                ours, theirs = served(address, asked.tokens), bare()
-            else:
-                theirs, ours = bare(), served(address, asked.tokens)
+            first, second = (server, bare) if number % 2 else (bare, server)
+            done = {id(one): decoded(one, asked.tokens) for one in (first, second)}
+            (ours, own), (theirs, other) = done[id(server)], done[id(bare)]
             ratios.append(ours / theirs)
-            print(f"round {number + 1}: server {ours:8.2f}, bare {theirs:8.2f} tokens/s, {ratios[-1]:.3f}")
+            seconds.append(own / other)
+            print(
+                f"round {number + 1}: server {ours:8.2f}, bare {theirs:8.2f} tokens/s, {ratios[-1]:.3f}; "
+                f"processor {1000 * own:.2f} and {1000 * other:.2f} ms a token, {seconds[-1]:.3f}",
+                flush=True,
+            )
     print(
         f"{asked.runtime}: the server decodes at {median(ratios):.3f} of the bare runtime's speed "
-        f"({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} rounds)"
+        f"({min(ratios):.3f} to {max(ratios):.3f} over {len(ratios)} rounds), with {median(seconds):.3f} of its "
+        f"processor time ({min(seconds):.3f} to {max(seconds):.3f})"
     )
+
+
+Decode = Callable[[int], tuple[float, float]]
+"""So many tokens: how many a second after the first, and the processor's seconds in all."""
+
+
+def decoded(one: Decode, tokens: int) -> tuple[float, float]:
+    """Tokens a second, and the processor's seconds of each."""
+    _, beside = one(SHORT)
+    rate, whole = one(tokens)
+    return rate, (whole - beside) / (tokens - SHORT)
+
+
+def processor(process: psutil.Process) -> float:
+    """Seconds that all its threads have computed."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def arguments() -> argparse.Namespace:
@@ -111,8 +144,8 @@ def arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def serving(asked: argparse.Namespace) -> Iterator[str]:
-    """The address of a server that is ready."""
+def serving(asked: argparse.Namespace) -> Iterator[Decode]:
+    """A server that is ready."""
     runtime = runtimes.named(asked.runtime)
     kv_type = runtime.kv_types(runtimes.Machine(backend="cpu"))[0]
     base = llama_cpp.cpu_settings(context=asked.context, kv_type="f16", threads=asked.threads)
@@ -145,7 +178,14 @@ def serving(asked: argparse.Namespace) -> Iterator[str]:
                 if process.poll() is not None:
                     sys.exit((Path(folder) / "log").read_text(encoding="utf-8"))
                 time.sleep(0.2)
-            yield address
+            watched = psutil.Process(process.pid)
+
+            def once(tokens: int) -> tuple[float, float]:
+                before = processor(watched)
+                rate = served(address, tokens)
+                return rate, processor(watched) - before
+
+            yield once
         finally:
             process.terminate()
             process.wait()
@@ -185,25 +225,27 @@ def served(address: str, tokens: int) -> float:
 
 
 @contextmanager
-def running(asked: argparse.Namespace) -> Iterator[Callable[[], float]]:
-    """A function that decodes once with the bare runtime: tokens a second after the first."""
+def running(asked: argparse.Namespace) -> Iterator[Decode]:
+    """The bare runtime."""
     if asked.runtime == "llama.cpp":
-        yield lambda: llama_bench(asked)
+        yield lambda tokens: llama_bench(asked, tokens)
         return
     source = ONNX if asked.runtime == "onnx-genai" else TORCH
-    numbers = (str(asked.threads), str(asked.context), str(asked.tokens), json.dumps(PROMPT))
+    numbers = (str(asked.threads), str(asked.context), json.dumps(PROMPT))
     child = subprocess.Popen(
         [sys.executable, "-c", source, str(asked.artifact), *numbers],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     if child.stdin is None or child.stdout is None:
         sys.exit("no pipes")
-    said, heard = child.stdin, child.stdout
+    said, heard, watched = child.stdin, child.stdout, psutil.Process(child.pid)
 
-    def once() -> float:
-        said.write("go\n")
+    def once(tokens: int) -> tuple[float, float]:
+        before = processor(watched)
+        said.write(f"{tokens}\n")
         said.flush()
-        return float(heard.readline())
+        rate = float(heard.readline())
+        return rate, processor(watched) - before
 
     try:
         yield once
@@ -212,23 +254,14 @@ def running(asked: argparse.Namespace) -> Iterator[Callable[[], float]]:
         child.wait()
 
 
-def llama_bench(asked: argparse.Namespace) -> float:
-    command = [
-        asked.bench,
-        "-m",
-        asked.artifact,
-        "-p",
-        "0",
-        "-n",
-        asked.tokens,
-        "-t",
-        asked.threads,
-        "-r",
-        "1",
-    ]
+def llama_bench(asked: argparse.Namespace, tokens: int) -> tuple[float, float]:
+    command = [asked.bench, "-m", asked.artifact, "-p", "0", "-n", tokens, "-t", asked.threads, "-r", "1"]
     command += ["-ngl", "0", "-o", "json"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
-    return float(json.loads(done.stdout)[0]["avg_ts"])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return float(json.loads(done.stdout)[0]["avg_ts"]), seconds
 
 
 if __name__ == "__main__":

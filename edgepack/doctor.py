@@ -20,6 +20,7 @@ from edgepack.check import CheckReport, Facts, FailureFacts, Item, MachineFacts,
 from edgepack.errors import BadInput, NotFound
 from edgepack.faults import RULES, Certainty, Log, Rule, Values
 from edgepack.plan import Plan
+from edgepack.runtimes import vllm, vllm_flags
 from edgepack.units import MIB, show
 
 Kind = Literal["log", "check", "facts", "bundle", "symptom"]
@@ -61,7 +62,7 @@ class Report:
 def diagnose(what: str | CheckReport | Facts) -> tuple[Diagnosis, ...]:
     """Causes and cures, the root first, at most SHOWN; empty for what shows no fault that is known."""
     if isinstance(what, str):
-        return _judged(Log(text=_plain(what), numbered=True))
+        return _of_lines(_plain(what))
     return _judged(Log(text="\n".join(_told(what)), numbered=False))
 
 
@@ -151,6 +152,8 @@ _INTRODUCTION = """\
   ONNX Runtime GenAI, transformers, edgepack's own server, docker, the journal or the kernel (`dmesg`);
 * `edgepack doctor report.json`: what `edgepack check BUNDLE --json -o report.json` has written;
 * `edgepack doctor out/demo.tar`: a bundle, and whether this machine would carry it;
+* `edgepack doctor recipe.sh`: a `vllm serve` command or a program with `LLM(...)` of an older vLLM, each setting that
+  is gone with what takes its place;
 * `edgepack doctor --symptom NAME`: the row of a name.
 
 The first diagnosis is the root; what follows from another says so. `likely` is said where the line is what the cause
@@ -180,9 +183,27 @@ def _of_text(name: str, content: str, notes: tuple[str, ...] = ()) -> Report:
         return Report(
             name=name, kind=kind, lines=len(log.text.splitlines()), diagnoses=_judged(log), notes=notes
         )
-    log = Log(text=_plain(content), numbered=True)
-    return Report(
-        name=name, kind="log", lines=len(log.text.splitlines()), diagnoses=_judged(log), notes=notes
+    text = _plain(content)
+    return Report(name=name, kind="log", lines=len(text.splitlines()), diagnoses=_of_lines(text), notes=notes)
+
+
+def _of_lines(text: str) -> tuple[Diagnosis, ...]:
+    """What a log shows, and then what a command or program of an older vLLM asks for."""
+    log = Log(text=text, numbered=True)
+    return (*_judged(log), *(_old_setting(one, log) for one in vllm_flags.outdated(text, vllm.VERSION)))
+
+
+def _old_setting(one: vllm_flags.Setting, log: Log) -> Diagnosis:
+    line, seen = log.line_at(one.at)
+    return Diagnosis(
+        rule="vllm-old-setting",
+        certainty="sure",
+        seen=seen,
+        line=line,
+        cause=f"vLLM {vllm.VERSION} does not take {one.name}: {one.why}",
+        cure=f"write `{' '.join(one.becomes)}`" if one.becomes else one.instead,
+        source=f"https://github.com/vllm-project/vllm/blob/v{vllm.VERSION}/vllm/engine/arg_utils.py",
+        follows=None,
     )
 
 

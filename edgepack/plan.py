@@ -415,8 +415,22 @@ def _try(
             request.profile, spec, scheme, settings(tokens), imatrix=request.imatrix, runtime=runtime.NAME
         )
 
+    def pace(tokens: int) -> speed.Speed:
+        return speed.estimate(
+            request.profile,
+            mode,
+            speed.work(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend),
+            kv_bytes=needs(tokens).part("kv_cache") // request.slots,
+            slots=request.slots,
+            prompt=min(speed.PROMPT, tokens // request.slots),
+            runtime=runtime.NAME,
+        )
+
+    def fits(tokens: int) -> bool:
+        return excess(needs(tokens), room) <= 0
+
     if context > limit:
-        fitting = longest(limit, lambda n: excess(needs(n), room) <= 0)
+        fitting = longest(limit, fits)
         slots = f" times {request.slots} slots" if request.slots > 1 else ""
         reason = (
             f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
@@ -424,8 +438,10 @@ def _try(
         hint = f"--context {fitting}" if fitting else "a smaller model or scheme"
         return _reject(candidate, scheme, kv_type, context, reason, reach=fitting, hint=hint)
 
+    floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
     if request.goal == "context" and request.context is None:
-        context = longest(limit, lambda n: excess(needs(n), room) <= 0) or context
+        quick = longest(limit, lambda n: fits(n) and pace(n).decode_full_low >= floor)
+        context = quick or longest(limit, fits) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
     warnings = list(_warnings(request, candidate.model, spec, runtime, scheme))
@@ -445,25 +461,16 @@ def _try(
             hint = f"--disk {-(-estimate.file_bytes // MIB)}MiB"
             return _reject(candidate, scheme, kv_type, context, reason, oversize=over, hint=hint)
         warnings.append(f"{FORCED}{reason}")
-    pace = speed.estimate(
-        request.profile,
-        mode,
-        speed.work(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend),
-        kv_bytes=estimate.part("kv_cache") // request.slots,
-        slots=request.slots,
-        prompt=min(speed.PROMPT, context // request.slots),
-        runtime=runtime.NAME,
-    )
-    floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
-    if pace.decode_full_low < floor:
+    speeds = pace(context)
+    if speeds.decode_full_low < floor:
         default = "" if request.min_decode is not None else " (the default)"
         reason = (
-            f"decodes {pace.decode_full:.1f} tok/s with a full context, perhaps only {pace.decode_full_low:.1f}, and "
-            f"{floor:g} are asked for{default}"
+            f"decodes {speeds.decode_full:.1f} tok/s with a full context, perhaps only {speeds.decode_full_low:.1f}, "
+            f"and {floor:g} are asked for{default}"
         )
         if not request.force:
-            slowness = floor / pace.decode_full_low
-            hint = f"--min-tokens-per-second {math.floor(pace.decode_full_low * 10) / 10:g}"
+            slowness = floor / speeds.decode_full_low
+            hint = f"--min-tokens-per-second {math.floor(speeds.decode_full_low * 10) / 10:g}"
             return _reject(candidate, scheme, kv_type, context, reason, slowness=slowness, hint=hint)
         warnings.append(f"{FORCED}{reason}")
     return Plan(
@@ -478,7 +485,7 @@ def _try(
         runtime_version=runtime.VERSION,
         settings=settings(context),
         memory=estimate,
-        speed=pace,
+        speed=speeds,
         quality=_quality(candidate, panel, scheme, kv_type, imatrix=request.imatrix),
         start_up=started(
             spec,

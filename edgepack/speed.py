@@ -209,6 +209,9 @@ EAGER: Mapping[str, _Seconds] = {"transformers": _Seconds(low=500e-6, middle=900
 """Seconds a layer that a runtime takes to start its operations one by one, on the host. Of transformers Qwen2.5's own
 table (bf16, A100) has 0.88 to 0.90 ms a layer for 0.5B, 1.5B, 3B and 7B alike; 1.2 ms on one core of an x86-64 server
 (demo against demo-half). Cores of boards are two to three times slower."""
+EAGER_ON_CPU: Mapping[str, _Seconds] = {**EAGER, "vllm": EAGER["transformers"]}
+"""vLLM starts the same operations of PyTorch there, without the CUDA graphs that spare them on a card: 3 to 90 tokens a
+second were measured of the built-in model, where bandwidth alone would give 1431."""
 ONE_BY_ONE = ("onnx-genai", "transformers")
 """Runtimes of edgepack's own server: slots are computed each by itself, the weights read for each."""
 
@@ -328,7 +331,8 @@ def estimate(
         flops, unsure = own.prefill_tflops * 1e12, OWN_SPREAD_PREFILL
     rate = flops / (2 * work.weights)
     wide = math.exp(width)
-    eager = _plus(_NONE, EAGER.get(runtime, _NONE), work.layers)
+    by_one = EAGER_ON_CPU if profile.backend == "cpu" else EAGER
+    eager = _plus(_NONE, by_one.get(runtime, _NONE), work.layers)
     reading = _reading(prompt / rate, unsure, _plus(_NONE, eager, -(-prompt // PROMPT)))
     beside = _plus(SERVER, eager, 1)
     if runtime == "llama.cpp":

@@ -236,6 +236,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "need_host": plan.memory.high if plan.budget.unified else plan.memory.at("host"),
         "need_device": None if plan.budget.unified else plan.memory.at("device"),
         "memory_max": int(plan.budget.host),
+        "max_files": runtimes.llama_cpp.max_files(plan.settings),
         "tmp": _tmp(plan),
         "stop_seconds": 30 if plan.runtime == runtimes.llama_cpp.NAME else STOP_SECONDS,
         "ready_seconds": (300 if plan.runtime == vllm.NAME else 60)

@@ -1706,6 +1706,8 @@ class Meter:
         self._highest = 0
         self._shared_at = 0.0
         self._stop = threading.Event()
+        self._sums = threading.RLock()
+        """Held while the processes or their highest sum change: a sum of some must not be settled as one of others."""
         self._thread = threading.Thread(target=self._watch, name="meter", daemon=True)
 
     def start(self) -> None:
@@ -1737,15 +1739,17 @@ class Meter:
 
     def members(self) -> List[int]:
         """The server's processes, itself first; looked up at most once a second."""
-        if time.monotonic() - self._looked > 1:
-            self._look()
-        return list(self._members)
+        with self._sums:
+            if time.monotonic() - self._looked > 1:
+                self._look()
+            return list(self._members)
 
     def take_together(self) -> None:
         """Brings what several processes held at most up to this moment."""
-        self._look()
-        self._highest = max(self._highest, self.now().get("VmRSS", 0))
-        self._settle()
+        with self._sums:
+            self._look()
+            self._highest = max(self._highest, self.now().get("VmRSS", 0))
+            self._settle()
 
     def _look(self) -> None:
         """Finds the processes there are; those before are settled, since sums belong to one set of them."""
@@ -1773,14 +1777,15 @@ class Meter:
     def _watch(self) -> None:
         window: List[Tuple[float, int]] = []
         while not self._stop.wait(0.1):
-            reading = self.now()
+            with self._sums:
+                reading = self.now()
+                self._highest = max(self._highest, reading.get("VmRSS", 0))
+                if self._tree and reading and time.monotonic() - self._shared_at > SHARED_SECONDS:
+                    self._settle()
             if not reading:
                 continue
             self.peak_anonymous = max(self.peak_anonymous, reading.get("RssAnon", 0))
             self.peak_file = max(self.peak_file, reading.get("RssFile", 0))
-            self._highest = max(self._highest, reading["VmRSS"])
-            if self._tree and time.monotonic() - self._shared_at > SHARED_SECONDS:
-                self._settle()
             available = _meminfo().get("MemAvailable")
             if available is not None:
                 self.lowest_available = min(available, self.lowest_available or available)

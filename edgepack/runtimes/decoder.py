@@ -33,7 +33,7 @@ def cache_bytes(
     spec: ModelSpec, *, tokens: int, sequences: int, element: int, runtime: str, windowed: bool = True
 ) -> int:
     """Bytes of a plain cache: K and V of every head and layer for each token of each sequence; with ``windowed`` a
-    sliding layer keeps its window only. ``element``: bytes of one number.
+    sliding layer keeps its window only, one that llama.cpp ignores too. ``element``: bytes of one number.
 
     Raises Unsupported for latent attention, which is cached unfolded there, and for recurrent layers.
     """
@@ -46,7 +46,7 @@ def cache_bytes(
         * kind.heads
         * (kind.key_dim + kind.value_dim)
         * element
-        * (min(tokens, kind.window or tokens) if windowed else tokens)
+        * (min(tokens, kind.window or spec.ignored_window or tokens) if windowed else tokens)
         for kind in spec.kv
     )
 

@@ -60,6 +60,12 @@ _UNPACKS_F16: tuple[Backend, ...] = ("metal",)
 _ALL_LAYERS = 99
 _BATCH = 2048
 """Logical batch (-b); llama-server's default. Buffers follow -ub."""
+CLIENTS = 32
+"""Clients with a connection open beside those in slots: as many as edgepack's own server lets wait."""
+_FILES = 256
+"""Files beside those connections: others' connections, the model, a card's driver."""
+_WATCHERS = 4
+"""Connections for /health, /metrics and /slots beside them."""
 
 
 def reads(scheme: str) -> bool:
@@ -172,12 +178,26 @@ def launch(
         *(("--split-mode", "none", "--main-gpu", "0", "--kv-offload") if offloaded else ("--device", "none")),
         "--threads", str(settings.threads),
         "--threads-batch", str(settings.threads),
-        "--threads-http", str(settings.slots + 4),
+        "--threads-http", str(http_threads(settings)),
         "--no-context-shift",
         "--no-mmproj",
         "--metrics",
         "--slots",
     )  # fmt: skip
+
+
+def http_threads(settings: Settings) -> int:
+    """Threads that serve HTTP: each connection holds one while it is open, whether it asks anything or not, and one
+    that waits for a thread waits before /health (cpp-httplib; server-http.cpp). Those beyond it starts more for come
+    one by one only: it counts threads that have not woken yet as idle, so a burst is served by those that there are.
+    """
+    return settings.slots + CLIENTS + _WATCHERS
+
+
+def max_files(settings: Settings) -> int:
+    """Open files, which bound connections: with no more threads to be had than those below 1024 llama-server stops to
+    accept any for ever, while a connection without a file waits until another closes."""
+    return http_threads(settings) + _FILES
 
 
 def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
@@ -468,6 +488,10 @@ PROCESS_PER_TOKEN = {"bpe": 310, "spm": 190}
 """Bytes of tokenizer tables per token, peak RSS of the static x86-64 server minus buffers, base and scratch:
 296 to 328 with merges (vocabularies of 49152, 128256 and 151936), 191 without (262144)."""
 
+HTTP_THREAD = (24 << 10, 20 << 10, 96 << 10)
+"""Resident bytes of a thread that waits for a connection: 23 to 24 KiB on x86-64, from 5 to 64 of them (the static
+server); the upper end is for pages of 16 KiB, as a Raspberry Pi 5's kernel has."""
+
 PROCESS_SPREAD = (0.75, 1.25)
 _CHAT_TEMPLATE = 6 * MIB
 """Room for a parsed chat template and open requests; the measured models had none."""
@@ -483,14 +507,15 @@ def process_bytes(
     spec: ModelSpec, settings: Settings, *, backend: Backend = "cpu", arch: Arch = "x86_64"
 ) -> tuple[Bytes, Bytes, Bytes]:
     """Expected, lowest and highest bytes of the server process beside its buffers; fitted."""
-    expected = PROCESS_BASE + PROCESS_PER_TOKEN[_tokenizer(spec)] * spec.vocab + work_bytes(spec, settings)
+    alone = PROCESS_BASE + PROCESS_PER_TOKEN[_tokenizer(spec)] * spec.vocab + work_bytes(spec, settings)
     low, high = PROCESS_SPREAD
     # Cards with memory of their own sit in x86-64 machines; of the Arm ones all that runs CUDA here is a Jetson.
-    beside = CUDA_PROCESS if backend == "cuda" and arch == "x86_64" else (0, 0, 0)
+    card = CUDA_PROCESS if backend == "cuda" and arch == "x86_64" else (0, 0, 0)
+    thread, least, most = (http_threads(settings) * one for one in HTTP_THREAD)
     return (
-        Bytes(expected + beside[0]),
-        Bytes(int(expected * low) + beside[1]),
-        Bytes(int(expected * high) + _CHAT_TEMPLATE + beside[2]),
+        Bytes(alone + thread + card[0]),
+        Bytes(int(alone * low) + least + card[1]),
+        Bytes(int(alone * high) + most + _CHAT_TEMPLATE + card[2]),
     )
 
 

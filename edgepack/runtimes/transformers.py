@@ -224,6 +224,4 @@ def launch(
 
 
 def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    """Threads that wait for the next operation do not spin: with others on the same cores a step took ten times as
-    long."""
-    return {**served.ENVIRONMENT, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return {**served.ENVIRONMENT, "HF_HUB_OFFLINE": "1"}

@@ -302,6 +302,56 @@ FORMER: tuple[Former, ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One that an old command or program gives and that the version lacks."""
+
+    at: int
+    """Where it begins in the text."""
+    name: str
+    becomes: tuple[str, ...]
+    """Flags of the version; empty where it is refused, or gives none."""
+    why: str
+    instead: str
+    """What to do, where no flags take its place."""
+
+
+_STARTS = re.compile(
+    r"\b(?:vllm serve|vllm\.entrypoints(?:\.\w+)*)\b(?:[^\n\\]|\\\n|\\.)*"
+    r"|\b(?:LLM|(?:Async)?EngineArgs)\((?:[^()]|\([^()]*\))*\)"
+)
+"""A command with its continued lines, or a call."""
+_GIVEN = re.compile(
+    r"(?<![\w-])--(?P<flag>[a-z][\w-]*)(?:(?:=|[ \t]+(?:\\\n\s*)?)(?P<value>[^\s-][^\s\\]*|-\d\S*))?"
+    r"|\b(?P<word>[a-z]\w*)\s*=\s*(?P<literal>[^,)\n]+)"
+)
+
+
+def outdated(text: str, version: str) -> tuple[Setting, ...]:
+    """The settings in a text's vLLM commands and LLM(...) calls that ``version`` lacks, each with what became of it."""
+    return tuple(
+        one
+        for start in _STARTS.finditer(text)
+        for given in _GIVEN.finditer(text, start.start(), start.end())
+        if (one := _outdated(given, version)) is not None
+    )
+
+
+def _outdated(given: re.Match[str], version: str) -> Setting | None:
+    plain = (given["flag"] or given["word"]).replace("-", "_")
+    row = next((former for former in FORMER if former.name == plain), None)
+    if row is None or has(plain.replace("_", "-"), version):
+        return None
+    said = (given["value"] or given["literal"] or "True").strip().strip("\"'")
+    becomes: tuple[str, ...] = ()
+    instead = row.instead
+    try:
+        becomes = translate(plain, {"True": True, "False": False}.get(said, said), version)
+    except (BadInput, Unsupported) as refused:
+        instead = str(refused.hint)
+    return Setting(at=given.start(), name=plain, becomes=becomes, why=row.why, instead=instead)
+
+
 def translate(name: str, value: str | int | float | bool, version: str) -> tuple[str, ...]:
     """A setting of an old recipe, by the name of LLM(...) or of the flag, as flags of vLLM ``version``.
 

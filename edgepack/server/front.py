@@ -43,6 +43,8 @@ from .upstream import Broken, Reply, Unreachable, Upstream
 
 PROBE_SECONDS = 5.0
 """Time that the server behind has to say how it is."""
+FRESH_SECONDS = 1.0
+"""Time for which what it said holds: /health needs no key, and who asks often would keep the server behind busy."""
 ANSWER = 16 << 20
 """Bytes of a whole answer that are read."""
 LINE = 1 << 20
@@ -53,6 +55,9 @@ KEPT = frozenset({b"content-type", b"cache-control", b"retry-after", b"content-l
 """Headers of an answer that are passed on; the others belong to its connection."""
 
 T = TypeVar("T", bound=BaseModel)
+
+Condition = tuple[Literal["loading", "ok", "stopping", "unreachable"], str]
+"""How a server is, and a word on it."""
 
 RUNTIMES = {"llamacpp": "llama.cpp", "vllm": "vllm"}
 """Who a server says it is, in owned_by of /v1/models."""
@@ -94,6 +99,8 @@ class Front:
         )
         self._stopping = False
         self._identity: Identity | None = None
+        self._probing = asyncio.Lock()
+        self._probed: tuple[float, Condition] | None = None
 
     @property
     def state(self) -> State:
@@ -114,10 +121,8 @@ class Front:
 
     async def health(self) -> Health:
         """As the server behind is; ours only where we stop."""
-        status: Literal["loading", "ok", "stopping", "unreachable"] = "stopping"
-        message = "the server is stopping"
-        if not self._stopping:
-            status, message = await self._probe()
+        stopping: Condition = ("stopping", "the server is stopping")
+        status, message = stopping if self._stopping else await self._condition()
         known = self._identity
         return Health(
             code=200 if status == "ok" else 503,
@@ -229,7 +234,15 @@ class Front:
         except Broken as error:
             raise Refused(502, f"the server behind broke off: {error}", reason="upstream") from error
 
-    async def _probe(self) -> tuple[Literal["loading", "ok", "unreachable"], str]:
+    async def _condition(self) -> Condition:
+        """As the server behind said when it was asked last, at most FRESH_SECONDS ago."""
+        async with self._probing:
+            if self._probed is None or time.monotonic() - self._probed[0] > FRESH_SECONDS:
+                said = await self._probe()
+                self._probed = time.monotonic(), said
+            return self._probed[1]
+
+    async def _probe(self) -> Condition:
         try:
             status, _ = await asyncio.wait_for(self._get("/health"), PROBE_SECONDS)
             if status == 200:

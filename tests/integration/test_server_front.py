@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from edgepack import hub, modelspec, toolchain
 from edgepack.builders import gguf
 from edgepack.progress import Silent
+from edgepack.server.front import FRESH_SECONDS
 from tests.server_process import FAKE, KEY, Api, Server, free_port, listening, running
 
 pytestmark = pytest.mark.integration
@@ -228,6 +230,20 @@ def test_a_server_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
     assert [answer.status for answer in answers] == [503] * 5
     assert "does not answer" in answers[3].json["error"]["message"]
     assert answers[3].headers["retry-after"] == "5"
+
+
+def test_the_server_behind_is_asked_how_it_is_once_a_second_at_most(behind: Api, api: Api) -> None:
+    def asked() -> int:
+        lines = behind("GET", "/metrics").body.decode().splitlines()
+        counts = [line for line in lines if line.startswith('edgepack_requests_total{endpoint="/health"')]
+        return sum(int(float(line.rsplit(" ", 1)[1])) for line in counts)
+
+    before, began = asked(), time.monotonic()
+
+    answers = [api("GET", "/health").status for _ in range(50)]
+
+    assert answers == [200] * 50
+    assert asked() - before <= 1 + (time.monotonic() - began) / FRESH_SECONDS
 
 
 # ── limits ───────────────────────────────────────────────────────────────────────────────────────────

@@ -121,6 +121,22 @@ def test_speed_is_not_bought_with_most_of_the_quality(name: str) -> None:
     assert fast.quality.low >= choice.WORTH * best.quality.low
 
 
+def test_the_longest_context_is_one_that_is_still_fast_enough() -> None:
+    model = [pipeline.named("qwen2.5-1.5b-instruct")]
+    request = Request(
+        profile=profile.load("rk3588"), goal="context", scheme="Q8_0", kv_type="f16", runtime="llama.cpp"
+    )
+
+    chosen = pipeline.make_plan(request, model)
+
+    context = chosen.settings.context
+    assert 4096 < context < 32768, "neither the default nor all that the model was trained for"
+    assert chosen.speed.decode_full_low >= plan.DEFAULT_MIN_DECODE
+    with pytest.raises(NothingFits, match="nothing is fast enough"):
+        pipeline.make_plan(replace(request, context=context + 512), model)
+    assert pipeline.make_plan(replace(request, min_decode=0.0), model).settings.context == 32768
+
+
 def test_throughput_makes_most_of_all_slots_together() -> None:
     request = Request(profile=profile.load("consumer-8gb"), goal="throughput", slots=8, min_decode=0.0)
 

@@ -61,6 +61,48 @@ def only(text: str) -> Diagnosis:
     return one
 
 
+# ── recipes of older versions of vLLM ────────────────────────────────────────────────────────────────
+
+
+def test_each_setting_that_vllm_lacks_today_is_named_with_what_takes_its_place(tmp_path: Path) -> None:
+    recipe = tmp_path / "serve.py"
+    recipe.write_text(
+        "llm = LLM(\n"
+        "    model_dir='./models/m',\n"
+        "    gpu_memory_utilization=0.85,\n"
+        "    swap_space=4,\n"
+        "    max_cpu_cache_buffer=2,\n"
+        "    chunked_prefill_tokens=512,\n"
+        "    use_beam_search=False,\n"
+        ")\n"
+    )
+
+    found = examine(recipe).diagnoses
+
+    assert [(one.rule, one.line) for one in found] == [("vllm-old-setting", at) for at in (2, 4, 5, 6, 7)]
+    assert found[0].cure == "write `--model ./models/m`"
+    assert "removed in 0.18.0" in found[1].cause
+    assert "never was in vLLM" in found[2].cause
+    assert found[3].cure == "write `--enable-chunked-prefill --max-num-batched-tokens 512`"
+    assert "a field of an OpenAI request" in found[4].cure
+
+
+def test_a_command_over_several_lines_is_read_to_its_end_and_no_further() -> None:
+    command = "vllm serve m \\\n --disable-log-requests --cuda-graph-sizes 8 \\\n --swap-space=4\nx --swap-space 4\n"
+
+    found = diagnose(command)
+
+    assert [one.line for one in found] == [2, 2, 3]
+    assert found[0].cure == "write `--no-enable-log-requests`"
+    assert found[1].cure == "write `--cudagraph-capture-sizes 8`"
+
+
+def test_a_command_of_today_shows_nothing() -> None:
+    assert (
+        diagnose("vllm serve m --max-model-len 512 --kv-cache-memory-bytes 1024 --trust-remote-code\n") == ()
+    )
+
+
 # ── logs ─────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -155,7 +155,7 @@ def test_every_bound_on_memory_is_a_flag() -> None:
         "--ctx-size 8192", "--parallel 2", "--no-kv-unified", "--batch-size 2048", "--ubatch-size 256",
         "--flash-attn on", "--cache-type-k q8_0", "--cache-type-v q4_0", "--cache-ram 0", "--ctx-checkpoints 0",
         "--fit off", "--load-mode none", "--lazy-mode off", "--repack", "--gpu-layers 0", "--device none",
-        "--threads 2", "--threads-http 6",
+        "--threads 2", "--threads-http 38",
     ):  # fmt: skip
         assert words in flags
 

@@ -321,6 +321,15 @@ def test_a_server_of_transformers_keeps_a_sliding_layer_whole_and_generate_its_w
     assert transformers.cache_bytes(sliding, tokens=4096, slots=1) == 2048 * 4096
 
 
+def test_generate_keeps_the_window_that_llama_cpp_ignores() -> None:
+    whole = replace(TRIED, kv=(KvLayers(count=4, heads=2, key_dim=64, value_dim=64),))
+    mistral = replace(whole, ignored_window=1024)
+
+    assert transformers.kv_bytes(whole, 4096) == 2048 * 4096
+    assert transformers.kv_bytes(mistral, 4096) == 2048 * 1024
+    assert transformers.cache_bytes(mistral, tokens=4096, slots=1) == 2048 * 4096
+
+
 # -- what runs where ------------------------------------------------------------------------------------------
 
 

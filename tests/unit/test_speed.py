@@ -140,6 +140,19 @@ def test_pytorch_reads_a_long_context_far_slower() -> None:
     assert 1 / fast.decode_full - 1 / fast.decode == pytest.approx(kv / (0.478 * 272e9))
 
 
+def test_vllm_starts_its_operations_one_by_one_where_there_are_no_graphs() -> None:
+    laptop, card = profile.load("x86-laptop"), CARD
+    layers = LLAMA.layers * speed.EAGER["transformers"].middle
+
+    beside = {
+        device: [1 / estimate(device, runtime=name).decode for name in ("vllm", "transformers")]
+        for device in (laptop, card)
+    }
+
+    assert beside[laptop][0] == pytest.approx(beside[laptop][1])
+    assert beside[card][1] - beside[card][0] == pytest.approx(layers)
+
+
 # ── what a token asks for ──
 
 

@@ -174,6 +174,8 @@ esac
 find_server
 preflight
 make_key
+# A thread for each connection: without one to be had it hangs for good, without a file the connection waits.
+ulimit -n 293
 exec "$server" \
     --model "$here/model.gguf" \
     --alias Qwen/Qwen2.5-1.5B-Instruct \
@@ -198,7 +200,7 @@ exec "$server" \
     --kv-offload \
     --threads 6 \
     --threads-batch 6 \
-    --threads-http 5 \
+    --threads-http 37 \
     --no-context-shift \
     --no-mmproj \
     --metrics \

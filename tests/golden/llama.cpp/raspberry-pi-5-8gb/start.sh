@@ -168,6 +168,8 @@ esac
 find_server
 preflight
 make_key
+# A thread for each connection: without one to be had it hangs for good, without a file the connection waits.
+ulimit -n 293
 exec "$server" \
     --model "$here/model.gguf" \
     --alias Qwen/Qwen2.5-1.5B-Instruct \
@@ -190,7 +192,7 @@ exec "$server" \
     --device none \
     --threads 4 \
     --threads-batch 4 \
-    --threads-http 5 \
+    --threads-http 37 \
     --no-context-shift \
     --no-mmproj \
     --metrics \

@@ -144,8 +144,8 @@ preflight
 make_key
 prepare_python
 export MALLOC_ARENA_MAX=1
-export MALLOC_MMAP_THRESHOLD_=131072
-export MALLOC_TRIM_THRESHOLD_=131072
+export MALLOC_MMAP_THRESHOLD_=2097152
+export MALLOC_TRIM_THRESHOLD_=2097152
 exec "$python" -m edgepack_server \
     --model "$here/model" --plan "$here/plan.json" \
     --engine onnx-genai \
