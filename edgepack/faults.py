@@ -461,7 +461,7 @@ RULES: tuple[Rule, ...] = (
         symptom="`NvRmMemInitNvmap failed with Permission denied`; no access to /dev/nvmap or /dev/nvidia*",
         patterns=_any(
             r"NvRmMemInitNvmap failed with Permission denied",
-            r"(?i)/dev/(?:nvmap|nvhost\S*|nvidia\S*|dri/\S+)\S*:? .{0,40}permission denied",
+            r"(?i)/dev/(?:nvmap|nvhost|nvidia|dri/)[\w/.-]{0,60}:? .{0,40}permission denied",
         ),
         cause="the user of the server may not open the GPU's device files, which belong to the groups video and "
         "render",
@@ -869,8 +869,8 @@ RULES: tuple[Rule, ...] = (
         id="memory-short",
         symptom="`bytes of memory are needed and … are available` (start.sh, `edgepack doctor BUNDLE`)",
         patterns=_any(
-            r"(?P<needed>\d+) bytes of memory are needed and (?P<free>\d+) are available",
-            r"(?P<needed>\d+) bytes on the card are needed and (?P<free>\d+) are free",
+            r"(?<!\d)(?P<needed>\d+) bytes of memory are needed and (?P<free>\d+) are available",
+            r"(?<!\d)(?P<needed>\d+) bytes on the card are needed and (?P<free>\d+) are free",
         ),
         values=_refused_memory,
         cause="the plan may need {needed}, and {free} are free now",
@@ -1304,7 +1304,7 @@ RULES: tuple[Rule, ...] = (
         "identifier`",
         patterns=_any(
             r"We couldn't connect to 'https://huggingface\.co'",
-            r"(?:host='huggingface\.co'|https://huggingface\.co/\S+).{0,80}(?:Max retries exceeded|timed out)",
+            r"(?:host='huggingface\.co'|https://huggingface\.co/\S{1,200}).{0,80}(?:Max retries exceeded|timed out)",
             r"is not a local folder and is not a valid model identifier",
             r"cannot find the (?:requested files|appropriate snapshot folder)",
             r"(?i)offline mode is enabled",
