@@ -198,11 +198,17 @@ def _threads(found: re.Match[str], log: Log) -> Values | None:
 
 
 def _layers(found: re.Match[str], log: Log) -> Values | None:
+    """A build without GPU says so to every --gpu-layers, a CPU plan's 0 too: a fault only where a GPU was meant."""
     groups = found.groupdict()
     if not groups.get("all"):
-        return {"layers": "no layer is"}
+        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text) else None
     on, of = int(groups["on"]), int(groups["all"])
     return {"layers": f"{on} of {of} layers are"} if on < of else None
+
+
+_GPU_MEANT = re.compile(
+    r"(?:gpu-layers|-ngl)[ =](?:[1-9]|all|auto)|CUDA|NVIDIA|\btegra\b|jetson", re.IGNORECASE
+)
 
 
 def _killed(found: re.Match[str], log: Log) -> Values:

@@ -199,6 +199,13 @@ def test_as_many_threads_as_cores_and_all_layers_on_the_card_are_no_fault() -> N
     )
 
 
+def test_a_build_without_gpu_is_a_fault_only_where_a_gpu_was_meant() -> None:
+    said = "warning: no usable GPU found, --gpu-layers option will be ignored"
+
+    assert diagnose(f"$ llama-server --gpu-layers 0\n{said}") == ()
+    assert names(diagnose(f"$ llama-server -ngl 99\n{said}")) == ("gpu-not-used",)
+
+
 def test_an_allocation_that_was_tried_again_with_success_is_no_fault() -> None:
     failed = (
         "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 51748.72 MiB on device 1: cudaMalloc failed: out "
