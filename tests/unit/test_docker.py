@@ -21,7 +21,8 @@ DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 RUNTIMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if not path.stem.startswith("vllm"))
 """vLLM runs in its makers' images."""
 LOCKS = sorted(DOCKER.glob("requirements-*.txt"))
-TARGETS = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))["target"]
+BAKE = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))
+TARGETS = BAKE["target"]
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -292,3 +293,10 @@ def test_the_images_that_bundles_name_are_built_here() -> None:
     tags = {tag for target in TARGETS.values() for tag in target["tags"]}
 
     assert set(IMAGES.values()) <= tags
+
+
+def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_needs() -> None:
+    assert set(images.TESTED) == set(BAKE["group"]["default"]["targets"])
+    assert images.BEHIND.keys() <= images.TESTED.keys()
+    for front, server in images.BEHIND.items():
+        assert images.TESTED[front] == images.TESTED[server]
