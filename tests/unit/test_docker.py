@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgepack import toolchain
-from edgepack.bundle.render import CONTAINER_UID, IMAGES
+from edgepack.bundle.render import CONTAINER_UID, IMAGES, READERS
 from edgepack.profile import load, names
 
 ROOT = Path(__file__).parents[2]
@@ -300,3 +300,12 @@ def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_ne
     assert images.BEHIND.keys() <= images.TESTED.keys()
     for front, server in images.BEHIND.items():
         assert images.TESTED[front] == images.TESTED[server]
+
+
+def test_the_image_of_transformers_serves_the_bitsandbytes_schemes_that_the_planner_chooses_for_a_cpu() -> (
+    None
+):
+    lock = (DOCKER / "requirements-transformers.txt").read_text(encoding="utf-8")
+
+    for package in READERS["bnb"]:
+        assert f"\n{package} " in lock
