@@ -29,8 +29,8 @@ lock onnx-genai-cuda $server/onnx-genai-cuda.txt --python-version 3.11
 excluded=$(mktemp)
 trap 'rm -f "$excluded"' EXIT
 echo "torch ; sys_platform == 'never'" >"$excluded"
-lock transformers $server/transformers.txt docker/requirements-torch.in --override "$excluded" --no-emit-package torch \
-    --python-version 3.11
+lock transformers $server/transformers.txt docker/requirements-torch.in docker/requirements-transformers.in \
+    --override "$excluded" --no-emit-package torch --python-version 3.11
 cat >>docker/requirements-transformers.txt <<'PINS'
 torch==2.13.0+cpu \
     --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b \

@@ -114,6 +114,32 @@ def _refused_memory(found: re.Match[str], log: Log) -> Values:
     return {"needed": show(int(found["needed"])), "free": show(int(found["free"]))}
 
 
+def _collected(found: re.Match[str], log: Log) -> str:
+    """The package that pip was at."""
+    at = re.findall(r"^Collecting ([\w.-]+)", log.text[: found.start()], re.MULTILINE)
+    return at[-1] if at else "a package"
+
+
+def _cuda_fault(found: re.Match[str], log: Log) -> Values | None:
+    """What CUDA said, where it says none of what the other rules are for."""
+    what = found["what"].strip()
+    return None if _TOLD_BY_OTHERS.search(what) else {"what": what}
+
+
+_TOLD_BY_OTHERS = re.compile(
+    "out of memory|no kernel image|invalid device function|kernel image is invalid|named symbol|CU(?:BLAS|DNN)_STATUS|"
+    "resource allocation failed|library was not initialized|failed to launch on the GPU|internal operation failed|"
+    "functionality is not supported|unsupported value or parameter|no CUDA-capable|CUDA driver version|unsupported "
+    "toolchain|forward compatibility|unsupported display driver"
+)
+
+
+def _library(found: re.Match[str], log: Log) -> Values:
+    """The library's name, and of which CUDA it is where its number says so."""
+    toolkit = re.match(r"lib(?:cudart|cublas\w*|nvrtc|cufft|cusparse|nvJitLink)\.so\.(\d+)", found["name"])
+    return {"name": found["name"], "_of": f" (it belongs to CUDA {toolkit.group(1)})" if toolkit else ""}
+
+
 def _largest_of(found: re.Match[str], log: Log) -> Values:
     size = found.groupdict().get("bytes")
     return {"_size": f" of {show(int(size))}" if size else ""}
@@ -172,11 +198,17 @@ def _threads(found: re.Match[str], log: Log) -> Values | None:
 
 
 def _layers(found: re.Match[str], log: Log) -> Values | None:
+    """A build without GPU says so to every --gpu-layers, a CPU plan's 0 too: a fault only where a GPU was meant."""
     groups = found.groupdict()
     if not groups.get("all"):
-        return {"layers": "no layer is"}
+        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text) else None
     on, of = int(groups["on"]), int(groups["all"])
     return {"layers": f"{on} of {of} layers are"} if on < of else None
+
+
+_GPU_MEANT = re.compile(
+    r"(?:gpu-layers|-ngl)[ =](?:[1-9]|all|auto)|CUDA|NVIDIA|\btegra\b|jetson", re.IGNORECASE
+)
 
 
 def _killed(found: re.Match[str], log: Log) -> Values:
@@ -274,6 +306,7 @@ _LLAMA_MEMORY = _any(
     r"ggml_aligned_malloc: insufficient memory \(attempted to allocate +(?P<mib>[\d.]+) MB\)",
     r"mmap failed: Cannot allocate memory",
     r"unable to allocate \w+ buffer",
+    r"ggml_vulkan: Device memory allocation of size (?P<bytes>\d+) failed",
 )
 _SERVES = re.compile(r"initializing, n_slots|model loaded|listening on http")
 _HUB = "https://github.com/"
@@ -283,7 +316,10 @@ _VLLM = f"{_HUB}vllm-project/vllm/"
 _GENAI = f"{_HUB}microsoft/onnxruntime-genai/"
 _JETSON = f"{_HUB}dusty-nv/jetson-containers/"
 _MEMORY = ("memory-weights", "memory-kv-cache", "memory-compute")
-_LOADING = (*_MEMORY, "gpu-not-used", "torch-memory", "vllm-no-kv-memory", "torch-nvml-assert", "cuda-memory")
+_LOADING = (
+    *_MEMORY, "gpu-not-used", "torch-memory", "vllm-no-kv-memory", "torch-nvml-assert", "cuda-memory",
+    "cublas-memory",
+)  # fmt: skip
 _DROP = "`sync; sudo sysctl -w vm.drop_caches=3 vm.compact_memory=1`"
 
 
@@ -295,10 +331,13 @@ RULES: tuple[Rule, ...] = (
         patterns=_any(
             r"(?i)\bexec format error",
             r"machine: architecture: expected (?P<expected>\S+), measured (?P<measured>\S+)",
+            r"no matching manifest for (?P<measured>linux/\S+)",
+            r"requested image's platform \((?P<expected>[^)]+)\) does not match the detected host platform "
+            r"\((?P<measured>[^)]+)\)",
         ),
         values=lambda found, log: {
             "_told": f": it is for {found['expected']}, this is {found['measured']}"
-            if found.re.groupindex
+            if "expected" in found.re.groupindex
             else ""
         },
         cause="the program, the image or the bundle is for another CPU architecture{_told}",
@@ -348,13 +387,16 @@ RULES: tuple[Rule, ...] = (
         symptom="`CUDA driver version is insufficient`, `NVIDIA driver on your system is too old`",
         patterns=_any(
             r"CUDA driver version is insufficient for CUDA runtime version",
-            r"NVIDIA driver on your system is too old",
+            r"(?i)nvidia driver (?:on your system )?is too old",
+            r"cudaErrorInsufficientDriver|cudaSetDevice err: 35\b",
+            r"the provided PTX was compiled with an unsupported toolchain",
+            r"unsatisfied condition: cuda *>= *[\d.]+",
         ),
         cause="the program or image was built for a newer CUDA than this driver knows",
         cure="take a build for the driver's CUDA (`nvidia-smi`, top right, says which) or update the driver. A "
         "Jetson's driver comes with its L4T: JetPack 6 has CUDA 12.6, so images of CUDA 13 need JetPack 7",
         source=f"{_HUB}ollama/ollama/issues/7666",
-        explains=("cuda-no-kernel", *_LOADING),
+        explains=("cuda-no-kernel", "gpu-not-seen", *_LOADING),
     ),
     Rule(
         id="cuda-forward-compatibility",
@@ -377,6 +419,8 @@ RULES: tuple[Rule, ...] = (
             r"no kernel image is available for execution on the device",
             r"cudaErrorNoKernelImageForDevice",
             r"Error named symbol not found at line \d+",
+            r"CUDA error: invalid device function",
+            r"device kernel image is invalid",
         ),
         cause="the build has no code for this GPU's compute capability: many wheels leave out Jetson (sm_87, "
         "sm_110) or cards older than sm_75",
@@ -384,7 +428,19 @@ RULES: tuple[Rule, ...] = (
         "llama.cpp with `-DCMAKE_CUDA_ARCHITECTURES=87`; on a Jetson take wheels of its own index "
         "(https://pypi.jetson-ai-lab.io)",
         source=f"{_HUB}pytorch/pytorch/issues/145560",
-        explains=("bitsandbytes-cuda",),
+        explains=("bitsandbytes-cuda", "cublas-failed", "cuda-fault", "program-fault"),
+    ),
+    Rule(
+        id="nvcc-too-old",
+        symptom="`nvcc fatal: Unsupported gpu architecture 'compute_…'`",
+        patterns=_any(r"nvcc fatal\s*: +Unsupported gpu architecture '(?:compute|sm)_(?P<wanted>[^']*)'"),
+        cause="this nvcc has no code for the GPU architecture it was asked for ({wanted}): the toolkit is older than "
+        "the card, another nvcc comes first in PATH, or no card was found when the build was configured",
+        cure="`nvcc --version` and `nvcc --list-gpu-arch` say what it has; put the toolkit of the driver's CUDA first "
+        "(`export PATH=/usr/local/cuda/bin:$PATH`), delete the build folder and name the card: "
+        "`-DCMAKE_CUDA_ARCHITECTURES=87` (Orin), `TORCH_CUDA_ARCH_LIST=8.7` for PyTorch's extensions",
+        source=f"{_LLAMA}issues/13271",
+        explains=("kernels-not-compiled",),
     ),
     Rule(
         id="nvidia-runtime-missing",
@@ -411,7 +467,7 @@ RULES: tuple[Rule, ...] = (
         symptom="`NvRmMemInitNvmap failed with Permission denied`; no access to /dev/nvmap or /dev/nvidia*",
         patterns=_any(
             r"NvRmMemInitNvmap failed with Permission denied",
-            r"(?i)/dev/(?:nvmap|nvhost\S*|nvidia\S*|dri/\S+)\S*:? .{0,40}permission denied",
+            r"(?i)/dev/(?:nvmap|nvhost|nvidia|dri/)[\w/.-]{0,60}:? .{0,40}permission denied",
         ),
         cause="the user of the server may not open the GPU's device files, which belong to the groups video and "
         "render",
@@ -441,7 +497,52 @@ RULES: tuple[Rule, ...] = (
         '`--runtime nvidia`), or make it the default: {{"default-runtime": "nvidia"}} in '
         "/etc/docker/daemon.json",
         source=f"{_JETSON}issues/1397",
+        explains=("gpu-not-used", "gpu-not-seen", "onnx-provider-missing"),
+    ),
+    Rule(
+        id="library-missing",
+        symptom="`libcudart.so.12: cannot open shared object file`, `libcudnn.so.9: …`",
+        patterns=_any(
+            r"(?<!with error: )(?<!dlerror: )(?P<name>\blib(?!cuda\.so|nvidia-ml\.so|onnxruntime)[\w+-]{1,80}"
+            r"(?:\.\d{1,9}){0,4}\.so[.\d]*): cannot open shared object file"
+        ),
+        values=_library,
+        cause="{name} is not where the loader looks{_of}: the program was built for libraries that are not installed",
+        cure="take the build for the CUDA that is there (`nvidia-smi`; a Jetson: `apt list --installed "
+        "nvidia-jetpack`), or install the library and name its folder in LD_LIBRARY_PATH; `ldconfig -p | grep LIBRARY` "
+        "says what the loader finds. `edgepack build --with-runtime` carries a static llama-server",
+        source=f"{_VLLM}issues/1718",
+        explains=("gpu-not-used", "server-ended", "package-missing"),
+    ),
+    Rule(
+        id="gpu-not-seen",
+        symptom="`No CUDA GPUs are available`, `Found no NVIDIA driver`, `no CUDA-capable device is detected`, "
+        "`Failed to infer device type`",
+        patterns=_any(
+            r"No CUDA GPUs are available",
+            r"Found no NVIDIA driver on your system",
+            r"no CUDA-capable device is detected",
+            r"cudaSetDevice err: 100\b",
+            r"ggml_cuda_init: failed to initialize CUDA: (?!CUDA driver version|forward compat|.*PTX)",
+            r"Failed to infer device type",
+        ),
+        cause="the process sees no GPU: a container without NVIDIA's runtime, an empty CUDA_VISIBLE_DEVICES, no "
+        "driver, or a package for another kind of device",
+        cure="`nvidia-smi` in the same place must list the card; a container gets it with `--gpus all` (a Jetson: "
+        "`--runtime nvidia`), `unset CUDA_VISIBLE_DEVICES`. Without a card: a plan for the CPU, `edgepack build "
+        "--profile P`",
+        source="https://docs.vllm.ai/en/latest/usage/troubleshooting/",
         explains=("gpu-not-used", "onnx-provider-missing"),
+    ),
+    Rule(
+        id="torch-without-cuda",
+        symptom="`Torch not compiled with CUDA enabled`",
+        patterns=_any(r"Torch not compiled with CUDA enabled"),
+        cause="the PyTorch that is installed is the CPU's (on aarch64 PyPI has no other for a Jetson)",
+        cure="`python -c 'import torch; print(torch.version.cuda)'` must not print None: a wheel of the card's CUDA "
+        "(https://download.pytorch.org/whl/), a Jetson's of its own index (https://pypi.jetson-ai-lab.io)",
+        source=f"{_HUB}facebookresearch/detectron2/issues/460",
+        explains=("gpu-not-used",),
     ),
     Rule(
         id="docker-iptables-raw",
@@ -463,11 +564,106 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="package-missing",
         symptom="`ModuleNotFoundError: No module named …`",
-        patterns=_any(r"ModuleNotFoundError: No module named '(?P<name>[\w.]+)'"),
+        patterns=_any(
+            r"(?:ModuleNotFoundError|ImportError): No module named '?(?P<name>[\w.]+)'?",
+            r"(?:Error|Exception): .{0,300}\b[Pp]lea(?:se|es) install (?P<name>[\w.-]+)",
+            r"Error: .{0,300}\bpip install (?:-\S+ )*'?(?P<name>[\w.-]+)",
+            r"the package (?P<name>\w+) seems to be not installed",
+        ),
         cause="this Python has no package {name}: the bundle's requirements were not installed into it",
         cure="`sh start.sh install` makes the bundle's own environment from requirements.txt; EDGEPACK_PYTHON names "
         "another Python that has them",
         source="https://packaging.python.org/en/latest/tutorials/installing-packages/",
+        explains=("server-ended",),
+    ),
+    Rule(
+        id="wheel-not-found",
+        symptom="pip: `No matching distribution found for …`",
+        patterns=_any(r"No matching distribution found for (?P<name>[\w.-]+)"),
+        cause="there is no {name} for this Python and this CPU in pip's index (32-bit and newest Pythons have few, "
+        "Jetson and other aarch64 fewer)",
+        cure="`python -VV` and `uname -m` against the files on https://pypi.org/project/{name}/#files: another Python, "
+        "the 64-bit system, on a Jetson its own index (https://pypi.jetson-ai-lab.io), or `edgepack build --runtime "
+        "llama.cpp --with-runtime`, which needs no wheel",
+        source=f"{_GENAI}issues/1102",
+        explains=("package-missing", "server-ended"),
+    ),
+    Rule(
+        id="wheel-not-built",
+        symptom="pip: `Failed building wheel for …`",
+        patterns=_any(
+            r"Failed building wheel for (?P<name>[\w.-]+)",
+            r"Building wheel for (?P<name>[\w.-]+).* did not run successfully",
+            r"Getting requirements to build wheel did not run successfully",
+        ),
+        values=lambda found, log: {"name": found.groupdict().get("name") or _collected(found, log)},
+        cause="pip found no wheel of {name} for this Python and this CPU, and compiling it here failed: mostly for "
+        "lack of compiler, cmake or headers",
+        cure="the first `error:` above says what; `sudo apt install build-essential cmake python3-dev`, a Python that "
+        "it has wheels for, or `edgepack build --runtime llama.cpp --with-runtime`, which needs none",
+        source=f"{_HUB}abetlen/llama-cpp-python/issues/1947",
+        certainty="likely",
+        explains=("package-missing",),
+    ),
+    Rule(
+        id="package-versions",
+        symptom="`ImportError: cannot import name … from …`, `compiled using NumPy 1.x cannot be run in NumPy 2`",
+        patterns=_any(
+            r"ImportError: cannot import name '(?P<what>\w+)' from (?:partially initialized module )?'(?P<name>\w+)",
+            r"A module that was compiled using (?P<what>NumPy 1\.x) cannot be run in\s+(?P<name>NumPy)",
+        ),
+        cause="the installed {name} is another version than the one that {what} was taken from",
+        cure="install the versions that belong together: `sh start.sh install` makes the bundle's own environment from "
+        "requirements.txt; by hand `pip check` names what disagrees",
+        source=f"{_HUB}vllm-project/vllm-ascend/pull/2365",
+        explains=("server-ended",),
+    ),
+    Rule(
+        id="unit-program-missing",
+        symptom="systemd: `status=203/EXEC`, `status=127`",
+        patterns=_any(r"code=exited, status=(?P<status>127|126|203/EXEC)"),
+        cause="the unit's program is not where ExecStart says, may not be executed, is for another CPU, or lacks a "
+        "library (status {status})",
+        cure="`systemctl cat UNIT` names the program: run it by hand as the unit's user; `file PROGRAM` says for which "
+        "CPU it is. A bundle's unit belongs where the bundle was unpacked (`edgepack unpack`)",
+        source="https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html",
+    ),
+    Rule(
+        id="package-interface",
+        symptom="`AttributeError: module 'vllm' has no attribute …`, `'….GeneratorParams' object has no attribute …`",
+        patterns=_any(
+            r"module '(?P<name>[a-z]\w+)[\w.]*' has no attribute '(?P<what>\w+)'",
+            r"'(?P<name>[a-z]\w+)\.[\w.]+' object has no attribute '(?P<what>\w+)'",
+        ),
+        cause="what calls {name} was written for another version of it: this one has no {what}",
+        cure="install the versions that belong together: `sh start.sh install` makes the bundle's own environment; an "
+        "example or a plugin must be that of the installed version (`pip show {name}`)",
+        source=f"{_HUB}microsoft/semantic-kernel/issues/13001",
+        certainty="likely",
+        explains=("server-ended",),
+    ),
+    Rule(
+        id="binary-mismatch",
+        symptom="`undefined symbol: _ZN3c10…`",
+        patterns=_any(r"(?<![\w+.-])(?P<name>[\w+.-]{1,200}\.so[.\d]*): undefined symbol:? (?P<symbol>\w+)"),
+        values=lambda found, log: {
+            "name": found["name"],
+            "needs": "PyTorch" if re.search("torch|c10|at[0-9]", found["symbol"]) else "library",
+        },
+        cause="{name} was compiled against another version of {needs} than the one that is loaded",
+        cure="install both anew, so that they belong together: the PyTorch that the package asks for (`pip check`), in "
+        "an environment of its own (`sh start.sh install`), and `unset LD_LIBRARY_PATH` where it brings in others",
+        source=f"{_VLLM}issues/5501",
+        explains=("package-missing", "server-ended"),
+    ),
+    Rule(
+        id="static-tls",
+        symptom="aarch64: `cannot allocate memory in static TLS block`",
+        patterns=_any(r"(?<![\w/.-])(?P<path>/[^\s:]{1,300}): cannot allocate memory in static TLS block"),
+        cause="{path} was loaded too late: the room for its thread-local variables is given out when a program starts",
+        cure="load it first: `export LD_PRELOAD={path}` in the server's environment (a unit: Environment=); nothing is "
+        "wrong with the device's memory",
+        source=f"{_HUB}NVIDIA-AI-IOT/jetcard/issues/34",
         explains=("server-ended",),
     ),
     Rule(
@@ -482,12 +678,52 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="illegal-instruction",
         symptom="`Illegal instruction (core dumped)`",
-        patterns=_any(r"(?i)illegal instruction", r"trap invalid opcode"),
+        patterns=_any(r"(?i)illegal instruction(?! was encountered)", r"trap invalid opcode"),
         cause="the program was built for a CPU with more instructions than this one has (built with "
         "-march=native, or for AVX2)",
         cure="`edgepack build --with-runtime` carries a server for the profile's CPU; by hand build llama.cpp "
         "with `-DGGML_NATIVE=OFF` and without what `lscpu` does not list",
         source=f"{_LLAMA}issues/8734",
+    ),
+    Rule(
+        id="compiler-missing",
+        symptom="`Could not find nvcc`, `Failed to find C compiler`, `Python.h: No such file or directory` when a "
+        "server starts",
+        patterns=_any(
+            r"Could not find (?P<program>nvcc)\b",
+            r"No such file or directory: '(?P<program>[^'\n]*\b(?:nvcc|ninja|gcc|g\+\+|cc))'",
+            r"(?P<program>\bnvcc): (?:command )?not found",
+            r"Failed to find (?P<program>C compiler)",
+            r"fatal error: (?P<program>Python\.h): No such file or directory",
+            r"(?P<program>CUDA_HOME) environment variable is not set",
+        ),
+        cause="a part of the server compiles its kernels when it starts (FlashInfer, Triton, torch.compile), and "
+        "{program} is not here",
+        cure="install what is missing: `sudo apt install build-essential python3-dev`, a CUDA toolkit of PyTorch's "
+        "CUDA (CUDA_HOME=/usr/local/cuda). Or do without: under vLLM VLLM_USE_FLASHINFER_SAMPLER=0 and the wheels "
+        "flashinfer-cubin and flashinfer-jit-cache of the same version; the image vllm/vllm-openai has it all",
+        source=f"{_VLLM}issues/49497",
+        explains=("kernels-not-compiled",),
+    ),
+    Rule(
+        id="kernels-not-compiled",
+        symptom="FlashInfer: `Command '['ninja', …]' returned non-zero exit status`, `Ninja build failed`; Triton: "
+        "`ptxas fatal`",
+        patterns=_any(
+            r"Command '\[?'?[^\]\n]*\bninja\b.* returned non-zero exit status",
+            r"Ninja build failed",
+            r"ptxas (?:fatal|error)\s*:",
+            r"PTXASError|PTXAS error|LLVM ERROR: Cannot select|\bmlir::triton::",
+            r"ninja: build stopped: subcommand failed",
+        ),
+        cause="kernels that are compiled when the server starts (FlashInfer, Triton) did not compile: a card that this "
+        "version does not know (older or newer than it), no "
+        "compiler, headers of another CUDA, or too little memory for it",
+        cure="the first `error:` or `FAILED:` above says what; `nvcc --version` must have the CUDA of PyTorch, "
+        "MAX_JOBS=1 needs the least memory, and what an earlier version compiled goes with `rm -r "
+        "~/.cache/flashinfer`. Under vLLM VLLM_USE_FLASHINFER_SAMPLER=0 does without the sampler's",
+        source=f"{_HUB}flashinfer-ai/flashinfer/issues/4410",
+        certainty="likely",
     ),
     Rule(
         id="bf16-unsupported",
@@ -503,19 +739,86 @@ RULES: tuple[Rule, ...] = (
         source=f"{_VLLM}issues/1157",
     ),
     Rule(
+        id="half-on-cpu",
+        symptom="PyTorch: `\"addmm_impl_cpu_\" not implemented for 'Half'`",
+        patterns=_any(r"\"(?P<what>\w+)\" not implemented for '(?P<type>Half|BFloat16|Byte|Char|Float8\w*)'"),
+        cause="PyTorch does not compute {type} here ({what}): the model runs on the CPU, or an older PyTorch than its "
+        "format wants",
+        cure="serve in fp32 or bf16 on a CPU (edgepack's server chooses what the CPU computes), with a newer PyTorch, "
+        "or a scheme for CPUs: `edgepack build --profile P --runtime llama.cpp`. If there is a GPU, see that it is "
+        "used: `python -c 'import torch; print(torch.cuda.is_available())'`",
+        source=f"{_HUB}huggingface/transformers/issues/27769",
+    ),
+    Rule(
+        id="dtypes-mixed",
+        symptom="PyTorch: `Input type (…) and weight type (…) should be the same`, `Expected all tensors to be on the "
+        "same device`",
+        patterns=_any(
+            r"(?P<what>Input type \(.+?\) and (?:weight|bias) type \(.+?\)) should be the same",
+            r"(?P<what>expected (?:m1 and m2|mat1 and mat2|scalar type \w+ but found \w+|.* same dtype))",
+            r"(?P<what>mat1 and mat2 must have the same dtype)",
+            r"(?P<what>Expected all tensors to be on the same device)",
+        ),
+        cause="parts of the model are in different number formats or places ({what}): its code does not know how this "
+        "checkpoint is quantized, or half of it was left on the CPU",
+        cure="`edgepack build --runtime transformers` of a scheme that the model's parts all take (`edgepack plan "
+        "--explain`); by hand leave the vision part out of the quantization (`llm_int8_skip_modules`), and the model "
+        "whole on one device",
+        source=f"{_HUB}njucckevin/SeeClick/issues/4",
+        certainty="likely",
+    ),
+    Rule(
+        id="quantization-unsupported",
+        symptom="vLLM: `The quantization method awq is not supported for the current GPU`",
+        patterns=_any(
+            r"quantization method (?P<method>[\w-]+) is not supported for the current GPU\. Minimum capability: "
+            r"(?P<needs>\d+)\. Current capability: (?P<has>\d+)",
+            r"Quantization scheme is not supported for[ ',]+the current GPU\. Min capability: (?P<needs>\d+)[ .',]+"
+            r"Current capability: (?P<has>\d+)",
+        ),
+        values=lambda found, log: {
+            "method": found.groupdict().get("method") or "this quantization",
+            **{name: f"{int(found[name]) // 10}.{int(found[name]) % 10}" for name in ("needs", "has")},
+        },
+        cause="vLLM computes {method} from compute capability {needs} on; this GPU has {has}",
+        cure="another `--scheme`: `edgepack plan --runtime vllm --profile P` chooses one that the card computes "
+        "(gptq-int4-g128 needs the least), or `--runtime llama.cpp`, whose Q4_K_M runs on older cards",
+        source=f"{_VLLM}issues/1282",
+    ),
+    Rule(
+        id="quantization-mismatch",
+        symptom="vLLM: `Quantization method specified in the model config (…) does not match`",
+        patterns=_any(
+            r"Quantization method specified in the model config \((?P<config>[^)]+)\) does not match the quantization "
+            r"method specified in the `?quantization`? argument \((?P<flag>[^)]+)\)"
+        ),
+        cause="`--quantization {flag}` is asked for and the checkpoint is {config}",
+        cure="leave `--quantization` out: vLLM reads it from the checkpoint, as a bundle's flags do",
+        source=f"{_VLLM}issues/5842",
+    ),
+    Rule(
         id="bitsandbytes-cuda",
         symptom="bitsandbytes: `CUDA Setup failed`, `libbitsandbytes_cuda… not found`",
         patterns=_any(
             r"CUDA Setup failed despite (?:CUDA|GPU) being available",
             r"Required library version not found: libs?bitsandbytes",
             r"Configured CUDA binary not found at \S*libbitsandbytes",
-            r"bitsandbytes was compiled without GPU support",
         ),
         cause="bitsandbytes has no library for this CUDA version (its aarch64 wheels none for Jetson)",
         cure="a bitsandbytes whose wheel names the CUDA of `python -c 'import torch; "
         "print(torch.version.cuda)'`; `python -m bitsandbytes` says what it found. On a Jetson choose "
         "another scheme: `edgepack build --scheme Q4_K_M`, or gptq-int4-g128 for vLLM",
         source=f"{_HUB}bitsandbytes-foundation/bitsandbytes/issues/1172",
+    ),
+    Rule(
+        id="bitsandbytes-cpu",
+        symptom="bitsandbytes: `was compiled without GPU support`",
+        patterns=_any(r"bitsandbytes was compiled without GPU support"),
+        cause="bitsandbytes found no library for this CUDA and took its own for the CPU; that matters only to INT8 and "
+        "NF4 checkpoints",
+        cure="as with bitsandbytes-cuda, where the model is INT8 or NF4; else leave it, or uninstall bitsandbytes",
+        source=f"{_HUB}bitsandbytes-foundation/bitsandbytes/issues/1172",
+        certainty="likely",
     ),
     Rule(
         id="onnx-provider-missing",
@@ -572,8 +875,8 @@ RULES: tuple[Rule, ...] = (
         id="memory-short",
         symptom="`bytes of memory are needed and … are available` (start.sh, `edgepack doctor BUNDLE`)",
         patterns=_any(
-            r"(?P<needed>\d+) bytes of memory are needed and (?P<free>\d+) are available",
-            r"(?P<needed>\d+) bytes on the card are needed and (?P<free>\d+) are free",
+            r"(?<!\d)(?P<needed>\d+) bytes of memory are needed and (?P<free>\d+) are available",
+            r"(?<!\d)(?P<needed>\d+) bytes on the card are needed and (?P<free>\d+) are free",
         ),
         values=_refused_memory,
         cause="the plan may need {needed}, and {free} are free now",
@@ -623,12 +926,71 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="cuda-memory",
         symptom="`CUDA error: out of memory` while it runs",
-        patterns=_any(r"CUDA error(?: \d+ at \S+)?: out of memory"),
+        patterns=_any(
+            r"CUDA (?:error|failure)(?: \d+)?(?: at \S+)?: out of memory",
+            r"cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY",
+            r"CUDA out of memory(?!\. Tried to allocate)",
+        ),
         cause="the card ran full after the load: buffers that grow with use, or another program took memory",
         cure="`nvidia-smi` says who holds it. Start with the bundle's flags, which bound everything; on a "
         "Jetson build llama.cpp with `-DGGML_CUDA_NO_VMM=ON`, whose pool reserves more than there is",
         source=f"{_LLAMA}issues/4680",
         certainty="likely",
+        explains=("cublas-memory", "program-fault"),
+    ),
+    Rule(
+        id="cublas-memory",
+        symptom="`CUBLAS_STATUS_ALLOC_FAILED`, `CUBLAS_STATUS_NOT_INITIALIZED`, `the resource allocation failed`",
+        patterns=_any(
+            r"CU(?:BLAS|DNN)_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)",
+            r"CUDA error: the (?:resource allocation failed|library was not initialized)",
+        ),
+        cause="cuBLAS found no memory on the card for its handle and workspace: model and KV cache have taken it all; "
+        "on a Jetson also the libraries of another CUDA (a desktop card's)",
+        cure="leave more of the card free: `edgepack build … --context N`, a `--scheme` of fewer bits, and under vLLM "
+        "the plan's `--kv-cache-memory-bytes`; `nvidia-smi` says who else holds memory. A Jetson: the build for its "
+        "JetPack, and LD_LIBRARY_PATH without another CUDA's folder",
+        source=f"{_HUB}jax-ml/jax/issues/7118",
+        certainty="likely",
+        explains=("program-fault",),
+    ),
+    Rule(
+        id="cublas-failed",
+        symptom="`CUBLAS_STATUS_EXECUTION_FAILED` and other CUBLAS_STATUS_ and CUDNN_STATUS_",
+        patterns=_any(
+            r"(?P<status>CU(?:BLAS|DNN)_STATUS_(?!SUCCESS\b|ALLOC_FAILED|NOT_INITIALIZED)[A-Z_]+)",
+            r"CUDA error: (?P<status>the function failed to launch on the GPU|an internal operation failed|the "
+            r"requested functionality is not supported|an unsupported value or parameter was passed to the function)",
+        ),
+        cause="the GPU refused a call of cuBLAS or cuDNN ({status}): mostly libraries of another CUDA than the "
+        "driver's (on a Jetson a desktop card's), else a number format that this GPU does not compute",
+        cure="`ldd PROGRAM | grep -i cu` names the libraries: they must be those of the driver's CUDA, on a Jetson "
+        "JetPack's (build llama.cpp on the device, `unset LD_LIBRARY_PATH`); llama.cpp does without cuBLAS with "
+        "`-DGGML_CUDA_FORCE_MMQ=ON`. A PyTorch model that computes in bf16: try `--dtype half`",
+        source=f"{_HUB}ollama/ollama/issues/6999",
+        certainty="likely",
+        explains=("program-fault",),
+    ),
+    Rule(
+        id="cuda-fault",
+        symptom="`CUDA error: an illegal memory access was encountered`, `invalid argument`, `device-side assert "
+        "triggered`; `NVRM: Xid`",
+        patterns=_any(
+            r"CUDA (?:error|failure \d+): (?P<what>[^;\n]+)",
+            r"(?P<what>an illegal (?:memory access|instruction) was encountered|cudaErrorIllegalAddress)",
+            r"NVRM: (?P<what>Xid \(PCI:[^)]*\): \d+)",
+            r"(?P<what>GPU has fallen off the bus)",
+            r"(?P<what>cudaSetDevice err: (?!35\b|100\b|80[34]\b)\d+)",
+        ),
+        values=_cuda_fault,
+        cause="a kernel failed on the GPU ({what}): a fault of the runtime for this model, quantization or card, an "
+        "index out of range (a token beyond the vocabulary), or a card that is failing",
+        cure="another version of the runtime first; then what names the kernel: CUDA_LAUNCH_BLOCKING=1, under vLLM "
+        "`--enforce-eager`, llama.cpp with `-fa off` or GGML_CUDA_DISABLE_GRAPHS=1. `dmesg | grep -i xid` tells a "
+        "failing card or too weak a power supply",
+        source="https://docs.vllm.ai/en/latest/usage/troubleshooting/",
+        certainty="likely",
+        explains=("cublas-failed", "cublas-memory", "program-fault"),
     ),
     Rule(
         id="torch-memory",
@@ -664,6 +1026,33 @@ RULES: tuple[Rule, ...] = (
         "fewer bits",
         source=f"{_HUB}pytorch/pytorch/issues/185240",
         certainty="likely",
+    ),
+    Rule(
+        id="quantized-offloaded",
+        symptom="transformers: `Some modules are dispatched on the CPU or the disk`",
+        patterns=_any(r"Some modules are dispatched on the CPU or the disk"),
+        cause="the quantized model does not fit the card's free memory, and INT8 and NF4 cannot lie on the CPU",
+        cure="end what else holds the card (`nvidia-smi`); else a smaller model or fewer bits (`edgepack plan "
+        "--profile P --explain`), or `--runtime llama.cpp`, which computes what does not fit on the CPU",
+        source=f"{_HUB}meta-llama/llama-cookbook/issues/56",
+    ),
+    Rule(
+        id="host-memory",
+        symptom="`DefaultCPUAllocator: can't allocate memory`, `std::bad_alloc`, `MemoryError`",
+        patterns=_any(
+            r"DefaultCPUAllocator: (?:can't allocate|not enough) memory: you\s+tried to allocate (?P<bytes>\d+) bytes",
+            r"what\(\): +std::bad_alloc|instance of 'std::bad_alloc'",
+            r"(?m)(?:^|\s)(?:numpy\.\S+\.)?_?(?:Array)?MemoryError\b",
+            r"\[Errno 12\] Cannot allocate memory",
+        ),
+        values=_largest_of,
+        cause="the program was refused host memory{_size}: there is no more, or a limit of its container or `ulimit "
+        "-v` is lower than what it needs",
+        cure="`free -m` and `ulimit -v` say which; then a plan that fits: `edgepack plan --profile P --explain`, "
+        "`edgepack build … --context N`, a `--scheme` of fewer bits. A checkpoint that is not quantized is loaded "
+        "whole",
+        source=f"{_HUB}huggingface/transformers/issues/23016",
+        explains=("check-refused",),
     ),
     Rule(
         id="vllm-context-too-long",
@@ -727,7 +1116,6 @@ RULES: tuple[Rule, ...] = (
             r"Could not allocate the key-value cache buffer of shape: \[batch_size \((?P<batch>\d+)\), "
             r"num_key_value_heads \((?P<heads>\d+)\), max_length \((?P<length>\d+)\), head_size \((?P<head>\d+)\)\] "
             r"for (?P<layers>\d+) layers",
-            r"terminate called after throwing an instance of 'std::bad_alloc'",
         ),
         values=_cache_of_onnx,
         cause="there was no memory: {needed} were asked for. ONNX Runtime GenAI allocates `search.max_length` "
@@ -759,7 +1147,7 @@ RULES: tuple[Rule, ...] = (
         "`mem_limit`, a unit's MemoryMax=, `docker run --memory`. A bundle's files have it right; a limit "
         "of your own must not be lower",
         source=f"{_HUB}apache/doris/issues/3525",
-        explains=("kernel-oom", "container-oom", "container-killed", "check-killed"),
+        explains=("kernel-oom", "container-oom", "container-killed", "check-killed", "killed"),
     ),
     Rule(
         id="kernel-oom",
@@ -776,7 +1164,7 @@ RULES: tuple[Rule, ...] = (
         "q8_0`. Start with `sh start.sh`, which refuses too little memory, or the unit, whose "
         "OOMScoreAdjust spares the rest",
         source=f"{_HUB}b4rtaz/distributed-llama/issues/59",
-        explains=("container-killed", "check-killed"),
+        explains=("container-killed", "check-killed", "killed"),
     ),
     Rule(
         id="container-oom",
@@ -798,6 +1186,21 @@ RULES: tuple[Rule, ...] = (
         cure="`docker inspect -f '{{{{.State.OOMKilled}}}}' NAME` and `dmesg | grep -i oom` say which; for "
         "memory see container-oom",
         source=f"{_HUB}getwud/wud/issues/610",
+        certainty="likely",
+    ),
+    Rule(
+        id="killed",
+        symptom="`Killed`, `signal: killed`, `SIGKILL`, exit code -9",
+        patterns=_any(
+            r"(?m)^(?:\S+: line \d+: +\d+ )?Killed(?:$|  )",
+            r"signal: killed",
+            r"(?:died with|received) (?:<Signals\.)?SIGKILL|Signal 9 \(SIGKILL\)",
+            r"exit ?code ?:? -9\b",
+        ),
+        cause="the process was killed with SIGKILL: nearly always by the kernel, for memory",
+        cure="`dmesg | grep -i -E 'oom|killed process'` says whether; then a plan that fits: `edgepack plan --profile "
+        "P --explain`, `edgepack build … --context N --kv-type q8_0`. `sh start.sh` refuses too little memory",
+        source=f"{_HUB}ollama/ollama/issues/788",
         certainty="likely",
     ),
     Rule(
@@ -873,16 +1276,63 @@ RULES: tuple[Rule, ...] = (
         "which leaves the values as they are",
         source=_SERVER_README,
     ),
+    Rule(
+        id="remote-code",
+        symptom="`requires you to execute the configuration file in that repo`, `trust_remote_code=True`",
+        patterns=_any(
+            r"requires you to execute the configuration file in that repo",
+            r"contains custom code which must be executed to correctly load the model",
+            r"[Pp]lease pass the argument `trust_remote_code=True`",
+        ),
+        cause="the model brings program code of its own, which nothing here runs unasked",
+        cure="choose a model that the runtime itself knows (`edgepack plan --profile P`); edgepack runs no code out of "
+        "a model's folder. By hand, after having read it: `--trust-remote-code`",
+        source=f"{_VLLM}issues/9531",
+    ),
+    Rule(
+        id="hub-gated",
+        symptom="`You are trying to access a gated repo`, `Access to model … is restricted`",
+        patterns=_any(
+            r"access a gated repo",
+            r"Cannot access gated repo",
+            r"GatedRepoError",
+            r"Access to model \S+ is restricted",
+        ),
+        cause="the model is given only to who has accepted its license and says who they are",
+        cure="on the build host: accept the license on the model's page, set HF_TOKEN, build again; the device needs "
+        "neither, its bundle carries the weights",
+        source=f"{_HUB}xorbitsai/inference/issues/1734",
+        explains=("hub-unreachable",),
+    ),
+    Rule(
+        id="hub-unreachable",
+        symptom="`We couldn't connect to 'https://huggingface.co'`, `is not a local folder and is not a valid model "
+        "identifier`",
+        patterns=_any(
+            r"We couldn't connect to 'https://huggingface\.co'",
+            r"(?:host='huggingface\.co'|https://huggingface\.co/\S{1,200}).{0,80}(?:Max retries exceeded|timed out)",
+            r"is not a local folder and is not a valid model identifier",
+            r"cannot find the (?:requested files|appropriate snapshot folder)",
+            r"(?i)offline mode is enabled",
+        ),
+        cause="the model was asked of the Hugging Face Hub: the name that was given is no folder here, and the Hub "
+        "does not answer or does not have it",
+        cure="name a folder that holds the model (its config.json in it), through the mount in a container; a bundle "
+        "carries its model and asks nobody (HF_HUB_OFFLINE=1). On the build host `edgepack build --model FOLDER`, or "
+        "HF_ENDPOINT for a mirror",
+        source="https://huggingface.co/docs/transformers/installation",
+    ),
     # files
     Rule(
         id="gguf-damaged",
         symptom="llama.cpp: `data is not within the file bounds`, `invalid magic characters`",
         patterns=_any(
             r"data is not within the file bounds, model is corrupted or incomplete",
-            r"invalid magic characters",
+            r"invalid magic (?:characters|number)|unknown \(magic, version\) combination",
             r"gguf_init\w*: failed to read (?:magic|key-value|tensor)",
         ),
-        cause="the model file is cut off or is no GGUF: a copy or a download that broke",
+        cause="the model file is cut off or is no GGUF: a copy or a download that broke, or a file of the format "
+        "before GGUF (`ggml` in its name)",
         cure="copy it again; `edgepack inspect BUNDLE` verifies every byte before it goes to the device, and "
         "`sha256sum` on the device must say what the manifest does",
         source=f"{_LLAMA}pull/6885",
@@ -905,6 +1355,12 @@ RULES: tuple[Rule, ...] = (
         patterns=_any(
             r"unknown model architecture: '(?P<name>[^']*)'",
             r"unknown pre-tokenizer type: '(?P<name>[^']*)'",
+            r"has invalid ggml (?P<name>type \d+)",
+            r"Unknown (?P<name>quantization method:? *'?[\w-]+)",
+            r"Unrecognized configuration class <class '(?P<name>[\w.]+)'",
+            r"`(?P<name>rope_scaling)` must be a dictionary with",
+            r"(?P<name>Tokenizer class \w+) does not exist or is not currently imported",
+            r"[Uu]nsupported model_type(?: in config\.json)?:? *'?(?P<name>[\w.-]+)",
             r"has model type `(?P<name>[^`]+)` but Transformers does not recognize this architecture",
             r"Model architectures \['(?P<name>\w+)'.*?\] are not supported",
         ),
@@ -915,10 +1371,44 @@ RULES: tuple[Rule, ...] = (
         source=f"{_LLAMA}issues/12021",
     ),
     Rule(
+        id="onnx-too-new",
+        symptom="ONNX Runtime: `Unsupported model IR version: 10, max supported IR version: 9`",
+        patterns=_any(
+            r"Unsupported model IR version: (?P<file>\d+), max supported IR version: (?P<reads>\d+)",
+            r"Opset (?P<file>\d+) is under development and support for this is limited.*? till opset (?P<reads>\d+)",
+        ),
+        cause="the model was written by a newer ONNX ({file}) than this ONNX Runtime reads ({reads})",
+        cure="a newer ONNX Runtime: `sh start.sh install` takes the versions that the bundle was built with; by hand "
+        "`pip install -U onnxruntime onnxruntime-genai`",
+        source=f"{_HUB}microsoft/onnxruntime/issues/20559",
+    ),
+    Rule(
+        id="onnx-config-unknown",
+        symptom="ONNX Runtime GenAI: `Error encountered while parsing … genai_config.json`",
+        patterns=_any(r"Error encountered while parsing '(?P<path>[^']+)' JSON Error: (?P<why>.+)"),
+        cause="this ONNX Runtime GenAI does not read {path} ({why}): another version wrote it, or it was edited",
+        cure="the version that the bundle was built with (`sh start.sh install`), or build again with the one there is",
+        source=f"{_GENAI}issues/971",
+    ),
+    Rule(
+        id="tokenizer-too-new",
+        symptom="`data did not match any variant of untagged enum`",
+        patterns=_any(r"data did not match any variant of untagged enum (?P<part>\w+)"),
+        cause="tokenizer.json was written by a newer tokenizers than the one that reads it ({part}), or is damaged",
+        cure="`pip install -U tokenizers transformers`, or the bundle's own environment (`sh start.sh install`), whose "
+        "versions read it",
+        source=f"{_HUB}huggingface/transformers/issues/31789",
+    ),
+    Rule(
         id="tensors-differ",
         symptom="llama.cpp: `wrong number of tensors`, `has wrong shape`, `tensor … not found`",
         patterns=_any(
             r"wrong number of tensors; expected (?P<expected>\d+), got (?P<got>\d+)",
+            r"key not found in model: \S+",
+            r"Error\(s\) in loading state_dict|size mismatch for \S+: copying a param",
+            r"KeyError: '(?:model|lm_head|layers?|transformer|language_model)\.[\w.]+'",
+            r"There is no module or parameter named '?\S+ in \w+",
+            r"cannot find tokenizer (?:merges|vocab|scores) in model file",
             r"tensor '(?P<name>[^']+)' has wrong shape",
             r"error loading model: (?:create_tensor: )?(?:missing )?tensor '(?P<name>[^']+)'(?: not found|$)",
         ),
@@ -931,8 +1421,18 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="model-file-missing",
         symptom="llama.cpp: `failed to open GGUF file`",
-        patterns=_any(r"failed to open GGUF file '(?P<path>[^']*)' \((?P<why>[^)]*)\)"),
-        cause="{path} cannot be opened: {why}",
+        patterns=_any(
+            r"failed to open GGUF file '(?P<path>[^']*)'(?: \((?P<why>[^)]*)\))?",
+            r"failed to open (?:model )?(?P<path>\S+): (?P<why>[A-Z][^\n.]+)",
+        ),
+        values=lambda found, log: {
+            "path": found["path"],
+            "why": found["why"] or "it is not there, or may not be read",
+            "_small": ": a 32-bit system opens no file of 2 GiB, install the 64-bit one"
+            if "too large" in (found["why"] or "")
+            else "",
+        },
+        cause="{path} cannot be opened: {why}{_small}",
         cure="unpack the bundle on the device (`edgepack unpack BUNDLE FOLDER`) and start it with `sh "
         "start.sh`, which names the file; the user of the server must be able to read it, in a container "
         "through the mount",
@@ -940,13 +1440,17 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="checkpoint-incomplete",
-        symptom="`SafetensorError: … incomplete metadata`, `Error no file named model.safetensors`, no "
-        "quantize_config.json",
+        symptom="`SafetensorError: … incomplete metadata`, `Error no file named model.safetensors`, `Could not find "
+        "the quantized model`, no quantize_config.json",
         patterns=_any(
             r"SafetensorError: .*",
             r"Error no file named (?:model\.safetensors|pytorch_model\.bin)",
-            r"does not appear to have a file named (?:model\.safetensors|pytorch_model\.bin)",
+            r"does not appear to have a file named \S+",
+            r"Cannot find the config file for \w+",
+            r"Should have a `model_type` key in its config\.json",
             r"No such file or directory: '[^']*quantize_config\.json'",
+            r"Could not find (?:the quantized model|(?:a )?model(?: file)?) (?:in|at) .*",
+            r"Cannot find any model weights with ",
         ),
         cause="the checkpoint's folder is not whole: a file is missing or cut off, as after a download or copy "
         "that broke, or a GPTQ folder without its configuration",
@@ -1122,7 +1626,9 @@ RULES: tuple[Rule, ...] = (
         symptom="llama.cpp: `possible training context overflow`; answers fall apart when they get long",
         patterns=_any(
             r"n_ctx(?:_seq|_per_seq)? \((?P<asked>\d+)\) > n_ctx_train \((?P<trained>\d+)\) -- possible training "
-            r"context overflow"
+            r"context overflow",
+            r"User-specified max_model_len \((?P<asked>\d+)\) is greater than the derived max_model_len "
+            r"\(\w+=(?P<trained>\d+)",
         ),
         cause="a slot of {asked} tokens is longer than what the model was trained on ({trained})",
         cure="`edgepack build … --context {trained}` for each slot at most, which edgepack's plans keep to",
@@ -1237,6 +1743,24 @@ RULES: tuple[Rule, ...] = (
         "them itself (`--fit on`)",
         cure="start it with the bundle's flags (`sh start.sh`), `--fit off` among them",
         source=f"{_LLAMA}issues/18889",
+    ),
+    Rule(
+        id="program-fault",
+        symptom="`GGML_ASSERT(…) failed`, `Assertion '…' failed`, `Segmentation fault`",
+        patterns=_any(
+            r"(?<![\w.-])(?P<what>[\w.-]{1,99}:\d{1,6}: GGML_ASSERT)\(",
+            r"GGML_ASSERT: \S*?(?P<what>[\w.-]+:\d+):",
+            r"(?P<what>Assertion [`'].+' failed)",
+            r"(?P<what>Assertion failed: [^(\n]+)",
+            r"(?i)(?P<what>segmentation fault|SIGSEGV|signal: segmentation)",
+        ),
+        cause="the program itself failed ({what}): a fault in it for this model, quantization, flags or device, "
+        "libraries of another version than its own, or a model file that another version wrote",
+        cure="run the server that the bundle was planned with (`edgepack build --with-runtime`, `sh start.sh install`) "
+        "with the bundle's own flags; if it was, search its issues for the line, and find what it takes: llama.cpp "
+        "with `-fa off`, `--gpu-layers 0`, a cache of f16; vLLM with `--enforce-eager`",
+        source=f"{_LLAMA}issues/20587",
+        certainty="likely",
     ),
     Rule(
         id="buffers-differ",

@@ -7,7 +7,8 @@
 The base is Debian's own root file system made by debootstrap, the builder is buildah without namespaces. A server is
 started as compose would: read-only root, /tmp in memory, the bundle read-only at /bundle, user 10001 without
 capabilities, a network of its own; asked for its health by the compose file's own check, then for a completion. Only
-the number of threads is another where the plan's device has more cores than this machine.
+the number of threads is another where the plan's device has more cores than this machine. The front stands before
+llama-server, and is asked for a chat.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,10 +47,14 @@ TESTED = {
     "llama-server-cpu": "llama.cpp",
     "edgepack-server-onnx-genai": "onnx-genai",
     "edgepack-server-transformers": "transformers",
+    "edgepack-server-front": "llama.cpp",
 }
 """Targets that run on a CPU, and the runtime whose bundles they serve."""
+BEHIND = {"edgepack-server-front": "llama-server-cpu"}
+"""Targets that stand before a server, and the target of that server."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PORT = 8080
+FRONT_PORT = 8081
 START_SECONDS = 180
 UID = 10001
 
@@ -182,11 +188,13 @@ def test_targets(names: Sequence[str], work: Path, *, static: bool) -> None:
     """Builds each target, a bundle for it, and starts the one with the other."""
     ensure_base(work)
     profile = work / "profile.yaml"
-    rows = [{"runtime": TESTED[name], "reference": targets()[name]["tags"][0]} for name in names]
+    images = {TESTED[name]: targets()[BEHIND.get(name, name)]["tags"][0] for name in names}
+    rows = [{"runtime": runtime, "reference": image} for runtime, image in sorted(images.items())]
     device = {"name": "images-test", "extends": "x86-laptop-ddr5", "software": {"images": rows}}
     profile.write_text(json.dumps(device), encoding="utf-8")
     for name in names:
-        build_target(name, work, jobs=os.cpu_count() or 1, static=static)
+        for each in (BEHIND[name], name) if name in BEHIND else (name,):
+            build_target(each, work, jobs=os.cpu_count() or 1, static=static)
         words = ("--profile", str(profile), "--model", "demo", "--runtime", TESTED[name])
         done = subprocess.run(
             [sys.executable, "-m", "edgepack", "build", *words, "--output", str(work / "bundles")],
@@ -203,28 +211,40 @@ def declared(dockerfile: Path) -> frozenset[str]:
 
 
 def start_target(name: str, bundle: Path, work: Path) -> None:
-    """Starts the image as the bundle's compose.yaml says, and ends when it has answered; exits 1 if it does not."""
-    image = targets()[name]["tags"][0]
-    container = buildah(work, "from", "--pull-never", image, capture=True)
+    """Starts the image as the bundle's compose.yaml says, and ends when it has answered; exits 1 if it does not.
+
+    What stands before a server is started before it, as `sh start.sh chat` does, in a network that both have.
+    """
+    server = BEHIND.get(name, name)
+    containers: list[str] = []
     try:
-        root = Path(buildah(work, "mount", container, capture=True))
-        config = json.loads(buildah(work, "inspect", "--type", "image", image, capture=True))["Docker"][
-            "config"
-        ]
+        mounted = {each: mount_target(each, work, containers) for each in dict.fromkeys((server, name))}
         with tempfile.TemporaryDirectory(dir=work) as folder:
             unpacked = unpack(bundle, Path(folder) / "bundle")
             key = Path(folder) / "api-key"
             key.write_text("images-py-key\n", encoding="utf-8")
             for place in (Path(folder), unpacked, key):
                 os.chown(place, UID, UID)
+            before = {"front": mounted[name]} if name != server else {}
             request = Path(folder) / "request.json"
             request.write_text(
-                json.dumps({"root": str(root), "bundle": str(unpacked), "key": str(key), "config": config}),
+                json.dumps({"bundle": str(unpacked), "key": str(key), **mounted[server], **before}),
                 encoding="utf-8",
             )
             run("unshare", "--mount", "--net", "--ipc", sys.executable, __file__, "inside", str(request))
     finally:
-        buildah(work, "rm", container, capture=True)
+        for container in containers:
+            buildah(work, "rm", container, capture=True)
+
+
+def mount_target(name: str, work: Path, containers: list[str]) -> dict[str, object]:
+    """Where the image's root is, in a container that is added to ``containers``, and its configuration."""
+    image = targets()[name]["tags"][0]
+    container = buildah(work, "from", "--pull-never", image, capture=True)
+    containers.append(container)
+    inspected = json.loads(buildah(work, "inspect", "--type", "image", image, capture=True))
+    root = buildah(work, "mount", container, capture=True)
+    return {"root": root, "config": inspected["Docker"]["config"]}
 
 
 def unpack(bundle: Path, folder: Path) -> Path:
@@ -276,10 +296,9 @@ def serve(request: Mapping[str, object]) -> None:
         answer = json.loads(fetch("/v1/completions", body, key.read_text(encoding="utf-8").strip()))
         say(f"completion: {answer['choices'][0]['text']!r}")
         say(f"usage: {answer['usage']}")
-        status = Path(f"/proc/{server.pid}/status").read_text(encoding="utf-8")
-        facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        for name in ("Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "VmHWM"):
-            say(f"{name}: {facts[name].strip()}")
+        if isinstance(before := request.get("front"), dict):
+            stand_before(server, before, bundle, key)
+        facts = say_status(server)
         places = ("/usr/x", "/bundle/x", "/tmp/x")
         written = [place for place in places if succeeds(root, ["touch", place], environment)]
         say(f"of {', '.join(places)} can be written: {', '.join(written)}")
@@ -289,6 +308,51 @@ def serve(request: Mapping[str, object]) -> None:
     say(f"ended by SIGTERM with status {code}")
     if code != 0 or written != ["/tmp/x"] or int(facts["CapBnd"], 16) != 0:
         sys.exit("that is not how a server is to run")
+
+
+def stand_before(
+    server: subprocess.Popen[bytes], front: Mapping[str, object], bundle: Path, key: Path
+) -> None:
+    """Starts the front before the server that runs, asks its /chat and ends it."""
+    root, config = Path(str(front["root"])), front["config"]
+    if not isinstance(config, dict):
+        sys.exit("the front's image has no configuration")
+    lay_out(root, bundle, key)
+    environment = dict(str(pair).split("=", 1) for pair in config["Env"])
+    environment |= {"EDGEPACK_PYTHON": "python3", "EDGEPACK_KEY_FILE": "/run/secrets/edgepack-api-key"}
+    started = start(root, ["/bin/sh", "/bundle/start.sh", "chat"], environment)
+    try:
+        seconds = wait_healthy(started, lambda: answers("/health", FRONT_PORT))
+        say(f"front healthy after {seconds:.1f} s")
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, "temperature": 0}
+        say(f"chat: {fetch('/chat', body, key.read_text(encoding='utf-8').strip(), FRONT_PORT)}")
+        facts = say_status(started)
+        if server.poll() is not None:
+            sys.exit("the server behind has ended")
+    finally:
+        started.send_signal(signal.SIGTERM)
+        code = started.wait(timeout=30)
+    say(f"front ended by SIGTERM with status {code}")
+    if code != 0 or int(facts["CapBnd"], 16) != 0:
+        sys.exit("that is not how a front is to run")
+
+
+def say_status(process: subprocess.Popen[bytes]) -> dict[str, str]:
+    """As whom the process runs, and its peak memory, out of /proc; all that is there is given back."""
+    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    for name in ("Uid", "Gid", "Groups", "CapEff", "CapBnd", "NoNewPrivs", "VmHWM"):
+        say(f"{name}: {facts[name].strip()}")
+    return facts
+
+
+def answers(path: str, port: int) -> bool:
+    """Whether something answers there with 200."""
+    try:
+        fetch(path, None, port=port)
+    except urllib.error.URLError:
+        return False
+    return True
 
 
 def lay_out(root: Path, bundle: Path, key: Path) -> None:
@@ -366,11 +430,11 @@ def wait_healthy(server: subprocess.Popen[bytes], check: Callable[[], bool]) -> 
     sys.exit(f"not healthy within {START_SECONDS} s")
 
 
-def fetch(path: str, body: Mapping[str, object] | None, key: str | None = None) -> str:
-    """The answer's text; exits with the server's words when it is not 200."""
+def fetch(path: str, body: Mapping[str, object] | None, key: str | None = None, port: int = PORT) -> str:
+    """The answer's text. Raises URLError when it is not 200."""
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data=data, headers=headers)
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         text: str = answer.read().decode()
         return text

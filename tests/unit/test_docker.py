@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edgepack import toolchain
-from edgepack.bundle.render import CONTAINER_UID, IMAGES
+from edgepack.bundle.render import CONTAINER_UID, IMAGES, READERS
 from edgepack.profile import load, names
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,8 @@ DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 RUNTIMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if not path.stem.startswith("vllm"))
 """vLLM runs in its makers' images."""
 LOCKS = sorted(DOCKER.glob("requirements-*.txt"))
-TARGETS = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))["target"]
+BAKE = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))
+TARGETS = BAKE["target"]
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -292,3 +293,19 @@ def test_the_images_that_bundles_name_are_built_here() -> None:
     tags = {tag for target in TARGETS.values() for tag in target["tags"]}
 
     assert set(IMAGES.values()) <= tags
+
+
+def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_needs() -> None:
+    assert set(images.TESTED) == set(BAKE["group"]["default"]["targets"])
+    assert images.BEHIND.keys() <= images.TESTED.keys()
+    for front, server in images.BEHIND.items():
+        assert images.TESTED[front] == images.TESTED[server]
+
+
+def test_the_image_of_transformers_serves_the_bitsandbytes_schemes_that_the_planner_chooses_for_a_cpu() -> (
+    None
+):
+    lock = (DOCKER / "requirements-transformers.txt").read_text(encoding="utf-8")
+
+    for package in READERS["bnb"]:
+        assert f"\n{package} " in lock

@@ -241,6 +241,13 @@ def test_as_many_threads_as_cores_and_all_layers_on_the_card_are_no_fault() -> N
     )
 
 
+def test_a_build_without_gpu_is_a_fault_only_where_a_gpu_was_meant() -> None:
+    said = "warning: no usable GPU found, --gpu-layers option will be ignored"
+
+    assert diagnose(f"$ llama-server --gpu-layers 0\n{said}") == ()
+    assert names(diagnose(f"$ llama-server -ngl 99\n{said}")) == ("gpu-not-used",)
+
+
 def test_an_allocation_that_was_tried_again_with_success_is_no_fault() -> None:
     failed = (
         "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 51748.72 MiB on device 1: cudaMalloc failed: out "
@@ -307,15 +314,15 @@ def test_any_lines_in_any_order_give_a_few_whole_diagnoses(seed: int, count: int
 # ── logs that no rule was written from ───────────────────────────────────────────────────────────────
 
 
-def test_there_are_five_logs_that_no_rule_was_written_from() -> None:
-    assert len(UNSEEN) == 5
+def test_there_are_logs_that_no_rule_was_written_from() -> None:
+    assert len(UNSEEN) >= 5
     assert not {log.source for log in UNSEEN} & {log.source for log in FAULTY}
 
 
 @pytest.mark.parametrize("log", UNSEEN, ids=[log.name for log in UNSEEN])
 def test_what_is_said_of_logs_that_no_rule_was_written_from(log: Recorded) -> None:
-    """Held as it came out when the rules were done, before any was changed for them: two are right (onnx-genai-example,
-    ollama-journal), one names a warning beside the fault (gptq-webui), of two nothing is known."""
+    """As it came out with the rules as they were before these logs were looked for: of eight five are right, none is
+    wrong, and of three nothing is known (jetson-qwen-token, onnx-android, vllm-cpu-unpack)."""
     assert names(diagnose(log.text)) == log.expects
 
 
