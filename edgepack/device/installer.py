@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from typing import (
     Any,
     BinaryIO,
@@ -886,12 +887,17 @@ HEAD = {
 }
 """Names of the frames that begin an offer, and their limits in bytes."""
 FRAME_LIMIT = 512
+PACKED_LIMIT = agent.MIB
+"""Bytes of a deflated frame: only small files, which are text, are worth it."""
 
 
 class Frame(NamedTuple):
+    """What comes next: ``bytes`` of a blob from ``offset`` on, deflated to ``zlib`` bytes unless that is None."""
+
     name: str
     offset: int
     bytes: int
+    zlib: Optional[int]
 
 
 def frames(stream: BinaryIO) -> Iterator[Frame]:
@@ -903,12 +909,33 @@ def frames(stream: BinaryIO) -> Iterator[Frame]:
                 raise Refused("a frame begins with more than %d bytes" % FRAME_LIMIT)
             return
         value = _object(line, "the line before a frame")
-        if set(value) != {"name", "offset", "bytes"} or type(value["name"]) is not str:
-            raise Refused("a frame has not exactly name, offset and bytes")
-        for field in ("offset", "bytes"):
+        if set(value) - {"zlib"} != {"name", "offset", "bytes"} or type(value["name"]) is not str:
+            raise Refused("a frame has not exactly name, offset and bytes, and perhaps zlib")
+        for field in sorted(set(value) - {"name"}):
             if type(value[field]) is not int or not 0 <= value[field] < 1 << 50:
                 raise Refused("a frame has no usable %s" % field)
-        yield Frame(value["name"], value["offset"], value["bytes"])
+        frame = Frame(value["name"], value["offset"], value["bytes"], value.get("zlib"))
+        if frame.zlib is not None and (frame.zlib > PACKED_LIMIT or frame.bytes > agent.JSON_LIMIT):
+            raise Refused("a deflated frame has %d bytes that become %d" % (frame.zlib, frame.bytes))
+        yield frame
+
+
+def content_of(stream: BinaryIO, frame: Frame) -> Iterator[bytes]:
+    """A frame's bytes as they come; fewer where the stream ends. Raises Refused for what does not inflate to them."""
+    if frame.zlib is None:
+        yield from pieces(stream, frame.bytes)
+        return
+    packed = b"".join(pieces(stream, frame.zlib))
+    if len(packed) < frame.zlib:
+        return
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(packed, frame.bytes + 1)  # one more shows what is too long, and no bomb goes off
+    except zlib.error as error:
+        raise Refused("a frame does not inflate: %s" % error) from None
+    if len(content) != frame.bytes or not inflater.eof or inflater.unused_data:
+        raise Refused("a frame does not inflate to the %d bytes that it says" % frame.bytes)
+    yield content
 
 
 def pieces(stream: BinaryIO, count: int) -> Iterator[bytes]:
@@ -928,7 +955,7 @@ def read_offer(stream: BinaryIO) -> Tuple[agent.Head, bytes]:
         limit = HEAD.get(frame.name, agent.JSON_LIMIT)
         if frame.name in found or len(found) == 5 or frame.offset != 0 or frame.bytes > limit:
             raise Refused("the frame %s does not belong into an offer" % agent._shown(frame.name))
-        content = b"".join(pieces(stream, frame.bytes))
+        content = b"".join(content_of(stream, frame))
         if len(content) != frame.bytes:
             raise Refused("the offer ends within %s" % agent._shown(frame.name))
         if frame.name not in HEAD and frame.name != "sha256:" + hashlib.sha256(content).hexdigest():
@@ -1054,7 +1081,7 @@ def _receive_blob(store: Store, bundle: agent.Bundle, frame: Frame, stream: Bina
             % (blob.digest, frame.offset, frame.offset + frame.bytes, blob.have, blob.size)
         )
     try:
-        for piece in pieces(stream, frame.bytes):
+        for piece in content_of(stream, frame):
             blob.write(piece)
     finally:
         blob.close()
