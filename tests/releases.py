@@ -189,7 +189,7 @@ class Device:
         out, told = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(told):
             argv = ["--root", str(self.root), *map(str, words)]
-            status = installer.answer(argv, self.world, io.BufferedReader(io.BytesIO(stdin)))
+            status = installer.respond(argv, self.world, io.BufferedReader(io.BytesIO(stdin)))
         return Answer(
             status=status, document=json.loads(out.getvalue() or "{}"), said=told.getvalue().strip()
         )

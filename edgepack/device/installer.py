@@ -23,9 +23,11 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
+import select
 import signal
 import stat
 import subprocess
@@ -35,7 +37,6 @@ import time
 import zlib
 from typing import (
     Any,
-    BinaryIO,
     Callable,
     Dict,
     Iterator,
@@ -89,13 +90,22 @@ def rename(old: str, new: str) -> None:
     fsync_folder(os.path.dirname(new))
 
 
+def write_all(handle: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
 def write_new(path: str, content: bytes, mode: int = 0o644) -> None:
-    """A durable file whose name nobody reads yet."""
+    """A durable file under a name that nobody reads yet."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, mode), "wb", buffering=0) as out:
-        write_all(out, content)
-        os.fchmod(out.fileno(), mode)
-        fsync(out.fileno())
+    handle = os.open(path, flags, mode)
+    try:
+        write_all(handle, content)
+        os.fchmod(handle, mode)
+        fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_whole(path: str, content: bytes, mode: int = 0o644) -> None:
@@ -105,12 +115,6 @@ def write_whole(path: str, content: bytes, mode: int = 0o644) -> None:
     rename(new, path)
 
 
-def write_all(out: BinaryIO, content: bytes) -> None:
-    view = memoryview(content)
-    while view:
-        view = view[out.write(view) :]
-
-
 def point(link: str, target: str) -> None:
     """A symbolic link that names the old target or the new one."""
     new = fresh(link)
@@ -118,32 +122,52 @@ def point(link: str, target: str) -> None:
     rename(new, link)
 
 
-def make_folder(path: str, mode: int = 0o755) -> None:
-    """A folder with a durable name; one that is there already stays."""
+def hard_link(source: str, target: str) -> None:
+    """Another name for a file; `fsync_folder` makes it durable."""
+    os.link(source, target, follow_symlinks=False)
+
+
+def seal(path: str, mode: int) -> None:
+    """Makes a file's bytes and mode durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.mkdir(path, mode)
-    except FileExistsError:
-        return
+        os.fchmod(handle, mode)
+        fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def new_folder(path: str, mode: int = 0o755) -> None:
+    """A folder; `fsync_folder` of the one around it makes its name durable."""
+    os.mkdir(path, mode)
     os.chmod(path, mode)
-    fsync_folder(os.path.dirname(path))
+
+
+def make_folder(path: str, mode: int = 0o755) -> None:
+    """A folder with a durable name; one that is there already stays. Raises Refused for what is none."""
+    if not is_folder(path):
+        new_folder(path, mode)
+        fsync_folder(os.path.dirname(path))
 
 
 def remove(path: str) -> None:
-    """Removes a name; one that is not there is no error."""
+    """Removes the name of a file or link, durable; nothing there is no error."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
         fsync_folder(os.path.dirname(path))
 
 
-def remove_folder(path: str) -> None:
-    """Removes a folder that nobody reads, with all that is in it; links are removed, never followed."""
-    with os.scandir(path) as entries:
-        found = list(entries)
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            remove_folder(entry.path)
-        else:
-            os.unlink(entry.path)
+def clear(path: str) -> None:
+    """Removes whatever has this name, with all that is in it; links are removed, never followed."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        os.unlink(path)
+        return
+    for name in os.listdir(path):
+        clear(os.path.join(path, name))
     os.rmdir(path)
 
 
@@ -154,16 +178,26 @@ def fresh(path: str) -> str:
     return new
 
 
-def clear(path: str) -> None:
-    """Removes a file, link or folder, whatever it is; nothing there is no error."""
+def is_folder(path: str) -> bool:
+    """Whether there is a folder; no link to one passes for it. Raises Refused for anything else."""
     try:
-        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        mode = os.lstat(path).st_mode
     except FileNotFoundError:
-        return
-    if is_folder:
-        remove_folder(path)
-    else:
-        os.unlink(path)
+        return False
+    if not stat.S_ISDIR(mode):
+        raise Refused("%s is not a folder" % path)
+    return True
+
+
+def file_size(path: str) -> Optional[int]:
+    """Bytes of a file; None where there is none. Raises Refused for what is no file."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(found.st_mode):
+        raise Refused("%s is not a file" % path)
+    return found.st_size
 
 
 def read_whole(path: str, limit: int = agent.JSON_LIMIT) -> Optional[bytes]:
@@ -237,14 +271,17 @@ class Settings(NamedTuple):
 
 
 class Store:
-    """A root folder with one owner, into which nobody else writes. Raises Refused when it is not that."""
+    """A root folder with one owner, into which nobody else writes. Raises Refused when it is not that.
 
-    def __init__(self, root: str, world: World) -> None:
+    Any user may be told of root's, which only root may change (``reading``).
+    """
+
+    def __init__(self, root: str, world: World, *, reading: bool = False) -> None:
         self.root = os.path.realpath(root)
         self.world = world
         self.signers = self.path("allowed_signers")
         for folder in ("", *FOLDERS):
-            _own_folder(self.path(folder) if folder else self.root)
+            _own_folder(self.path(folder) if folder else self.root, reading=reading)
         self.settings = _settings(self.path("enrolled.json"))
 
     def path(self, *parts: str) -> str:
@@ -308,14 +345,14 @@ class Store:
         _append_line(self.path("journal.jsonl"), json.dumps(line, sort_keys=True).encode("ascii") + b"\n")
 
 
-def _own_folder(path: str) -> None:
+def _own_folder(path: str, *, reading: bool = False) -> None:
     try:
         found = os.lstat(path)
     except FileNotFoundError:
         raise BadUsage("%s is no store: enroll this device first" % path) from None
     if not stat.S_ISDIR(found.st_mode):
         raise Refused("%s is not a folder" % path)
-    if found.st_uid != os.geteuid():
+    if found.st_uid != os.geteuid() and not (reading and found.st_uid == 0):
         raise Refused("%s belongs to user %d, and this is user %d" % (path, found.st_uid, os.geteuid()))
     if found.st_mode & 0o022:
         raise Refused("%s can be written by others (mode %o)" % (path, stat.S_IMODE(found.st_mode)))
@@ -355,16 +392,18 @@ JOURNAL_LIMIT = agent.MIB
 def _append_line(path: str, line: bytes) -> None:
     """Appends a line, durable; half a line that a power cut left is cut, and an old journal's first half too."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-    with os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        stream.seek(max(0, size - JOURNAL_LIMIT // 2))
-        tail = stream.read() or b""
+    handle = os.open(path, flags, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        tail = os.pread(handle, JOURNAL_LIMIT, max(0, size - JOURNAL_LIMIT // 2))
         whole = tail[: tail.rfind(b"\n") + 1]
         if len(whole) != len(tail):
-            os.ftruncate(stream.fileno(), size - len(tail) + len(whole))
+            os.ftruncate(handle, size - len(tail) + len(whole))
         if size <= JOURNAL_LIMIT:
-            write_all(stream, line)
-            fsync(stream.fileno())
+            write_all(handle, line)
+            fsync(handle)
+    finally:
+        os.close(handle)
     if size > JOURNAL_LIMIT:
         write_whole(path, whole[whole.find(b"\n") + 1 :] + line)
     elif size == 0:
@@ -374,8 +413,14 @@ def _append_line(path: str, line: bytes) -> None:
 def journal_lines(store: Store, count: int) -> List[Dict[str, Any]]:
     """The last lines of the journal; half a line at its end is none."""
     content = read_whole(store.path("journal.jsonl"), 4 * JOURNAL_LIMIT) or b""
-    lines = content[: content.rfind(b"\n") + 1].splitlines()[-count:]
-    return [_object(line, "journal.jsonl") for line in lines]
+    return [_event(line) for line in content[: content.rfind(b"\n") + 1].splitlines()[-count:]]
+
+
+def _event(line: bytes) -> Dict[str, Any]:
+    try:
+        return _object(line, "journal.jsonl")
+    except Refused:  # what a power cut made of it; the lines around it still tell
+        return {"event": "unreadable"}
 
 
 @contextlib.contextmanager
@@ -389,8 +434,11 @@ def locked(root: str, command: str) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(handle, 200).decode("ascii", "replace").strip()
             raise Busy("another installer is at work here: %s" % (holder or "it has just begun")) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, b"process %d, %s\n" % (os.getpid(), command.encode("ascii", "replace")), 0)
+        with contextlib.suppress(
+            OSError
+        ):  # only for whoever meets the lock: a full disk does not stop a rollback
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, b"process %d, %s\n" % (os.getpid(), command.encode("ascii", "replace")), 0)
         yield
     finally:
         os.close(handle)
@@ -470,8 +518,8 @@ def _require_links(root: str) -> None:
     one, other = fresh(os.path.join(root, "one")), fresh(os.path.join(root, "other"))
     try:
         write_new(one, b"")
-        os.link(one, other)
-        os.unlink(other)
+        hard_link(one, other)
+        clear(other)
         os.symlink("one", other)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
@@ -622,6 +670,8 @@ class SystemService(Systemd):
     """Mode system: the units that the release brings, in /etc/systemd/system."""
 
     def apply(self, release: Optional[str]) -> None:
+        if release is None:
+            self._systemctl("disable", "edgepack.service", check=False)
         for name in UNITS:
             content = None if release is None else read_whole(os.path.join(release, name))
             place = os.path.join(self.units(), name)
@@ -765,47 +815,43 @@ def blobs_of(bundle: agent.Bundle) -> Dict[str, int]:
 
 def is_whole(store: Store, digest: str, size: int) -> bool:
     """Whether a blob is in the store; its bytes were hashed before it got its name."""
-    try:
-        found = os.lstat(store.blob(digest))
-    except FileNotFoundError:
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == size
+    return file_size(store.blob(digest)) == size
 
 
 def missing(store: Store, bundle: agent.Bundle) -> List[Dict[str, Any]]:
     """The blobs that are not there yet, each with how much of it is."""
     return [
-        {"digest": digest, "bytes": size, "have": min(size, _size(store.part(digest)))}
+        {"digest": digest, "bytes": size, "have": _have(store, digest, size)}
         for digest, size in blobs_of(bundle).items()
         if not is_whole(store, digest, size)
     ]
 
 
-def _size(path: str) -> int:
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        return 0
-    if not stat.S_ISREG(found.st_mode):
-        raise Refused("%s is not a file" % path)
-    return found.st_size
+def _have(store: Store, digest: str, size: int) -> int:
+    """Bytes of a blob that came so far; more than it has are none of it."""
+    found = file_size(store.part(digest)) or 0
+    return found if found <= size else 0
 
 
-def require_space(
-    store: Store, bundle: agent.Bundle, window: Optional[int] = None, *, collecting: bool = True
-) -> Dict[str, int]:
-    """What is yet to be written and what is free, in bytes; makes room out of what nothing needs. Raises NoSpace.
-
-    ``window``: a bundle that is consumed gives back what is written of it but for so many bytes.
-    """
+def room(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
+    """Bytes of a release that are yet to be written, and bytes that are free."""
     needed = sum(entry["bytes"] - entry["have"] for entry in missing(store, bundle))
-    room = needed if window is None else min(needed, window)
-    if collecting and store.free() < room + MARGIN:
+    return {"needed": needed, "free": store.free()}
+
+
+def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = None) -> Dict[str, int]:
+    """Makes room out of what nothing needs any more, where there is too little. Raises NoSpace.
+
+    ``window``: a bundle that is consumed gives back what is written of it, but for so many bytes.
+    """
+    found = room(store, bundle)
+    need = MARGIN + (found["needed"] if window is None else min(found["needed"], window))
+    if found["free"] < need:
         collect(store, store.settings.keep, beside=bundle)
-    free = store.free()
-    if free < room + MARGIN:
-        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, free, room + MARGIN))
-    return {"needed": needed, "free": free}
+        found = room(store, bundle)
+    if found["free"] < need:
+        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, found["free"], need))
+    return found
 
 
 # ── blobs: part, flush, hash, name ───────────────────────────────────────────────────────────────────
@@ -820,48 +866,42 @@ class Incoming:
         self.size = size
         self.mode = 0o555 if executable else 0o444
         self.path = store.part(digest)
-        self.have = _size(self.path)
-        if self.have > size:
+        self.have = _have(store, digest, size)
+        if not self.have:
             remove(self.path)
-            self.have = 0
         self.durable = self.have
-        self._out: Optional[BinaryIO] = None
+        self._handle: Optional[int] = None
 
     def write(self, content: bytes) -> None:
         """Appends; every FLUSH bytes they are made durable."""
-        if self._out is None:
+        if self._handle is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._out = os.fdopen(os.open(self.path, flags, 0o600), "wb", buffering=0)
-        write_all(self._out, content)
+            self._handle = os.open(self.path, flags, 0o600)
+        write_all(self._handle, content)
         self.have += len(content)
         if self.have - self.durable >= FLUSH:
             self.flush()
 
     def flush(self) -> None:
-        if self._out is not None and self.have > self.durable:
-            fsync(self._out.fileno())
+        if self._handle is not None and self.have > self.durable:
+            fsync(self._handle)
             self.durable = self.have
 
     def close(self) -> None:
         """Keeps what came, durable."""
-        if self._out is not None:
+        if self._handle is not None:
             try:
                 self.flush()
             finally:
-                self._out.close()
-                self._out = None
+                os.close(self._handle)
+                self._handle = None
 
     def commit(self) -> None:
         """Gives a complete blob its name, when the disk gives back the right bytes. Raises Refused."""
         if self.have == 0:
             self.write(b"")
         self.close()
-        handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            os.fchmod(handle, self.mode)
-            fsync(handle)
-        finally:
-            os.close(handle)
+        seal(self.path, self.mode)
         if hash_on_disk(self.path) != _hex(self.digest):
             remove(self.path)
             self.store.note("blob-refused", digest=self.digest, bytes=self.size)
@@ -900,7 +940,30 @@ class Frame(NamedTuple):
     zlib: Optional[int]
 
 
-def frames(stream: BinaryIO) -> Iterator[Frame]:
+IDLE = 120.0
+"""Seconds without a byte after which a connection is gone, whether it said so or not: it must not hold the lock."""
+
+
+class Patient(io.RawIOBase):
+    """What comes through a descriptor, until nothing has come for IDLE seconds."""
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self._handle = handle
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not select.select([self._handle], [], [], IDLE)[0]:
+            say("nothing came for %d seconds" % IDLE)
+            return 0
+        content = os.read(self._handle, len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def frames(stream: io.BufferedReader) -> Iterator[Frame]:
     """The frames of a stream; whoever asks for the next has read the bytes of the one before. Raises Refused."""
     while True:
         line = stream.readline(FRAME_LIMIT)
@@ -938,17 +1001,17 @@ def content_of(stream: BinaryIO, frame: Frame) -> Iterator[bytes]:
     yield content
 
 
-def pieces(stream: BinaryIO, count: int) -> Iterator[bytes]:
+def pieces(stream: io.BufferedReader, count: int) -> Iterator[bytes]:
     """The next ``count`` bytes as they come; fewer where the stream ends."""
     while count:
-        piece = stream.read1(min(agent.PIECE, count))  # type: ignore[attr-defined]  # BufferedReader has it
+        piece = stream.read1(min(agent.PIECE, count))
         if not piece:
             return
         count -= len(piece)
         yield piece
 
 
-def read_offer(stream: BinaryIO) -> Tuple[agent.Head, bytes]:
+def read_offer(stream: io.BufferedReader) -> Tuple[agent.Head, bytes]:
     """Head and plan.json of a release out of frames. Raises Refused for anything else."""
     found: Dict[str, bytes] = {}
     for frame in frames(stream):
@@ -979,21 +1042,21 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     bundle = agent.head_of(head)
     admission = admit(store, bundle, plan_json, options, store.world.machine())
     if options.dry_run:
-        return offer_document(store, admission, require_space(store, bundle, collecting=False))
+        return offer_document(store, admission, room(store, bundle))
     with locked(store.root, "offer"):
         sweep(store)
-        room = require_space(store, bundle)
+        found = require_space(store, bundle)
         remember(store, head, plan_json)
-        return offer_document(store, admission, room)
+        return offer_document(store, admission, found)
 
 
 def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
     """Keeps the head of an admitted release in the store, and its plan.json as the blob it is."""
     bundle = agent.head_of(head)
     release = _hex(bundle["manifest_digest"])
-    if not os.path.lexists(store.offer(release)):
+    if not is_folder(store.offer(release)):
         new = fresh(store.offer(release))
-        os.mkdir(new, 0o755)
+        new_folder(new)
         write_head(new, head)
         fsync_folder(new)
         rename(new, store.offer(release))
@@ -1009,7 +1072,7 @@ def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
 def write_head(folder: str, head: agent.Head) -> None:
     """Writes what describes a release into a folder that has no name yet."""
     inside = os.path.join(folder, agent.RELEASE)
-    os.mkdir(inside, 0o755)
+    new_folder(inside)
     for name, content in head_files(head).items():
         write_new(os.path.join(inside, name), content, 0o444)
     fsync_folder(inside)
@@ -1023,7 +1086,7 @@ def head_files(head: agent.Head) -> Dict[str, bytes]:
 def known_head(store: Store, release: str) -> agent.Head:
     """The head of a release that was offered or is installed. Raises BadUsage."""
     for folder in (store.offer(release), store.release(release)):
-        if os.path.isdir(folder):
+        if is_folder(folder):
             head = agent.release_head(folder)
             if "sha256:" + release != agent.head_of(head)["manifest_digest"]:
                 raise Refused("%s describes another release" % folder)
@@ -1037,7 +1100,7 @@ def offer_document(store: Store, admission: Admission, room: Dict[str, int]) -> 
     lacking = missing(store, bundle)
     if lacking:
         state = "new"
-    elif not os.path.isdir(store.release(release)):
+    elif not is_folder(store.release(release)):
         state = "received"
     else:
         state = "current" if store.target("current") == release else "installed"
@@ -1062,16 +1125,18 @@ def receive(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     bundle = agent.head_of(head)
     with locked(store.root, "receive"):
         sweep(store)
-        admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
+        judged_at_offer = argparse.Namespace(allow_downgrade=True, force_device=True)
+        plan_json = _plan_json(store, bundle)
+        admission = admit(store, bundle, plan_json, judged_at_offer, store.world.machine())
         require_space(store, bundle)
         for frame in frames(options.input):
             _receive_blob(store, bundle, frame, options.input)
-        if not missing(store, bundle) and os.path.isdir(store.release(release)):
+        if not missing(store, bundle) and is_folder(store.release(release)):
             mend(store, head)
-        return offer_document(store, admission, require_space(store, bundle))
+        return offer_document(store, admission, room(store, bundle))
 
 
-def _receive_blob(store: Store, bundle: agent.Bundle, frame: Frame, stream: BinaryIO) -> None:
+def _receive_blob(store: Store, bundle: agent.Bundle, frame: Frame, stream: io.BufferedReader) -> None:
     blob = incoming(store, bundle, frame.name)
     if is_whole(store, blob.digest, blob.size):
         raise Refused("%s is here already" % blob.digest)
@@ -1220,21 +1285,23 @@ def lay_out(store: Store, head: agent.Head) -> str:
     lacking = missing(store, bundle)
     if lacking:
         raise Refused("%d blobs of %s are not here yet: receive them first" % (len(lacking), release[:12]))
-    if os.path.isdir(store.release(release)):
+    if is_folder(store.release(release)):
         mend(store, head)
         return release
     new = fresh(store.release(release))
-    os.mkdir(new, 0o755)
+    new_folder(new)
     write_head(new, head)
-    folders = {new}
+    folders = [new]
     for file in bundle["files"]:
-        place = os.path.join(new, *file["path"].split("/"))
-        os.makedirs(os.path.dirname(place), mode=0o755, exist_ok=True)
-        _link_blob(store, file, place)
-        while place != new:
-            place = os.path.dirname(place)
-            folders.add(place)
-    for folder in sorted(folders, reverse=True):
+        *inside, name = file["path"].split("/")
+        folder = new
+        for part in inside:
+            folder = os.path.join(folder, part)
+            if folder not in folders:
+                new_folder(folder)
+                folders.append(folder)
+        _link_blob(store, file, os.path.join(folder, name))
+    for folder in reversed(folders):
         fsync_folder(folder)
     rename(new, store.release(release))
     store.note("laid-out", release=release)
@@ -1243,9 +1310,9 @@ def lay_out(store: Store, head: agent.Head) -> str:
 
 def _link_blob(store: Store, file: agent.File, place: str) -> None:
     blob = store.blob(file["digest"])
-    if file["path"] == agent.SERVER and not os.stat(blob).st_mode & 0o100:  # it came as another file before
-        os.chmod(blob, 0o555)
-    os.link(blob, place, follow_symlinks=False)
+    if file["path"] == agent.SERVER and not os.lstat(blob).st_mode & 0o100:  # it came as another file before
+        seal(blob, 0o555)
+    hard_link(blob, place)
 
 
 def mend(store: Store, head: agent.Head) -> int:
@@ -1261,11 +1328,9 @@ def mend(store: Store, head: agent.Head) -> int:
             write_whole(path, content, 0o444)
             mended += 1
     for file in bundle["files"]:
-        place = os.path.join(folder, *file["path"].split("/"))
+        place = _place(store, release, file["path"], make=True)
         if not is_whole(store, file["digest"], file["size"]) or _same_file(place, store.blob(file["digest"])):
             continue
-        for count in range(1, file["path"].count("/") + 1):
-            make_folder(os.path.join(folder, *file["path"].split("/")[:count]))
         new = fresh(store.path("incoming", "link"))
         _link_blob(store, file, new)
         rename(new, place)
@@ -1273,6 +1338,19 @@ def mend(store: Store, head: agent.Head) -> int:
     if mended:
         store.note("mended", release=release, files=mended)
     return mended
+
+
+def _place(store: Store, release: str, path: str, *, make: bool = False) -> str:
+    """Where a file of an installed release lies; no folder on the way is a link. Raises Refused."""
+    *inside, name = path.split("/")
+    folder = store.release(release)
+    for part in inside:
+        folder = os.path.join(folder, part)
+        if make:
+            make_folder(folder)
+        else:
+            is_folder(folder)
+    return os.path.join(folder, name)
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -1284,14 +1362,14 @@ def _same_file(one: str, other: str) -> bool:
 
 def is_whole_release(store: Store, release: str) -> bool:
     """Whether every file of an installed release is there with its size; nothing is hashed."""
-    folder = store.release(release)
-    if not os.path.isdir(folder):
+    head = _readable_head(store, release)
+    if head is None:
         return False
+    files = agent.head_of(head)["files"]
     try:
-        bundle = agent.head_of(agent.release_head(folder))
+        return all(file_size(_place(store, release, f["path"])) == f["size"] for f in files)
     except Refused:
         return False
-    return all(_size(os.path.join(folder, *f["path"].split("/"))) == f["size"] for f in bundle["files"])
 
 
 # ── install: switch, test, stay or go back ───────────────────────────────────────────────────────────
@@ -1311,52 +1389,40 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
         lay_out(store, head)
         if store.target("current") == release and store.good(release) is not None:
-            answer = outcome(store, "current", release)
+            told = outcome(store, "current", release)
         elif options.no_switch:
-            answer = outcome(store, "installed", release)
+            told = outcome(store, "installed", release)
         else:
-            answer = switch(store, release, admission, options)
-        if answer["outcome"] != "rolled-back":
+            told = switch(store, release, admission, options)
+        if told["outcome"] != "rolled-back":
             clear(store.offer(release))
-        if options.consume and answer["outcome"] != "rolled-back":
-            remove(path)
-    return answer
+            if options.consume:
+                remove(path)
+    return told
 
 
-def outcome(
-    store: Store,
-    what: str,
-    release: str,
-    *,
-    seconds: Optional[float] = None,
-    selftest: Optional[Dict[str, Any]] = None,
-) -> Dict[str, Any]:
+def outcome(store: Store, what: str, release: str) -> Dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "outcome": what,
         "release": release,
         "current": store.target("current"),
         "previous": store.target("previous"),
-        "seconds_to_switch": seconds,
-        "selftest": selftest,
+        "seconds_to_switch": None,
+        "seconds_down": None,
+        "selftest": None,
     }
 
 
 def switch(store: Store, release: str, admission: Admission, options: argparse.Namespace) -> Dict[str, Any]:
     """Flips to a release that is laid out, tests it, and flips back unless it is good."""
     service = service_of(store)
-    back = way_back(store, release)
+    before, back = store.target("current"), way_back(store, release)
     began = time.monotonic()
-    before = store.target("current")
     service.stop()
     try:
         if not options.force_device:
             _memory_is_free(store, admission)
-    except BaseException:
-        if before is not None:
-            service.start()
-        raise
-    try:
         flip(store, release, back)
         service.apply(store.release(release))
         seconds = round(time.monotonic() - began, 3)
@@ -1364,17 +1430,18 @@ def switch(store: Store, release: str, admission: Admission, options: argparse.N
         reasons: List[str] = [] if test is None else test["verdict"]["reasons"]
         if not reasons:
             reasons = start(service)
+        down = round(time.monotonic() - began, 3) if service.runs else None
         if not reasons:
             approve(store, release, admission.sequence, tested=test is not None)
-    except BaseException:  # a signal, a full disk, a broken one: the release before it runs again
-        go_back(store, service, back or before, release)
+    except BaseException:  # a signal, a full disk, a broken one: what ran before runs again
+        go_back(store, service, before if before == store.target("current") else back or before, release)
         raise
+    told = {"seconds_to_switch": seconds, "seconds_down": down, "selftest": test}
     if not reasons:
         collect(store, store.settings.keep)
-        return outcome(store, "good", release, seconds=seconds, selftest=test)
+        return dict(outcome(store, "good", release), **told)
     trouble = go_back(store, service, back, release)
-    answer = outcome(store, "rolled-back", release, seconds=seconds, selftest=test)
-    return dict(answer, reasons=reasons + trouble)
+    return dict(outcome(store, "rolled-back", release), reasons=reasons + trouble, **told)
 
 
 def way_back(store: Store, release: str) -> Optional[str]:
@@ -1440,31 +1507,37 @@ def approve(store: Store, release: str, sequence: int, *, tested: bool) -> None:
 
 
 def go_back(store: Store, service: Service, back: Optional[str], failed: str) -> List[str]:
-    """Makes ``back`` the current release and starts it; returns what of that did not work.
-
-    The links come first, since everything else can be done again.
-    """
+    """Makes ``back`` the current release and starts it; returns what of that did not work."""
     with undisturbed():
-        if back is None:
-            remove(store.path("current"))
-        elif store.target("current") != back:
-            point(store.path("current"), "releases/" + back)
-        remove(store.release(failed) + ".good")
-        before = [name for name in good_releases(store) if name not in (back, failed)]
-        if not before or back is None:
-            remove(store.path("previous"))
-        elif store.target("previous") != before[0]:
-            point(store.path("previous"), "releases/" + before[0])
         trouble: List[str] = []
         try:
-            service.stop()
-            service.apply(None if back is None else store.release(back))
-            if back is not None:
-                service.start()
-        except (Failed, MissingProgram) as error:
-            trouble.append("the release before it did not start: %s" % error)
+            flip_back(store, back, failed)
+        finally:  # whatever became of the links, a whole release is named by them
+            try:
+                service.stop()
+                service.apply(None if back is None else store.release(back))
+                if back is not None:
+                    service.start()
+            except (Failed, MissingProgram) as error:
+                trouble.append("the release before it did not start: %s" % error)
         store.note("went-back", release=failed, back=back, trouble=trouble)
     return trouble
+
+
+def flip_back(store: Store, back: Optional[str], failed: str) -> None:
+    """``current`` first, since everything else can be done again; ``previous`` is then the next good one."""
+    if back is None:
+        remove(store.path("current"))
+    elif store.target("current") != back:
+        point(store.path("current"), "releases/" + back)
+    if back != failed:
+        remove(store.release(failed) + ".good")
+        remove(store.release(failed) + ".tries")
+    others = [name for name in good_releases(store) if name not in (back, failed)]
+    if not others or back is None:
+        remove(store.path("previous"))
+    elif store.target("previous") != others[0]:
+        point(store.path("previous"), "releases/" + others[0])
 
 
 @contextlib.contextmanager
@@ -1491,7 +1564,7 @@ def self_test(store: Store, release: str, options: argparse.Namespace) -> Dict[s
     """The agent's check of an installed release and the verdict on it. Whatever goes wrong in it is its result."""
     work = store.path("incoming", "self-test")
     clear(work)
-    os.mkdir(work, 0o700)
+    new_folder(work, 0o700)
     asked = argparse.Namespace(
         bundle=store.release(release),
         allowed_signers=store.signers,
@@ -1590,7 +1663,7 @@ def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, An
     with locked(store.root, "self-test"):
         sweep(store)
         release = store.target("current") if options.release is None else _hex(options.release)
-        if release is None or not os.path.isdir(store.release(release)):
+        if release is None or not is_folder(store.release(release)):
             raise BadUsage("release %s is not installed here" % (release or "")[:12])
         service = service_of(store)
         service.stop()
@@ -1609,22 +1682,24 @@ def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     with locked(store.root, "rollback"):
         sweep(store)
         current, previous = store.target("current"), store.target("previous")
-        if previous is None or previous == current:
+        if previous is None:
             raise Refused("there is no release to go back to")
         if not is_whole_release(store, previous):
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])
         service = service_of(store)
         began = time.monotonic()
         service.stop()
-        point(store.path("current"), "releases/" + previous)
-        if current is not None and os.path.isdir(store.release(current)):
-            point(store.path("previous"), "releases/" + current)
+        if previous != current:  # they are the same where a rollback was cut off, which then goes on here
+            point(store.path("current"), "releases/" + previous)
+        others = [current, *good_releases(store)]
+        other = next((name for name in others if name not in (None, previous)), None)
+        if other is not None and is_whole_release(store, other):
+            point(store.path("previous"), "releases/" + other)
         service.apply(store.release(previous))
         seconds = round(time.monotonic() - began, 3)
         store.note("rolled-back", release=current, back=previous)
-        reasons = start(service)
-        answer = outcome(store, "rolled-back", previous, seconds=seconds)
-        return answer if not reasons else dict(answer, failure=reasons)
+        told = dict(outcome(store, "rolled-back", previous), seconds_to_switch=seconds)
+        return dict(told, reasons=start(service))
 
 
 def boot(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
@@ -1646,12 +1721,13 @@ def _boot(store: Store) -> Dict[str, Any]:
         return answer
     tries = store.tries(current)
     back = way_back(store, current)
+    if back is None and not whole:
+        return dict(answer, outcome="broken")
     if back is None or (whole and tries < store.settings.tries):
         write_whole(store.release(current) + ".tries", b"%d\n" % (tries + 1))
         store.note("started", release=current, tries=tries + 1)
         return dict(answer, outcome="trying", tries=tries + 1)
-    point(store.path("current"), "releases/" + back)
-    remove(store.release(current) + ".tries")
+    flip_back(store, back, current)
     service_of(store).apply(store.release(back))
     store.note("went-back", release=current, back=back, tries=tries, whole=whole)
     return dict(answer, outcome="went-back", current=back, failed=current)
@@ -1676,7 +1752,7 @@ def collect(
         remove(store.release(release) + ".tries")
         gone = fresh(store.release(release))
         rename(store.release(release), gone)
-        remove_folder(gone)
+        clear(gone)
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
@@ -1692,10 +1768,10 @@ def collect(
             found = os.lstat(path)
             digest = name[: -len(named)] if named and name.endswith(named) else name
             if HEX.match(digest) and digest not in needed and found.st_nlink == 1:
-                os.unlink(path)
+                clear(path)
                 freed += found.st_size
     for name in os.listdir(store.path("quarantine")) if everything else ():
-        freed += _size(store.path("quarantine", name))
+        freed += file_size(store.path("quarantine", name)) or 0
         clear(store.path("quarantine", name))
     if removed or freed:
         store.note("collected", removed=removed, freed=freed)
@@ -1785,7 +1861,7 @@ def _foreign_files(store: Store, release: str) -> List[Dict[str, Any]]:
     head = _readable_head(store, release)
     bad: List[Dict[str, Any]] = []
     for file in [] if head is None else agent.head_of(head)["files"]:
-        place = os.path.join(store.release(release), *file["path"].split("/"))
+        place = _place(store, release, file["path"])
         blob = store.blob(file["digest"])
         if not os.path.lexists(place) or _same_file(place, blob):
             continue
@@ -1800,7 +1876,7 @@ def _foreign_files(store: Store, release: str) -> List[Dict[str, Any]]:
                 }
             )
         elif not os.path.lexists(blob):
-            os.link(place, blob, follow_symlinks=False)
+            hard_link(place, blob)
             fsync_folder(os.path.dirname(blob))
     return bad
 
@@ -1820,7 +1896,7 @@ def _repair(store: Store, path: str) -> None:
     head, bundle = agent.read_head(path)
     release = _hex(bundle["manifest_digest"])
     agent.verify_signature(bundle, store.signers)
-    if not os.path.isdir(store.release(release)):
+    if not is_folder(store.release(release)):
         raise Refused("%s is release %s, which is not installed here" % (path, release[:12]))
     taker = Taker(store, bundle, set(blobs_of(bundle)), None)
     try:
@@ -1863,7 +1939,7 @@ def store_facts(root: str, world: World) -> Dict[str, Any]:
     }
     if not os.path.lexists(os.path.join(place, "enrolled.json")):
         return empty
-    store = Store(root, world)
+    store = Store(root, world, reading=True)
     current, previous, good = store.target("current"), store.target("previous"), good_releases(store)
     return dict(
         empty,
@@ -1940,10 +2016,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     os.umask(0o022)
     signal.signal(signal.SIGTERM, _interrupted)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # who asked may lose the connection; the work goes on
-    return answer(argv, World(), sys.stdin.buffer)
+    return respond(argv, World(), io.BufferedReader(Patient(0)))
 
 
-def answer(argv: Optional[Sequence[str]], world: World, stdin: BinaryIO) -> int:
+def respond(argv: Optional[Sequence[str]], world: World, stdin: io.BufferedReader) -> int:
     """Does what a command line says; returns the exit status, and prints the document."""
     options = _parser().parse_args(argv)
     options.root = os.path.expanduser(options.root or (USER_ROOT if os.geteuid() else SYSTEM_ROOT))
@@ -1971,7 +2047,7 @@ def _act(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     act: Callable[[argparse.Namespace, Any], Dict[str, Any]] = options.act
     if not options.in_store:
         return act(options, world)
-    store = Store(options.root, world)
+    store = Store(options.root, world, reading=options.act in (status, journal))
     tempfile.tempdir = store.path("incoming")  # what ssh-keygen reads lies in the store, too
     return act(options, store)
 
@@ -2023,7 +2099,7 @@ def _parser() -> argparse.ArgumentParser:
     made["gc"].add_argument("--keep", metavar="N", type=_count)
     made["fsck"].add_argument("--repair-from", metavar="BUNDLE")
     made["offer"].add_argument("--dry-run", action="store_true", help="answer, and write nothing")
-    for name in ("offer", "receive", "install"):
+    for name in ("offer", "install"):
         made[name].add_argument("--allow-downgrade", action="store_true")
         made[name].add_argument("--force-device", action="store_true", help="though it is for another device")
     for name in ("install", "self-test"):
