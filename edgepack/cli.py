@@ -17,6 +17,7 @@ from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, N
 from edgepack.progress import Progress, Silent, Terminal
 
 if TYPE_CHECKING:
+    from edgepack.check import CheckReport
     from edgepack.plan import Candidate, Plan, Request
     from edgepack.remote import Connection
 
@@ -630,6 +631,8 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
 @click.option(
     "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
 )
+@click.option("--on", "host", metavar="HOST", help="Run it on an enrolled device, beside what runs there.")
+@_place_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
 )
@@ -644,10 +647,13 @@ def check(
     strict_device: bool,
     emulate: bool,
     server: Path | None,
+    host: str | None,
+    root: str | None,
+    sudo: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the bundle here, fill its KV cache, and hold every part against the plan.
+    """Run the bundle here, or on a device, fill its KV cache, and hold every part against the plan.
 
     \b
     Examples:
@@ -655,21 +661,37 @@ def check(
       edgepack check out/demo.tar --full --json -o report.json
       edgepack check out/demo.tar --memory-limit 2GiB
       edgepack check out/demo-f16-raspberry-pi-5-4gb.tar --emulate
+      edgepack check out/demo.tar --on pi@raspberrypi -o report.json
     """
     from edgepack import check as checks
     from edgepack import workspace
     from edgepack.units import parse_bytes
 
-    report = checks.check(
-        _existing(bundle),
-        server=server,
-        full=full,
-        memory_limit=parse_bytes(memory_limit) if memory_limit else None,
-        allowed_signers=allowed_signers,
-        strict_device=strict_device,
-        emulate=emulate,
-        progress=progress,
-    )
+    limit = parse_bytes(memory_limit) if memory_limit else None
+    if host is not None:
+        for flag, given in (("--emulate", emulate), ("--server", server is not None)):
+            if given:
+                raise BadInput(
+                    f"{flag} is for a check here, and --on runs it on {host}",
+                    hint="the server of a device is named when it is enrolled: flash --enroll --server PATH",
+                )
+        report = _checked_on(
+            host, _existing(bundle), allowed_signers, root=root, sudo=sudo, full=full, memory_limit=limit,
+            strict_device=strict_device, progress=progress,
+        )  # fmt: skip
+    elif root is not None or sudo:
+        raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+    else:
+        report = checks.check(
+            _existing(bundle),
+            server=server,
+            full=full,
+            memory_limit=limit,
+            allowed_signers=allowed_signers,
+            strict_device=strict_device,
+            emulate=emulate,
+            progress=progress,
+        )
     document = checks.to_document(report)
     if output is not None:
         workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
@@ -1090,6 +1112,39 @@ def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candid
 def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
     chosen: Plan = pipeline.make_plan(*_asked(pipeline, options))
     return chosen
+
+
+def _checked_on(
+    host: str,
+    bundle: Path,
+    allowed_signers: Path | None,
+    *,
+    root: str | None,
+    sudo: bool,
+    progress: Progress,
+    full: bool = False,
+    memory_limit: int | None = None,
+    strict_device: bool = False,
+) -> CheckReport:
+    from contextlib import closing
+
+    from edgepack import devices
+    from edgepack import flash as flashes
+
+    progress.step(f"verifying {bundle.name}")
+    cargo = flashes.load(bundle, allowed_signers)
+    with closing(_connected(host)) as connection:
+        return flashes.check_on(
+            cargo,
+            devices.find(connection, devices.Where(root=root, sudo=sudo)),
+            flashes.Asked(
+                allow_downgrade=True, force=True
+            ),  # nothing is switched: the report says what does not match
+            full=full,
+            memory_limit=memory_limit,
+            strict_device=strict_device,
+            progress=progress,
+        )
 
 
 def _connected(host: str) -> Connection:

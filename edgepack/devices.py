@@ -82,10 +82,9 @@ class Device:
         words = ["offer", *allowances, *(["--dry-run"] if dry_run else [])]
         return _of(Offer, self._ask(*words, stdin=head), self.name, missing=Missing)
 
-    def receive(self, release: str, pieces: Iterable[bytes], allowances: Sequence[str]) -> Offer:
+    def receive(self, release: str, pieces: Iterable[bytes]) -> Offer:
         """Hands it files of a release that it was offered; what it then says to the release."""
-        found = self._ask("receive", release, *allowances, stdin=pieces)
-        return _of(Offer, found, self.name, missing=Missing)
+        return _of(Offer, self._ask("receive", release, stdin=pieces), self.name, missing=Missing)
 
     def install(self, release: str, words: Sequence[str], on_line: Callable[[str], None]) -> Installed:
         """Has it switch, test, and stay or go back; a release that it went back from is a value."""
@@ -344,7 +343,7 @@ def failure(host: str, answer: Answer) -> EdgepackError:
     raises, hint = _RAISES.get(answer.status, (EdgepackError, None))
     for word in _WORDS:
         text = text.removeprefix(word)
-    if "--force-device" in text:
+    if raises is Untrusted and "--force-device" in text:
         text, hint = text.replace(" (--force-device)", ""), "--force installs it all the same"
     return raises(f"{host}: {text}", hint=hint)
 

@@ -31,8 +31,9 @@ PIECE = 256 * KIB
 """Bytes handed on at once."""
 SMALL = MIB
 """Bytes of a file up to which it travels deflated: plans and start files shrink to a quarter, weights not at all."""
-PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
-"""Seconds to wait before each further try to reach a device; they count anew whenever something arrived."""
+PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0)
+"""Seconds to wait before each further try to reach a device; they count anew whenever something arrived. Together they
+are longer than an agent waits for bytes that do not come (installer.IDLE), which then gives its store back."""
 
 
 # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────
@@ -299,7 +300,7 @@ def send(
                 left, waits = known.left, iter(PATIENCE)
             with progress.bar(f"sending to {device.name}", known.left, rate=True) as advance:
                 pieces = counted(frames(cargo, known.missing, advance))
-                known = device.receive(cargo.release, pieces, asked.allowances())
+                known = device.receive(cargo.release, pieces)
             if known.left >= left:
                 raise EdgepackError(f"{device.name} took nothing of what it said was missing")
         except (Dropped, Busy) as error:
