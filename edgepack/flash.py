@@ -383,17 +383,17 @@ def fsck(
     progress: Progress,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[Fsck, int]:
-    """Has every byte of a store hashed again; with a bundle, what is missing of that release is sent, so many bytes.
+    """Has every byte of a store hashed again; with a bundle, what its release lacks is sent, and all is read once more.
 
-    Raises as `flash` does.
+    Returns what was found, with what is missing at the end, and how many bytes were sent. Raises as `flash` does.
     """
     found = device.fsck(progress.step)
     if cargo is None or all(one.release != cargo.release for one in found.missing):
         return found, 0
     sent = send(_offered(cargo, device, asked), cargo, device, asked, progress=progress, sleep=sleep)
-    missing = tuple(one for one in found.missing if one.release != cargo.release)
-    mended = found.mended + len(found.missing) - len(missing)
-    return replace(found, missing=missing, mended=mended), sent
+    after = device.fsck(progress.step)  # other releases share files, which are links to what came
+    mended = found.mended + len(found.missing) - len(after.missing)
+    return replace(after, bad=(*found.bad, *after.bad), mended=mended), sent
 
 
 # ── telling ──────────────────────────────────────────────────────────────────────────────────────────

@@ -440,13 +440,21 @@ def test_damage_is_mended_from_the_bundle(big: Cargo) -> None:
     ]
     report = {"checked": 9, "bad": [{"path": "blobs/x", "bytes": 4, "digest": "y", "quarantined": True}], "mended": 0,
               "quarantined": 1, "missing": missing}  # fmt: skip
+    after = {**report, "bad": [], "missing": missing[1:]}
     target = device(
-        fsck=says(report), offer=says(offer(big, "new", [lost])), receive=says(offer(big, "installed"))
+        fsck=[says(report), says(after)],
+        offer=says(offer(big, "new", [lost])),
+        receive=says(offer(big, "installed")),
     )
 
     found, sent = flash.fsck(big, target, Asked(), progress=Silent())
 
-    assert (found.mended, [one.release[:1] for one in found.missing], sent > 0) == (1, ["c"], True)
+    assert (found.mended, len(found.bad), [one.release[:1] for one in found.missing], sent > 0) == (
+        1,
+        1,
+        ["c"],
+        True,
+    )
     assert isinstance(flash.damage(found, "pi"), Untrusted)
     assert flash.damage(replace(found, missing=()), "pi") is None
 
