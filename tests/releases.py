@@ -36,13 +36,10 @@ def bundle(
     """A bundle as `edgepack build` writes them, small; without ``key`` unsigned."""
     model = out.with_suffix(".weights")
     model.write_bytes(weights)
-    layers = [
-        oci.text_layer("plan.json", "weight.config", serde.to_json(plan or example_plan(PROFILE))),
-        oci.text_layer("start.sh", "code", "#!/bin/sh\n"),
-        *(oci.text_layer(name, "code", text) for name, text in {**UNITS, **(files or {})}.items()),
-        oci.text_layer("app/empty.txt", "code", ""),
-        oci.text_layer(agent.SERVER, "code", SERVER.decode()),
-    ]
+    plan_json = serde.to_json(plan or example_plan(PROFILE))
+    texts = {"plan.json": plan_json, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
+    layers = [oci.text_layer(name, "code", text) for name, text in texts.items()]
+    layers.append(oci.text_layer(agent.SERVER, "code", SERVER.decode()))
     layers.append(
         oci.Layer(
             filepath=agent.WEIGHTS,
@@ -194,8 +191,8 @@ class Device:
             status=status, document=json.loads(out.getvalue() or "{}"), said=told.getvalue().strip()
         )
 
-    def enroll(self, signers: str, *words: str) -> Answer:
-        return self.run("enroll", "--mode", "none", *words, stdin=signers.encode())
+    def enroll(self, signers: str, *words: str, mode: str = "none") -> Answer:
+        return self.run("enroll", "--mode", mode, *words, stdin=signers.encode())
 
     def current(self) -> str | None:
         return self.store.target("current")

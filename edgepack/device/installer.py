@@ -784,7 +784,7 @@ def memory_need(
     cards = [gpu["memory_total"] for gpu in machine["gpus"] or [] if gpu["memory_total"] is not None]
     return {
         "needed": int(found["memory_needed"]),
-        "available": found["memory_available"],
+        "available": machine["memory_available"],
         "total": machine["memory_total"],
         "device_needed": None
         if found["device_memory_needed"] is None
