@@ -171,6 +171,14 @@ def clear(path: str) -> None:
     os.rmdir(path)
 
 
+def discard(path: str) -> None:
+    """Removes a folder that is read by its name: that goes first, so that no kill leaves half of it."""
+    if os.path.lexists(path):
+        gone = fresh(path)
+        rename(path, gone)
+        clear(gone)
+
+
 def fresh(path: str) -> str:
     """The name of something beside ``path`` while it is made; what a killed installer left there is gone."""
     new = os.path.join(os.path.dirname(path), ".new-" + os.path.basename(path))
@@ -1395,7 +1403,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         else:
             told = switch(store, release, admission, options)
         if told["outcome"] != "rolled-back":
-            clear(store.offer(release))
+            discard(store.offer(release))
             if options.consume:
                 remove(path)
     return told
@@ -1750,9 +1758,7 @@ def collect(
     for release in removed:
         remove(store.release(release) + ".good")
         remove(store.release(release) + ".tries")
-        gone = fresh(store.release(release))
-        rename(store.release(release), gone)
-        clear(gone)
+        discard(store.release(release))
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
@@ -1760,7 +1766,7 @@ def collect(
             if not everything and os.path.lexists(store.path("incoming", name, CONSUMED)):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
-                clear(store.path("incoming", name))
+                discard(store.path("incoming", name))
     freed = 0
     for folder, named in (("incoming", ".part"), ("blobs/sha256", "")):
         for name in os.listdir(store.path(folder)):
