@@ -33,6 +33,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from typing import (
@@ -58,7 +59,7 @@ SYSTEM_ROOT = "/var/lib/edgepack"
 USER_ROOT = "~/.local/share/edgepack"
 MARGIN = 16 * agent.MIB
 """Bytes of the disk that stay free: the journal and the next change need some."""
-FLUSH = 64 * agent.MIB
+FLUSH = 16 * agent.MIB
 """Bytes of a blob after which they are made durable, so that a power cut costs no more."""
 HEX = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -224,12 +225,24 @@ def read_whole(path: str, limit: int = agent.JSON_LIMIT) -> Optional[bytes]:
 def hash_on_disk(path: str) -> str:
     """Hex sha256 of a file as the disk gives it back: what the page cache holds of it is dropped first."""
     digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as stream:
-        with contextlib.suppress(OSError, AttributeError):  # a hint: where it is refused, the cache is read
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for piece in iter(lambda: stream.read(agent.PIECE), b""):
-            digest.update(piece)
+    read_back(path, digest, 0, os.lstat(path).st_size)
     return digest.hexdigest()
+
+
+def read_back(path: str, digest: Any, begin: int, end: int) -> None:
+    """Hashes bytes of a file as the disk gives them back; a file that ends before gives fewer."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError, AttributeError):  # a hint: where it is refused, the cache is read
+            os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        while begin < end:
+            piece = os.pread(handle, min(agent.PIECE, end - begin), begin)
+            if not piece:
+                return
+            digest.update(piece)
+            begin += len(piece)
+    finally:
+        os.close(handle)
 
 
 # ── what the installer acts through ──────────────────────────────────────────────────────────────────
@@ -865,8 +878,33 @@ def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = No
 # ── blobs: part, flush, hash, name ───────────────────────────────────────────────────────────────────
 
 
+class Behind:
+    """Work that goes on while more bytes come: the disk and the line are slow at different times."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: Optional[BaseException] = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is done. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 class Incoming:
-    """The bytes of one blob on their way into the store; what came stays when the rest does not."""
+    """The bytes of one blob on their way into the store; what came stays when the rest does not.
+
+    Every FLUSH bytes are made durable and hashed as the disk gives them back, while the next ones come.
+    """
 
     def __init__(self, store: Store, digest: str, size: int, *, executable: bool) -> None:
         self.store = store
@@ -878,29 +916,45 @@ class Incoming:
         if not self.have:
             remove(self.path)
         self.durable = self.have
+        self._hashed = 0
+        self._found = hashlib.sha256()
+        self._flushed = self.have
         self._handle: Optional[int] = None
+        self._behind: Optional[Behind] = None
 
     def write(self, content: bytes) -> None:
-        """Appends; every FLUSH bytes they are made durable."""
+        """Appends. Raises what making earlier bytes durable raised."""
         if self._handle is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             self._handle = os.open(self.path, flags, 0o600)
         write_all(self._handle, content)
         self.have += len(content)
-        if self.have - self.durable >= FLUSH:
-            self.flush()
+        if self.have - self._flushed >= FLUSH:
+            self._wait()  # so that never more than twice FLUSH are on their way to the disk
+            self._flushed = end = self.have
+            self._behind = Behind(lambda: self._settle(end))
 
-    def flush(self) -> None:
-        if self._handle is not None and self.have > self.durable:
+    def _settle(self, end: int) -> None:
+        if self._handle is not None:
             fsync(self._handle)
-            self.durable = self.have
+        self.durable = end
+        read_back(self.path, self._found, self._hashed, end)
+        self._hashed = end
+
+    def _wait(self) -> None:
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.wait()
 
     def close(self) -> None:
         """Keeps what came, durable."""
-        if self._handle is not None:
-            try:
-                self.flush()
-            finally:
+        try:
+            self._wait()
+            if self._handle is not None and self.have > self.durable:
+                fsync(self._handle)
+                self.durable = self.have
+        finally:
+            if self._handle is not None:
                 os.close(self._handle)
                 self._handle = None
 
@@ -910,7 +964,8 @@ class Incoming:
             self.write(b"")
         self.close()
         seal(self.path, self.mode)
-        if hash_on_disk(self.path) != _hex(self.digest):
+        read_back(self.path, self._found, self._hashed, self.size)
+        if self._found.hexdigest() != _hex(self.digest):
             remove(self.path)
             self.store.note("blob-refused", digest=self.digest, bytes=self.size)
             raise Refused("%s has another sha256 than its name, read back from the disk" % self.digest)
@@ -991,7 +1046,7 @@ def frames(stream: io.BufferedReader) -> Iterator[Frame]:
         yield frame
 
 
-def content_of(stream: BinaryIO, frame: Frame) -> Iterator[bytes]:
+def content_of(stream: io.BufferedReader, frame: Frame) -> Iterator[bytes]:
     """A frame's bytes as they come; fewer where the stream ends. Raises Refused for what does not inflate to them."""
     if frame.zlib is None:
         yield from pieces(stream, frame.bytes)
@@ -1218,7 +1273,7 @@ class Taker:
         self._wanted = wanted
         self._puncher = puncher
         self._blob: Optional[Incoming] = None
-        self._begin = self._end = 0
+        self._begin = self._end = self._freed = 0
 
     def begin(self, digest: str, size: int) -> int:
         file = next((file for file in self._bundle["files"] if file["digest"] == digest), None)
@@ -1231,11 +1286,10 @@ class Taker:
         self._blob = incoming(self._store, self._bundle, digest)
         return self._blob.have
 
-    def piece(self, content: bytes, end: int) -> None:
+    def piece(self, content: bytes, _: int) -> None:
         if self._blob is not None:
             self._blob.write(content)
-            if self._blob.durable == self._blob.have:
-                self._free(end)
+            self._free(self._begin + self._blob.durable)
 
     def end(self) -> None:
         if self._blob is not None:
@@ -1248,8 +1302,9 @@ class Taker:
 
     def _free(self, end: int) -> None:
         """Everything up to ``end`` is durable in the store."""
-        if self._puncher is not None and self._end - self._begin >= WORTH_PUNCHING:
-            self._puncher.punch(self._begin, end)
+        if self._puncher is not None and self._end - self._begin >= WORTH_PUNCHING and end > self._freed:
+            self._puncher.punch(max(self._begin, self._freed), end)
+            self._freed = end
 
 
 CONSUMED = "consumed"

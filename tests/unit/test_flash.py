@@ -235,7 +235,7 @@ def test_releases_are_collected_last(big: Cargo) -> None:
 
 def unframed(stream: bytes) -> dict[str, tuple[int, bytes]]:
     """What the device's own reader makes of frames."""
-    source = io.BufferedReader(io.BytesIO(stream))
+    source: Any = io.BufferedReader(io.BytesIO(stream))
     return {
         frame.name: (frame.offset, b"".join(installer.content_of(source, frame)))
         for frame in installer.frames(source)
