@@ -121,6 +121,7 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "failure": None,
+        "machine": {"emulated": False},
         "match": [],
         "server": {"emulator": None},
         "served": None,

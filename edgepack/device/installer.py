@@ -496,6 +496,11 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     os.makedirs(root, mode=0o755, exist_ok=True)
     _own_folder(root)
     with locked(root, "enroll"):
+        before = read_whole(os.path.join(root, "enrolled.json"))
+        if before is not None and _object(before, "enrolled.json").get("mode") != options.mode:
+            raise Refused(
+                "%s is enrolled in another mode, whose units would stay: choose another --root" % root
+            )
         for folder in FOLDERS:
             make_folder(os.path.join(root, folder), 0o700 if folder in ("incoming", "quarantine") else 0o755)
         _require_links(root)
@@ -520,7 +525,7 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("%s has characters that a unit cannot name: choose another --root" % root)
     if options.mode == "system" and os.geteuid() != 0:
         raise BadUsage("mode system installs units in /etc/systemd/system and needs root")
-    if options.mode == "system" and root != SYSTEM_ROOT:
+    if options.mode == "system" and root != os.path.realpath(SYSTEM_ROOT):
         raise BadUsage("the units of a bundle name %s: mode system has no other root" % SYSTEM_ROOT)
     if options.server is not None and not os.path.isabs(options.server):
         raise BadUsage("--server %s is not a whole path" % options.server)
@@ -1103,6 +1108,8 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
+    if is_folder(store.release(_hex(bundle["manifest_digest"]))):  # nothing new comes in: it may be mended
+        options.allow_downgrade = True
     admission = admit(store, bundle, plan_json, options, store.world.machine())
     if options.dry_run:
         return offer_document(store, admission, room(store, bundle))
@@ -1113,11 +1120,16 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         return offer_document(store, admission, found)
 
 
-def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
+def remember(store: Store, head: agent.Head, plan_json: bytes) -> None:
     """Keeps the head of an admitted release in the store, and its plan.json as the blob it is."""
     bundle = agent.head_of(head)
     release = _hex(bundle["manifest_digest"])
-    if not is_folder(store.offer(release)):
+    try:
+        known = is_folder(store.offer(release)) and agent.release_head(store.offer(release)) == head
+    except Refused:  # the disk has lost some of it
+        known = False
+    if not known:
+        discard(store.offer(release))
         new = fresh(store.offer(release))
         new_folder(new)
         write_head(new, head)
@@ -1129,7 +1141,6 @@ def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
         blob = incoming(store, bundle, plan["digest"])
         blob.write(plan_json[blob.have :])
         blob.commit()
-    return bundle
 
 
 def write_head(folder: str, head: agent.Head) -> None:
@@ -1317,17 +1328,17 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     plan_json = agent.read_file(found, "plan.json")
     admit(store, found, plan_json, options, store.world.machine())
     release = _hex(found["manifest_digest"])
+    same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
+    require_space(store, found, 2 * FLUSH if options.consume and same_disk else None)
+    mark = os.path.join(store.offer(release), CONSUMED)
+    if options.consume and not os.path.lexists(mark):
+        say("verifying the bundle, which is then consumed")
+        agent.read_bundle(path)
     puncher = Puncher(path) if options.consume else None
     taker = Taker(store, found, set(blobs_of(found)), puncher)
     try:
-        same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
-        require_space(store, found, 2 * FLUSH if puncher is not None and same_disk else None)
-        mark = os.path.join(store.offer(release), CONSUMED)
-        if puncher is not None and not os.path.lexists(mark):
-            say("verifying the bundle, which is then consumed")
-            agent.read_bundle(path)
         remember(store, head, plan_json)
-        if puncher is not None:
+        if puncher is not None and not os.path.lexists(mark):
             write_whole(mark, b"")
         say("taking the bundle into the store")
         agent.read_bundle(path, sink=taker)
@@ -1497,7 +1508,7 @@ def switch(store: Store, release: str, admission: Admission, options: argparse.N
         if not reasons:
             approve(store, release, admission.sequence, tested=test is not None)
     except BaseException:  # a signal, a full disk, a broken one: what ran before runs again
-        go_back(store, service, before if before == store.target("current") else back or before, release)
+        go_back(store, service, before if before == store.target("current") else back or before, None)
         raise
     told = {"seconds_to_switch": seconds, "seconds_down": down, "selftest": test}
     if not reasons:
@@ -1569,17 +1580,21 @@ def approve(store: Store, release: str, sequence: int, *, tested: bool) -> None:
     store.note("good", release=release, sequence=sequence, tested=tested)
 
 
-def go_back(store: Store, service: Service, back: Optional[str], failed: str) -> List[str]:
-    """Makes ``back`` the current release and starts it; returns what of that did not work."""
+def go_back(store: Store, service: Service, back: Optional[str], failed: Optional[str]) -> List[str]:
+    """Makes ``back`` the current release and starts it; returns what of that did not work.
+
+    ``failed``: the release that did not pass its test; None when it was not tested to the end.
+    """
     with undisturbed():
         trouble: List[str] = []
         try:
             flip_back(store, back, failed)
-        finally:  # whatever became of the links, a whole release is named by them
+        finally:  # whatever became of the links: what they name is whole, and runs
+            current = store.target("current")
             try:
                 service.stop()
-                service.apply(None if back is None else store.release(back))
-                if back is not None:
+                service.apply(None if current is None else store.release(current))
+                if current is not None:
                     service.start()
             except (Failed, MissingProgram) as error:
                 trouble.append("the release before it did not start: %s" % error)
@@ -1587,16 +1602,16 @@ def go_back(store: Store, service: Service, back: Optional[str], failed: str) ->
     return trouble
 
 
-def flip_back(store: Store, back: Optional[str], failed: str) -> None:
+def flip_back(store: Store, back: Optional[str], failed: Optional[str]) -> None:
     """``current`` first, since everything else can be done again; ``previous`` is then the next good one."""
     if back is None:
         remove(store.path("current"))
     elif store.target("current") != back:
         point(store.path("current"), "releases/" + back)
-    if back != failed:
+    if failed is not None:
         remove(store.release(failed) + ".good")
         remove(store.release(failed) + ".tries")
-    others = [name for name in good_releases(store) if name not in (back, failed)]
+    others = [name for name in good_releases(store) if name != back]
     if not others or back is None:
         remove(store.path("previous"))
     elif store.target("previous") != others[0]:
@@ -1691,7 +1706,8 @@ def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[st
     memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
     backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
     elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
-    if memory["peak_rss"] is None or facts["server"]["emulator"] is not None or elsewhere:
+    emulated = facts["server"]["emulator"] is not None or facts["machine"].get("emulated", False)
+    if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
