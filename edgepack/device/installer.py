@@ -1026,9 +1026,7 @@ class Patient(io.RawIOBase):
         if not select.select([self._handle], [], [], IDLE)[0]:
             say("nothing came for %d seconds" % IDLE)
             return 0
-        content = os.read(self._handle, len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+        return os.readv(self._handle, [buffer])
 
 
 def frames(stream: io.BufferedReader) -> Iterator[Frame]:
