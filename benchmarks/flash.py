@@ -121,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rate", type=float, metavar="MB/S", help="speed of the line between both")
     parser.add_argument(
         "--folder", type=Path, help="where both write (default: the system's temporary folder)"
     )
