@@ -266,10 +266,31 @@ def run_program(argv: List[str]) -> Tuple[int, str]:
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
+_GUARD = "import os, sys; sys.stdin.buffer.read() == b'done' or os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+def guard(argv: List[str]) -> Callable[[], None]:
+    """Runs a program should this process be killed before it calls what is returned."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-I", "-c", _GUARD, *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def done() -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody ended it
+            waiting.communicate(b"done")
+
+    return done
+
+
 class World(NamedTuple):
     """What lies beyond the store; a test hands in another."""
 
     run: Callable[[List[str]], Tuple[int, str]] = run_program
+    guard: Callable[[List[str]], Callable[[], None]] = guard
     check: Callable[[argparse.Namespace], Dict[str, Any]] = agent.check
     machine: Callable[[], Dict[str, Any]] = agent.machine_facts
     clock: Callable[[], float] = time.time
@@ -643,6 +664,11 @@ class Service:
     def start(self) -> None:
         """Starts the server and waits until it answers. Raises Failed."""
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """The server is stopped, and whoever has it so starts it again; after a kill or an error a guard does."""
+        yield
+
     runs = False
 
 
@@ -664,6 +690,13 @@ class Systemd(Service):
     def start(self) -> None:
         self._systemctl("reset-failed", "edgepack.service", check=False)
         self._systemctl("start", "edgepack.service")
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        done = self.world.guard(["systemctl", *self.words, "start", "edgepack.service"])
+        self.stop()
+        yield
+        done()  # after an error it is started as after a kill, when this process ends
 
     def enroll(self) -> List[str]:
         folder = self.units()
@@ -1489,9 +1522,15 @@ def outcome(store: Store, what: str, release: str) -> Dict[str, Any]:
 def switch(store: Store, release: str, admission: Admission, options: argparse.Namespace) -> Dict[str, Any]:
     """Flips to a release that is laid out, tests it, and flips back unless it is good."""
     service = service_of(store)
+    with service.resting():
+        return _switch(store, service, release, admission, options)
+
+
+def _switch(
+    store: Store, service: Service, release: str, admission: Admission, options: argparse.Namespace
+) -> Dict[str, Any]:
     before, back = store.target("current"), way_back(store, release)
     began = time.monotonic()
-    service.stop()
     try:
         if not options.force_device:
             _memory_is_free(store, admission)
@@ -1743,12 +1782,12 @@ def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, An
         if release is None or not is_folder(store.release(release)):
             raise BadUsage("release %s is not installed here" % (release or "")[:12])
         service = service_of(store)
-        service.stop()
-        try:
-            return self_test(store, release, options)
-        finally:
-            if store.target("current") is not None:
-                service.start()
+        with service.resting():
+            try:
+                return self_test(store, release, options)
+            finally:
+                if store.target("current") is not None:
+                    service.start()
 
 
 # ── rollback, boot ───────────────────────────────────────────────────────────────────────────────────
@@ -1765,18 +1804,19 @@ def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])
         service = service_of(store)
         began = time.monotonic()
-        service.stop()
-        if previous != current:  # they are the same where a rollback was cut off, which then goes on here
-            point(store.path("current"), "releases/" + previous)
-        others = [current, *good_releases(store)]
-        other = next((name for name in others if name not in (None, previous)), None)
-        if other is not None and is_whole_release(store, other):
-            point(store.path("previous"), "releases/" + other)
-        service.apply(store.release(previous))
-        seconds = round(time.monotonic() - began, 3)
-        store.note("rolled-back", release=current, back=previous)
+        with service.resting():
+            if previous != current:  # they are the same where a rollback was cut off, which then goes on here
+                point(store.path("current"), "releases/" + previous)
+            others = [current, *good_releases(store)]
+            other = next((name for name in others if name not in (None, previous)), None)
+            if other is not None and is_whole_release(store, other):
+                point(store.path("previous"), "releases/" + other)
+            service.apply(store.release(previous))
+            seconds = round(time.monotonic() - began, 3)
+            store.note("rolled-back", release=current, back=previous)
+            reasons = start(service)
         told = dict(outcome(store, "rolled-back", previous), seconds_to_switch=seconds)
-        return dict(told, reasons=start(service))
+        return dict(told, reasons=reasons)
 
 
 def boot(options: argparse.Namespace, store: Store) -> Dict[str, Any]:

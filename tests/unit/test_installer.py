@@ -1231,6 +1231,40 @@ def test_the_server_rests_while_a_release_is_tested(tmp_path: Path, signers: str
     assert [words.split()[2] for words in device.ran] == ["show", "stop", "reset-failed", "start"]
 
 
+def test_a_server_that_rests_is_started_when_the_installer_is_killed(
+    tmp_path: Path, signers: str, first: Path
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    seen: list[str] = []
+
+    def check(_: argparse.Namespace) -> dict[str, Any]:
+        seen.extend(device.guarded)
+        return releases.passing()
+
+    device.world = device.world._replace(check=check)
+    device.run("install", first)
+
+    assert seen == ["systemctl --user start edgepack.service"]
+    assert device.guarded == [*seen, "done"]
+
+
+def test_a_server_that_rests_is_started_after_an_error(
+    tmp_path: Path, signers: str, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    device.run("install", second)
+    device.guarded.clear()
+
+    def broken(link: str, target: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(installer, "point", broken)
+
+    assert device.run("rollback").status == 2
+    assert device.guarded == ["systemctl --user start edgepack.service"]
+
+
 def test_boot_goes_back_with_the_units_too(
     tmp_path: Path, signers: str, resigned: Callable[..., Path], first: Path
 ) -> None:
