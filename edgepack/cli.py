@@ -810,7 +810,8 @@ def flash(
             document, shown = _document(serde.dump(found)), flashes.status_table(found, host)
         elif rollback:
             back = device.rollback(progress.step)
-            document, shown = _document(serde.dump(back)), f"{host} runs release {back.current} again\n"
+            document, failure = _document(serde.dump(back)), flashes.unstarted(back, host)
+            shown = f"{host}: release {back.current} is current again\n"
         elif fsck:
             state, sent = flashes.fsck(cargo, device, asked, progress=progress)
             document = {**_document(serde.dump(state)), "sent": sent}

@@ -460,6 +460,17 @@ def test_damage_is_mended_from_the_bundle(big: Cargo) -> None:
     assert flash.damage(replace(found, missing=()), "pi") is None
 
 
+def test_a_rollback_to_what_does_not_start_is_a_failure() -> None:
+    answer = installed("rolled-back", current="b" * 64, reasons=["systemctl start edgepack.service: failed"])
+
+    back = device(rollback=says(answer, 5)).rollback(lambda _: None)
+
+    failure = flash.unstarted(back, "pi")
+    assert isinstance(failure, CheckFailed)
+    assert "release bbbbbbbbbbbb, which does not start: systemctl start" in failure.message
+    assert flash.unstarted(replace(back, reasons=()), "pi") is None
+
+
 # ── finding and enrolling ──
 
 
