@@ -42,6 +42,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     NoReturn,
     Optional,
@@ -132,7 +133,10 @@ class File(TypedDict):
 
 
 class Bundle(TypedDict):
-    """A verified bundle; ``offset`` of each file is where its bytes start inside the tar."""
+    """A verified bundle; ``offset`` of each file is where its bytes start inside the tar.
+
+    ``path`` may also be the folder of an installed release, in which each file lies under its own name.
+    """
 
     path: str
     size: int
@@ -144,82 +148,216 @@ class Bundle(TypedDict):
     signature: Optional[bytes]
 
 
-def read_bundle(path: str, on_bytes: Callable[[int], None] = lambda _: None) -> Bundle:
+class Sink(Protocol):
+    """Takes the blobs of a bundle while it is read, and verifies them itself."""
+
+    def begin(self, digest: str, size: int) -> int:
+        """How many bytes of this blob are there already: those are not read."""
+
+    def piece(self, content: bytes, end: int) -> None:
+        """The next bytes of the blob; ``end`` is the offset in the tar behind them."""
+
+    def end(self) -> None:
+        """The blob is complete. Raises Refused when it is not what its digest says."""
+
+
+def read_bundle(
+    path: str, on_bytes: Callable[[int], None] = lambda _: None, sink: Optional[Sink] = None
+) -> Bundle:
     """Verifies every byte of a bundle and says where its files are; constant memory, one pass.
 
-    Each header is recomputed and compared, each blob hashed, the set of blobs is exactly the manifest's, and
-    all padding is zero, so that no byte can differ unnoticed. Raises Refused with entry and offset, and
-    OSError when the file cannot be read.
+    Each header is recomputed and compared, each blob hashed (or given to ``sink``, which does), the set of blobs is
+    exactly the manifest's, and all padding is zero, so that no byte can differ unnoticed. Of the folder of an
+    installed release every file is hashed. Raises Refused with entry and offset, and OSError when the file cannot be
+    read.
     """
+    if os.path.isdir(path):
+        return _read_release(path, on_bytes)
     if not os.path.isfile(path):
         raise Refused("%s is not a file" % path)
     with open(path, "rb", buffering=0) as stream:
         tar = _Tar(stream, os.fstat(stream.fileno()).st_size, on_bytes)
-        bundle = _read_layout(tar)
+        bundle = _read_layout(tar, sink)
         with contextlib.suppress(OSError, AttributeError):  # only a hint to free the page cache
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     bundle["path"] = path
     return bundle
 
 
-def _read_layout(tar: _Tar) -> Bundle:
-    if tar.small("oci-layout") != OCI_LAYOUT:
-        raise Refused("oci-layout (offset %d) does not say image layout 1.0.0" % tar.data_start)
-    index_bytes = tar.small("index.json")
-    index = canonical_json(index_bytes, "index.json")
-    signature = None
-    if tar.peek() == "signature.sshsig":
-        signature = tar.small("signature.sshsig")
-        _canonical_armor(signature)
-    manifest_name = tar.peek()
-    manifest_bytes = tar.blob(manifest_name, limit=MANIFEST_LIMIT)
-    manifest = canonical_json(manifest_bytes, "manifest")
-    config_descriptor, layers, annotations = _manifest_parts(manifest)
-    name = annotations.get(REF_NAME, "")
-    _same_index(index, manifest_name, manifest_bytes, name)
+class Head(NamedTuple):
+    """What describes a bundle, byte for byte as it was signed."""
 
-    offsets = {manifest_name: tar.data_start}
-    config_name = _blob_name(config_descriptor)
-    config = canonical_json(
-        tar.blob(config_name, limit=MANIFEST_LIMIT, size=config_descriptor["size"]), "config"
-    )
-    offsets[config_name] = tar.data_start
-    if not isinstance(config, dict):
-        raise Refused("config is not a JSON object")
-    for layer in layers[:-1]:
-        blob = _blob_name(layer)
-        if blob not in offsets:
-            tar.stream_blob(blob, layer["size"])
-            offsets[blob] = tar.data_start
-    tar.padding()
-    weights = _blob_name(layers[-1])
-    if weights in offsets:
+    index_json: bytes
+    signature: Optional[bytes]
+    manifest: bytes
+    config: bytes
+
+
+def read_head(path: str) -> Tuple[Head, Bundle]:
+    """What a bundle says it is: index, signature, manifest and config verified, no other blob read yet.
+
+    ``offset`` of each file is where its bytes must lie in a tar that has but one spelling. Raises as `read_bundle`.
+    """
+    if not os.path.isfile(path):
+        raise Refused("%s is not a file" % path)
+    with open(path, "rb", buffering=0) as stream:
+        tar = _Tar(stream, os.fstat(stream.fileno()).st_size, lambda _: None)
+        head, bundle, offsets = _read_tar_head(tar)
+    cursor = tar.offset
+    last = len(bundle["files"]) - 1
+    for number, file in enumerate(bundle["files"]):
+        if number == last:
+            cursor += BLOCK + -(cursor + 2 * BLOCK) % PAGE
+        if file["digest"] not in offsets:
+            offsets[file["digest"]] = cursor + BLOCK
+            cursor += BLOCK + file["size"] + -file["size"] % BLOCK
+        file["offset"] = offsets[file["digest"]]
+    bundle["path"], bundle["size"] = path, tar.size
+    return head, bundle
+
+
+def head_of(head: Head) -> Bundle:
+    """A bundle out of its head alone, wherever that came from; each offset is 0. Raises Refused.
+
+    The limits of size and the one canonical form are those of a tar's entries.
+    """
+    bundle, descriptor = described(head.index_json, head.signature, head.manifest)
+    found = {"digest": "sha256:" + hashlib.sha256(head.config).hexdigest(), "size": len(head.config)}
+    if any(descriptor[name] != value for name, value in found.items()):
+        raise Refused("config has another sha256 or size than the manifest says")
+    bundle["config"] = _config(head.config)
+    return bundle
+
+
+def described(
+    index_bytes: bytes, signature: Optional[bytes], manifest_bytes: bytes
+) -> Tuple[Bundle, Dict[str, Any]]:
+    """A bundle out of index and manifest, which are fully checked, and the descriptor of its config. Raises Refused."""
+    for what, content, limit in (
+        ("index.json", index_bytes, SMALL_LIMITS["index.json"]),
+        ("signature.sshsig", signature or b"", SMALL_LIMITS["signature.sshsig"]),
+        ("the manifest", manifest_bytes, MANIFEST_LIMIT),
+    ):
+        if len(content) > limit:
+            raise Refused("%s has %d bytes, the limit is %d" % (what, len(content), limit))
+    index = canonical_json(index_bytes, "index.json")
+    if signature is not None:
+        _canonical_armor(signature)
+    digest = hashlib.sha256(manifest_bytes).hexdigest()
+    config, layers, annotations = _manifest_parts(canonical_json(manifest_bytes, "manifest"))
+    name = annotations.get(REF_NAME, "")
+    _same_index(index, digest, manifest_bytes, name)
+    sizes: Dict[str, int] = {"sha256:" + digest: len(manifest_bytes)}
+    for descriptor in (config, *layers):
+        if sizes.setdefault(descriptor["digest"], descriptor["size"]) != descriptor["size"]:
+            raise Refused("the manifest gives %s two sizes" % descriptor["digest"])
+    if layers[-1]["digest"] in [descriptor["digest"] for descriptor in (config, *layers[:-1])]:
         raise Refused("the weights are the same blob as a smaller file")
-    tar.stream_blob(weights, layers[-1]["size"])
-    offsets[weights] = tar.data_start
-    if tar.data_start % PAGE:
-        raise Refused("the weights start at offset %d, not at a multiple of %d" % (tar.data_start, PAGE))
-    tar.end()
     files: List[File] = [
         {
             "path": layer["annotations"][FILEPATH],
             "digest": layer["digest"],
             "size": layer["size"],
-            "offset": offsets[_blob_name(layer)],
+            "offset": 0,
             "media_type": layer["mediaType"],
         }
         for layer in layers
     ]
-    return {
+    bundle: Bundle = {
         "path": "",
-        "size": tar.size,
+        "size": 0,
         "name": name,
-        "manifest_digest": "sha256:" + manifest_name.rsplit("/", 1)[1],
+        "manifest_digest": "sha256:" + digest,
         "annotations": annotations,
-        "config": config,
+        "config": {},
         "files": files,
         "signature": signature,
     }
+    return bundle, config
+
+
+def _config(content: bytes) -> Dict[str, Any]:
+    config = canonical_json(content, "config")
+    if not isinstance(config, dict):
+        raise Refused("config is not a JSON object")
+    return config
+
+
+def _read_tar_head(tar: _Tar) -> Tuple[Head, Bundle, Dict[str, int]]:
+    """The head of a tar, what it says, and the offsets of the blobs in it."""
+    if tar.small("oci-layout") != OCI_LAYOUT:
+        raise Refused("oci-layout (offset %d) does not say image layout 1.0.0" % tar.data_start)
+    index = tar.small("index.json")
+    canonical_json(index, "index.json")
+    signature = tar.small("signature.sshsig") if tar.peek() == "signature.sshsig" else None
+    if signature is not None:
+        _canonical_armor(signature)
+    manifest = tar.blob(tar.peek(), limit=MANIFEST_LIMIT)
+    bundle, descriptor = described(index, signature, manifest)
+    offsets = {bundle["manifest_digest"]: tar.data_start}
+    config = tar.blob(_blob_name(descriptor), limit=MANIFEST_LIMIT, size=descriptor["size"])
+    bundle["config"] = _config(config)
+    offsets[descriptor["digest"]] = tar.data_start
+    return Head(index, signature, manifest, config), bundle, offsets
+
+
+def _read_layout(tar: _Tar, sink: Optional[Sink] = None) -> Bundle:
+    _, bundle, offsets = _read_tar_head(tar)
+    files = bundle["files"]
+    for number, file in enumerate(files):
+        if number == len(files) - 1:
+            tar.padding()
+        if file["digest"] not in offsets:
+            tar.stream_blob(_blob_name(file), file["size"], sink)
+            offsets[file["digest"]] = tar.data_start
+        file["offset"] = offsets[file["digest"]]
+    if tar.data_start % PAGE:
+        raise Refused("the weights start at offset %d, not at a multiple of %d" % (tar.data_start, PAGE))
+    tar.end()
+    bundle["size"] = tar.size
+    return bundle
+
+
+RELEASE = ".release"
+"""The folder of an installed release that holds what describes it."""
+
+
+def release_head(folder: str) -> Head:
+    """What describes an installed release; none of its files was read. Raises Refused, OSError."""
+    content: List[Optional[bytes]] = []
+    for name in ("index.json", "signature.sshsig", "manifest.json", "config.json"):
+        try:
+            handle = os.open(os.path.join(folder, RELEASE, name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            content.append(None)
+            continue
+        with os.fdopen(handle, "rb") as stream:
+            content.append(stream.read(MANIFEST_LIMIT + 1))
+    index, signature, manifest, config = content
+    if index is None or manifest is None or config is None:
+        raise Refused("%s is no release: a file of %s is missing" % (folder, RELEASE))
+    return Head(index, signature, manifest, config)
+
+
+def _read_release(folder: str, on_bytes: Callable[[int], None]) -> Bundle:
+    bundle = head_of(release_head(folder))
+    bundle["path"] = folder
+    bundle["size"] = sum(file["size"] for file in bundle["files"])
+    for file in bundle["files"]:
+        path = _place(bundle, file)
+        if os.path.islink(path) or not os.path.isfile(path):
+            raise Refused("%s is missing" % path)
+        if os.path.getsize(path) != file["size"] or _sha256(path) != file["digest"]:
+            raise Refused("%s has another sha256 or size than the manifest says" % path)
+        on_bytes(file["size"])
+    return bundle
+
+
+def _place(bundle: Bundle, file: File) -> str:
+    """The file of this disk in which a file of a bundle lies: the tar, or its own."""
+    if os.path.isdir(bundle["path"]):
+        return os.path.join(bundle["path"], *file["path"].split("/"))
+    return bundle["path"]
 
 
 class _Tar:
@@ -265,16 +403,25 @@ class _Tar:
         self._zeros(-found % BLOCK, name)
         return content
 
-    def stream_blob(self, name: str, size: int) -> None:
+    def stream_blob(self, name: str, size: int, sink: Optional[Sink] = None) -> None:
         self._open(name, size)
         digest = hashlib.sha256()
-        left = size
+        have = sink.begin("sha256:" + name[-64:], size) if sink is not None else 0
+        if have:
+            self.stream.seek(have, os.SEEK_CUR)
+            self.offset += have
+        left = size - have
         while left:
             piece = self._exactly(min(PIECE, left), name)
-            digest.update(piece)
+            if sink is None:
+                digest.update(piece)
+            else:
+                sink.piece(piece, self.offset)
             left -= len(piece)
             self._on_bytes(len(piece))
-        if digest.hexdigest() != name[-64:]:
+        if sink is not None:
+            sink.end()
+        elif digest.hexdigest() != name[-64:]:
             raise Refused("%s at offset %d has another sha256" % (name, self.data_start))
         self._zeros(-size % BLOCK, name)
 
@@ -467,7 +614,7 @@ def _safe_name(name: str, what: str) -> str:
     return name
 
 
-def _same_index(index: Any, manifest_name: str, manifest: bytes, name: str) -> None:
+def _same_index(index: Any, digest: str, manifest: bytes, name: str) -> None:
     expected = {
         "schemaVersion": 2,
         "mediaType": INDEX_TYPE,
@@ -475,7 +622,7 @@ def _same_index(index: Any, manifest_name: str, manifest: bytes, name: str) -> N
             {
                 "mediaType": MANIFEST_TYPE,
                 "artifactType": ARTIFACT_TYPE,
-                "digest": "sha256:" + manifest_name.rsplit("/", 1)[1],
+                "digest": "sha256:" + digest,
                 "size": len(manifest),
                 "annotations": {REF_NAME: name},
             }
@@ -485,7 +632,7 @@ def _same_index(index: Any, manifest_name: str, manifest: bytes, name: str) -> N
         raise Refused("index.json does not describe this manifest (digest, size and name %r)" % _shown(name))
 
 
-def _blob_name(descriptor: Dict[str, Any]) -> str:
+def _blob_name(descriptor: Mapping[str, Any]) -> str:
     return "blobs/sha256/" + str(descriptor["digest"])[len("sha256:") :]
 
 
@@ -508,7 +655,7 @@ def read_file(bundle: Bundle, path: str) -> bytes:
         raise Refused("the bundle has no %s" % path)
     if file["size"] > JSON_LIMIT:
         raise Refused("%s has %d bytes, the limit is %d" % (path, file["size"], JSON_LIMIT))
-    with open(bundle["path"], "rb") as stream:
+    with open(_place(bundle, file), "rb") as stream:
         stream.seek(file["offset"])
         content = stream.read(file["size"])
     if "sha256:" + hashlib.sha256(content).hexdigest() != file["digest"]:
@@ -527,8 +674,9 @@ def read_document(bundle: Bundle, path: str) -> Dict[str, Any]:
 def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
     """Copies one file out of a verified bundle, hashed as it is read; returns where it is.
 
-    A file that is already there with the right bytes is kept, so that a second check copies nothing. Raises
-    NoSpace before writing, and Refused when the bundle changed meanwhile.
+    A file that is already there with the right bytes is kept, so that a second check copies nothing. Of an installed
+    release it is a hard link, where the disk can make one. Raises NoSpace before writing, and Refused when the bundle
+    changed meanwhile.
     """
     file = find_file(bundle, path)
     if file is None:
@@ -537,20 +685,24 @@ def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], No
     mode = 0o755 if path == SERVER else 0o644
     there = os.path.isfile(target) and os.path.getsize(target) == file["size"]
     if there and _sha256(target) == file["digest"]:
-        os.chmod(target, mode)
+        if os.stat(target).st_nlink == 1:
+            os.chmod(target, mode)
         return target
     os.makedirs(os.path.dirname(target), exist_ok=True)
+    place = _place(bundle, file)
+    if place != bundle["path"] and _linked(place, target):
+        return target
     _require_space(os.path.dirname(target), file["size"])
     part = target + ".part"
     try:
-        with open(bundle["path"], "rb") as source, _new_file(part) as out:
+        with open(place, "rb") as source, _new_file(part) as out:
             source.seek(file["offset"])
             digest = hashlib.sha256()
             left = file["size"]
             while left:
                 piece = source.read(min(PIECE, left))
                 if not piece:
-                    raise Refused("%s ends too early; it changed after it was verified" % bundle["path"])
+                    raise Refused("%s ends too early; it changed after it was verified" % place)
                 digest.update(piece)
                 out.write(piece)
                 left -= len(piece)
@@ -565,6 +717,17 @@ def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], No
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
     return target
+
+
+def _linked(source: str, target: str) -> bool:
+    """Makes ``target`` another name of ``source``, with the mode that this has; False where the disk cannot."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _new_file(path: str) -> BinaryIO:
@@ -821,11 +984,12 @@ def preflight(bundle: Bundle, plan: Dict[str, Any], work: str, limit: Optional[i
     folder = os.path.abspath(work)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
+    unpacked = [f["size"] for f in bundle["files"] if _is_unpacked(f["path"], plan["runtime"])]
     return {
         "memory_needed": host,
         "memory_available": available,
         "device_memory_needed": None if unified else sum(p["high"] for p in parts if p["place"] == "device"),
-        "disk_needed": sum(f["size"] for f in bundle["files"] if _is_unpacked(f["path"], plan["runtime"])),
+        "disk_needed": 0 if os.path.isdir(bundle["path"]) else sum(unpacked),
         "disk_free": shutil.disk_usage(folder).free,
     }
 
@@ -2692,7 +2856,7 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
     server = next((f["digest"] for f in bundle["files"] if f["path"] == SERVER), None)
     facts: Dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "agent": _sha256(os.path.abspath(__file__)),
+        "agent": "sha256:" + hashlib.sha256(_source()).hexdigest(),
         "bundle": {
             "name": bundle["name"],
             "manifest_digest": bundle["manifest_digest"],
@@ -2707,6 +2871,12 @@ def _verified(options: argparse.Namespace) -> Tuple[Bundle, Dict[str, Any]]:
     for name in (*empty, "memory", "log", "served", "failure"):
         facts[name] = None
     return bundle, facts
+
+
+def _source() -> bytes:
+    """This file's own bytes, also where it lies in a zipapp."""
+    content: bytes = globals()["__loader__"].get_data(__file__)
+    return content
 
 
 def _server_program(
@@ -2938,9 +3108,10 @@ def only_machine(options: argparse.Namespace) -> Dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """A line of progress on stderr."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """A line of progress on stderr; whoever listened may be gone, and the work goes on."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

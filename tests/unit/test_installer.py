@@ -1,0 +1,1370 @@
+"""The store on the device: what gets in, in which order, and that no failure leaves anything but a whole release."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import ctypes
+import errno
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepack import check, serde
+from edgepack.bundle import oci, sign
+from edgepack.device import agent, installer
+from edgepack.units import Bytes
+from tests import releases
+from tests.plans import example_plan
+from tests.releases import Answer, Device
+
+
+@pytest.fixture(scope="session")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "key"
+    sign.new_key(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def signers(key: Path) -> str:
+    return sign.allowed_signer(key)
+
+
+@pytest.fixture(scope="session")
+def first(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return releases.bundle(tmp_path_factory.mktemp("first") / "first.tar", key, sequence=1)
+
+
+@pytest.fixture(scope="session")
+def second(key: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another configuration of the same weights."""
+    out = tmp_path_factory.mktemp("second") / "second.tar"
+    return releases.bundle(out, key, sequence=2, files={"notes.txt": "another context"})
+
+
+@pytest.fixture
+def device(tmp_path: Path, signers: str) -> Device:
+    made = Device(tmp_path / "store")
+    assert made.enroll(signers).status == 0
+    return made
+
+
+# ── offer, receive, install ──
+
+
+def test_a_release_that_is_offered_received_and_installed_is_the_current_one(
+    device: Device, first: Path
+) -> None:
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+    received = device.run("receive", offered["release"], stdin=sent).document
+    installed = device.run("install", offered["release"])
+
+    assert (offered["state"], received["state"]) == ("new", "received")
+    assert installed.status == 0
+    assert installed.document["outcome"] == "good"
+    assert device.current() == releases.release_of(first)
+    assert device.previous() is None
+    current = device.root / "current"
+    assert (current / "model.gguf").read_bytes() == b"GGUF" + bytes(5000)
+    assert (current / "app/empty.txt").read_bytes() == b""
+    assert device.events() == ["enrolled", "offered", "laid-out", "switching", "tested", "good"]
+
+
+def test_a_second_release_takes_only_what_the_first_has_not(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+
+    offered = device.run("offer", stdin=releases.offer_frames(second)).document
+
+    assert [entry["bytes"] for entry in offered["missing"]] == [len("another context")]
+    sent = b"".join(releases.blob_frames(second, offered["missing"]))
+    device.run("receive", offered["release"], stdin=sent)
+    assert device.run("install", offered["release"]).document["outcome"] == "good"
+    assert device.current() == releases.release_of(second)
+    assert device.previous() == releases.release_of(first)
+    weights = [(device.root / link / "model.gguf").stat() for link in ("current", "previous")]
+    assert weights[0].st_ino == weights[1].st_ino
+
+
+def test_installing_what_is_current_does_nothing(device: Device, first: Path) -> None:
+    device.run("install", first)
+
+    again = device.run("install", first)
+
+    assert again.document["outcome"] == "current"
+    assert device.events().count("switching") == 1
+
+
+def test_a_release_that_fails_its_test_goes_back_to_the_one_before(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    failing = Device(device.root, check=lambda _: {**releases.passing(), "failure": {
+        "kind": "oom-killed", "stage": "fill", "message": "out of memory",
+    }})  # fmt: skip
+
+    answer = failing.run("install", second)
+
+    assert answer.status == 5
+    assert answer.document["outcome"] == "rolled-back"
+    assert "oom-killed" in answer.document["reasons"][0]
+    assert device.current() == releases.release_of(first)
+    assert device.previous() is None
+    assert installer.good_releases(device.store) == [releases.release_of(first)]
+
+
+# ── enrolling ──
+
+
+def test_a_folder_that_is_not_enrolled_takes_nothing(tmp_path: Path, first: Path) -> None:
+    device = Device(tmp_path / "store")
+
+    answer = device.run("install", first)
+
+    assert answer.status == 2
+    assert "enroll" in answer.said
+    assert not device.root.exists()
+
+
+def test_signers_are_replaced_only_when_asked(device: Device, signers: str, tmp_path: Path) -> None:
+    sign.new_key(tmp_path / "other")
+    other = sign.allowed_signer(tmp_path / "other")
+
+    assert device.enroll(other).status == 6
+    assert (device.root / "allowed_signers").read_text() == signers
+    assert device.enroll("").status == 0
+    assert device.enroll(other, "--replace-signers").status == 0
+    assert (device.root / "allowed_signers").read_text() == other
+
+
+def test_the_mode_of_a_store_stays(device: Device, signers: str) -> None:
+    answer = device.enroll(signers, mode="user")
+
+    assert answer.status == 6
+    assert device.store.settings.mode == "none"
+    assert device.enroll(signers, "--keep", "3").status == 0
+    assert device.store.settings.keep == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nobody\n", "edgepack\n", "edgepack ssh-ed25519 short\n", "x" * 70000]
+)
+def test_what_names_no_signer_is_refused(tmp_path: Path, text: str) -> None:
+    device = Device(tmp_path / "store")
+
+    assert device.enroll(text).status == 2
+    assert not (device.root / "enrolled.json").exists()
+
+
+def test_a_folder_with_other_things_in_it_is_no_root(tmp_path: Path, signers: str) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+
+    answer = Device(tmp_path).enroll(signers)
+
+    assert answer.status == 2
+    assert "thesis.txt" in answer.said
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("folder", [".", "blobs/sha256", "incoming", "releases"])
+def test_a_store_that_others_can_write_is_refused(device: Device, first: Path, folder: str) -> None:
+    (device.root / folder).chmod(0o777)
+
+    answer = device.run("install", first)
+
+    assert answer.status == 6
+    assert "written by others" in answer.said
+
+
+@pytest.mark.parametrize("name", ["blobs", "blobs/sha256", "incoming", "quarantine", "releases"])
+def test_a_link_in_place_of_a_folder_is_refused(
+    device: Device, first: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.rmtree(device.root / name)
+    (device.root / name).symlink_to(tmp_path)
+
+    assert device.run("install", first).status == 6
+
+
+def test_a_link_inside_a_release_is_not_followed(device: Device, first: Path, tmp_path: Path) -> None:
+    device.run("install", first)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "llama-server").write_text("mine")
+    release = device.root / "releases" / releases.release_of(first)
+    shutil.rmtree(release / "bin")
+    (release / "bin").symlink_to(outside)
+
+    statuses = [device.run(*words).status for words in (["fsck"], ["install", first], ["gc"], ["boot"])]
+
+    assert statuses[0] == 6
+    assert [path.read_text() for path in outside.iterdir()] == ["mine"]
+
+
+# ── who may install what ──
+
+
+def outside_incoming(root: Path) -> dict[str, bytes]:
+    """Everything in a store that an offer may not touch before it was judged."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_file() and not name.startswith("incoming/") and name not in ("lock", "journal.jsonl"):
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.fixture
+def resigned(tmp_path: Path, key: Path) -> Callable[..., Path]:
+    """A bundle like the first with something about it that is another."""
+
+    def made(signed_by: Path | None = key, **changes: Any) -> Path:
+        return releases.bundle(tmp_path / "changed.tar", signed_by, **changes)
+
+    return made
+
+
+def refusals(device: Device, path: Path, *flags: str) -> list[Answer]:
+    """The answers to an offer and to an install of a bundle; both leave the store as it was."""
+    before = outside_incoming(device.root)
+    answers = [
+        device.run("offer", *flags, stdin=releases.offer_frames(path)),
+        device.run("install", path, *flags),
+    ]
+    assert outside_incoming(device.root) == before
+    return answers
+
+
+def test_unsigned_and_foreign_bundles_are_refused(
+    device: Device, resigned: Callable[..., Path], tmp_path: Path
+) -> None:
+    sign.new_key(tmp_path / "other")
+
+    for signer, told in ((None, "not signed"), (tmp_path / "other", "is not in")):
+        for answer in refusals(device, resigned(signed_by=signer)):
+            assert answer.status == 6
+            assert told in answer.said
+
+
+def test_a_downgrade_is_refused_also_the_second_time_and_when_its_release_is_gone(
+    device: Device, resigned: Callable[..., Path], first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    device.run("install", second)
+    for number in (5, 6, 7):
+        device.run("install", resigned(sequence=number, files={"n.txt": str(number)}))
+    assert releases.release_of(first) not in device.store.releases()
+
+    for _ in range(2):
+        for answer in refusals(device, second):
+            assert answer.status == 6
+            assert "sequence 2 is below 7" in answer.said
+    shutil.rmtree(device.root / "releases")
+    (device.root / "releases").mkdir()
+    assert [answer.status for answer in refusals(device, second)] == [6, 6]
+
+
+def test_another_release_of_the_same_sequence_is_refused(
+    device: Device, resigned: Callable[..., Path], first: Path
+) -> None:
+    device.run("install", first)
+
+    for answer in refusals(device, resigned(sequence=1, files={"n.txt": "another"})):
+        assert answer.status == 6
+        assert "sequence 1" in answer.said
+
+
+def test_a_downgrade_that_is_allowed_does_not_lower_the_highest_sequence(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", second)
+
+    assert device.run("install", first, "--allow-downgrade").document["outcome"] == "good"
+
+    assert device.current() == releases.release_of(first)
+    assert device.store.sequence() == (2, releases.release_of(second))
+
+
+def test_a_release_that_failed_does_not_raise_the_highest_sequence(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    Device(device.root, check=fails).run("install", second)
+
+    assert device.store.sequence() == (1, releases.release_of(first))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.0", "1e3", "01", "9" * 40])
+def test_a_release_needs_a_number(device: Device, resigned: Callable[..., Path], text: str) -> None:
+    path = resigned(annotations={"org.edgepack.release-sequence": text})
+
+    assert [answer.status for answer in refusals(device, path)] == [6, 6]
+
+
+def fails(_: argparse.Namespace) -> dict[str, Any]:
+    failure = {"kind": "oom-killed", "stage": "fill", "message": "out of memory"}
+    return {**releases.passing(), "failure": failure}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"arch": "x86_64"}, "architecture is x86_64, not aarch64"),
+        ({"memory_total": 2 << 30}, "memory is 2147483648 bytes"),
+        ({"device_tree": ["Toaster"]}, "device tree"),
+    ],
+)
+def test_another_device_is_refused_unless_forced(
+    device: Device, first: Path, change: dict[str, Any], told: str
+) -> None:
+    other = Device(device.root, facts={**releases.machine(), **change})
+
+    for answer in refusals(other, first):
+        assert answer.status == 6
+        assert told in answer.said
+    assert other.run("install", first, "--force-device").document["outcome"] == "good"
+
+
+def test_too_little_memory_in_all_is_refused(device: Device, resigned: Callable[..., Path]) -> None:
+    plan = example_plan(releases.PROFILE)
+    parts = (*plan.memory.parts[:-1], replace(plan.memory.parts[-1], high=Bytes(64 << 30)))
+    path = resigned(plan=replace(plan, memory=replace(plan.memory, parts=parts)))
+
+    for answer in refusals(device, path):
+        assert answer.status == 6
+        assert "bytes of memory and this device has" in answer.said
+
+
+def test_too_little_free_memory_refuses_the_switch_and_the_server_goes_on(
+    tmp_path: Path, signers: str, first: Path, second: Path
+) -> None:
+    device = Device(tmp_path / "store")
+    device.enroll(signers, mode="user")
+    device.run("install", first)
+    busy = Device(device.root, facts={**releases.machine(), "memory_available": 1 << 20})
+
+    answer = busy.run("install", second)
+
+    assert answer.status == 6
+    assert "are free" in answer.said
+    assert busy.current() == releases.release_of(first)
+    assert busy.ran[-1] == "systemctl --user start edgepack.service"
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "[]", "{}", "not json", '{"profile": 1}', '{"profile": {}}', '{"profile": {"arch": "aarch64"}}',
+        '{"profile": {"arch": "aarch64", "memory": "much"}}', '{"profile": {"arch": "aarch64", "memory": 1e999}}',
+        '{"profile": {"arch": [], "memory": 1, "match": [], "software": []}}', "[" * 40 + "]" * 40,
+        '{"profile": {"arch": "aarch64", "memory": 8000000000}, "memory": {"parts": [{"high": "x"}]}}',
+        '{"profile": {"arch": "aarch64", "memory": 8000000000}, "memory": {"parts": {}}, "budget": 1}',
+    ],
+)  # fmt: skip
+def test_a_signed_plan_that_is_none_is_refused(
+    device: Device, resigned: Callable[..., Path], plan: str
+) -> None:
+    for answer in refusals(device, resigned(files={"plan.json": plan})):
+        assert answer.status == 6
+        assert answer.said.startswith("refused: ")
+
+
+# ── the disk ──
+
+
+def test_too_little_disk_refuses_before_anything_is_written(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN)
+
+    answers = refusals(device, first)
+
+    assert [answer.status for answer in answers] == [10, 10]
+    assert list((device.root / "incoming").iterdir()) == []
+
+
+def test_what_nothing_needs_makes_room(
+    device: Device, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    garbage = device.root / "incoming" / ("a" * 64 + ".part")
+    garbage.write_bytes(bytes(1000))
+    abandoned = device.root / "blobs/sha256" / ("b" * 64)
+    abandoned.write_bytes(bytes(1000))
+    monkeypatch.setattr(
+        installer.Store, "free", lambda self: 0 if garbage.exists() or abandoned.exists() else 1 << 30
+    )
+
+    assert device.run("install", second).document["outcome"] == "good"
+
+
+def test_another_configuration_writes_none_of_the_weights_again(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = b"GGUF" + bytes(300_000)
+    device.run("install", resigned(weights=weights))
+    other = resigned(weights=weights, sequence=2, files={"notes.txt": "another context"})
+    written = 0
+    write = os.write
+
+    def counted(handle: int, content: bytes) -> int:
+        nonlocal written
+        written += len(content)
+        return write(handle, content)
+
+    monkeypatch.setattr(os, "write", counted)
+    assert device.run("install", other).document["outcome"] == "good"
+
+    assert 0 < written < 10_000
+
+
+# ── frames ──
+
+
+def line(**fields: Any) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\n", b"{}\n", b"[]\n", b"null\n", b"x" * 600, b"\xff\xfe\n", b'{"name": "index"}\n',
+        line(name="index", offset=0, bytes=-1), line(name="index", offset=-1, bytes=0),
+        line(name="index", offset=0, bytes=1 << 60), line(name="index", offset=0, bytes=1.0),
+        line(name="index", offset=0, bytes=True), line(name=1, offset=0, bytes=0),
+        line(name="index", offset=0, bytes=0, more=1), line(name="index", offset=1, bytes=0),
+        line(name="index", offset=0, bytes=1 << 17), line(name="../index", offset=0, bytes=0),
+        line(name="index", offset=0, bytes=4) + b"{}", line(name="sha256:" + "0" * 64, offset=0, bytes=0),
+        line(name="index", offset=0, bytes=2) + b"{}" + line(name="index", offset=0, bytes=2) + b"{}",
+        line(name="index", offset=0, bytes=2) + b"{}" + line(name="manifest", offset=0, bytes=2) + b"{}",
+        b'{"name": "index", "name": "index", "offset": 0, "bytes": 0}\n', b"",
+    ],
+)  # fmt: skip
+def test_other_shapes_than_an_offer_are_refused(device: Device, stream: bytes) -> None:
+    before = outside_incoming(device.root)
+
+    answer = device.run("offer", stdin=stream)
+
+    assert answer.status == 6
+    assert outside_incoming(device.root) == before
+
+
+def test_an_offer_without_a_part_or_with_another_is_refused(
+    device: Device, first: Path, second: Path
+) -> None:
+    parts = split_frames(releases.offer_frames(first))
+    others = split_frames(releases.offer_frames(second))
+
+    for at in range(len(parts)):
+        without = parts[:at] + parts[at + 1 :]
+        twice = [*parts, parts[at]]
+        swapped = [*parts[:at], others[at], *parts[at + 1 :]]
+        for frames in (without, twice, swapped) if parts[at] != others[at] else (without, twice):
+            assert device.run("offer", stdin=b"".join(frames)).status == 6
+
+
+def split_frames(stream: bytes) -> list[bytes]:
+    found = []
+    while stream:
+        head, _, rest = stream.partition(b"\n")
+        size = json.loads(head)["bytes"]
+        found.append(head + b"\n" + rest[:size])
+        stream = rest[size:]
+    return found
+
+
+def test_a_dry_offer_writes_nothing(device: Device, first: Path) -> None:
+    before = sorted(device.root.rglob("*"))
+
+    answer = device.run("offer", "--dry-run", stdin=releases.offer_frames(first))
+
+    assert answer.document["state"] == "new"
+    assert sorted(device.root.rglob("*")) == before
+
+
+def test_a_transfer_goes_on_where_it_was_cut(device: Device, first: Path) -> None:
+    document = device.run("offer", stdin=releases.offer_frames(first)).document
+    cuts = random.Random(0)
+    sent = 0
+
+    for _ in range(100):
+        if not document["missing"]:
+            break
+        stream = b"".join(releases.blob_frames(first, document["missing"]))
+        cut = stream[: cuts.randrange(1, 900)]
+        sent += len(cut)
+        document = device.run("receive", document["release"], stdin=cut).document
+
+    assert document["state"] == "received"
+    assert sent < 12000
+    assert device.run("install", document["release"]).document["outcome"] == "good"
+
+
+def test_a_remembered_offer_that_the_disk_damaged_is_written_again(device: Device, first: Path) -> None:
+    release = device.run("offer", stdin=releases.offer_frames(first)).document["release"]
+    described = device.root / "incoming" / f"{release}.offer/.release"
+    flip(described / "manifest.json")
+    assert device.run("receive", release).status == 6
+    (described / "config.json").unlink()
+
+    again = device.run("offer", stdin=releases.offer_frames(first)).document
+
+    sent = b"".join(releases.blob_frames(first, again["missing"]))
+    assert device.run("receive", release, stdin=sent).document["state"] == "received"
+
+
+def test_wrong_bytes_are_refused_and_come_again(device: Device, first: Path) -> None:
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    weights = [entry for entry in offered["missing"] if entry["bytes"] > 5000]
+    wrong = releases.frame(weights[0]["digest"], bytes(weights[0]["bytes"]))
+
+    answer = device.run("receive", offered["release"], stdin=wrong)
+
+    assert answer.status == 6
+    assert "another sha256" in answer.said
+    again = device.run("offer", stdin=releases.offer_frames(first)).document
+    assert again["missing"] == offered["missing"]
+
+
+def test_frames_that_do_not_go_on_where_the_part_ends_are_refused(device: Device, first: Path) -> None:
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    weights = next(entry for entry in offered["missing"] if entry["bytes"] > 5000)
+    digest, size = weights["digest"], weights["bytes"]
+    frames = [
+        releases.frame(digest, b"x", 1),
+        releases.frame(digest, bytes(size + 1)),
+        releases.frame("sha256:" + "0" * 64, b"x"),
+        releases.frame("index", b"x"),
+        releases.frame("../../etc/passwd", b"x"),
+    ]
+
+    for stream in frames:
+        assert device.run("receive", offered["release"], stdin=stream).status == 6
+    assert device.run("receive", offered["release"]).document["missing"] == offered["missing"]
+    assert device.run("receive", "0" * 64).status == 2
+    assert device.run("receive", "../..").status == 2
+
+
+def test_a_part_that_is_longer_than_its_blob_begins_anew(device: Device, first: Path) -> None:
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    weights = next(entry for entry in offered["missing"] if entry["bytes"] > 5000)
+    device.store.part(weights["digest"])
+    Path(device.store.part(weights["digest"])).write_bytes(bytes(9000))
+
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+
+    assert device.run("receive", offered["release"], stdin=sent).document["state"] == "received"
+
+
+def test_a_silent_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.write(write, b"abc")
+    monkeypatch.setattr(installer, "IDLE", 0.01)
+
+    content = io.BufferedReader(installer.Patient(read)).read()
+
+    assert content == b"abc"
+    os.close(write)
+    os.close(read)
+
+
+# ── hostile manifests: the same checks for tars and for frames ──
+
+
+def hostile(key: Path, change: Callable[[dict[str, Any]], None], path: Path) -> bytes:
+    """The frames of an offer whose manifest was changed and signed again."""
+    head, found = agent.read_head(str(path))
+    plan = agent.read_file(found, "plan.json")
+    manifest = json.loads(head.manifest)
+    change(manifest)
+    content = oci.canonical(manifest)
+    digest = hashlib.sha256(content).hexdigest()
+    index = json.loads(head.index_json)
+    index["manifests"][0].update(digest=f"sha256:{digest}", size=len(content))
+    parts = [
+        releases.frame("index", oci.canonical(index)),
+        releases.frame("signature", sign.sign(key, digest)),
+        releases.frame("manifest", content),
+        *(releases.frame(f"sha256:{hashlib.sha256(blob).hexdigest()}", blob) for blob in (head.config, plan)),
+    ]
+    return b"".join(parts)
+
+
+def rename_layer(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest["layers"][1]["annotations"].update({agent.FILEPATH: name})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(rename_layer, (
+            "../x", "/etc/passwd", "a/../b", "a//b", ".release", ".release/index.json", ".new-x", "a\nb", "",
+            "plan.json", "plan.json/x", "a/b/c/d", "x" * 101, "C:\\x", "model.gguf", "-rf", "a/.x",
+        )),
+        lambda manifest: manifest["layers"][1].update(size=-1),
+        lambda manifest: manifest["layers"][1].update(size=1 << 60),
+        lambda manifest: manifest["layers"][1].update(size=1.5),
+        lambda manifest: manifest["layers"][1].update(digest="sha256:../../x"),
+        lambda manifest: manifest["layers"][1].update(digest=manifest["layers"][-1]["digest"]),
+        lambda manifest: manifest["layers"][1].update(urls=["http://example.com"]),
+        lambda manifest: manifest["layers"].extend([]) or manifest.update(layers=manifest["layers"] * 99),
+        lambda manifest: manifest.update(layers=[]),
+        lambda manifest: manifest["layers"].append(
+            {**manifest["layers"][1], "size": 7, "annotations": {agent.FILEPATH: "twice"}}),
+        lambda manifest: manifest["config"].update(size=1),
+        lambda manifest: manifest["annotations"].pop("org.edgepack.release-sequence"),
+        lambda manifest: manifest["annotations"].update({"org.edgepack.release-sequence": 3}),
+    ],
+)  # fmt: skip
+def test_a_signed_manifest_with_hostile_content_is_refused_before_anything_is_written(
+    device: Device, key: Path, first: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    before = sorted(device.root.rglob("*"))
+
+    answer = device.run("offer", stdin=hostile(key, change, first))
+
+    assert answer.status == 6
+    assert answer.said.startswith("refused: ")
+    assert sorted(device.root.rglob("*")) == before
+
+
+def test_a_signed_release_that_is_too_large_for_any_disk_is_refused(
+    device: Device, key: Path, first: Path
+) -> None:
+    def grown(manifest: dict[str, Any]) -> None:
+        manifest["layers"][-1].update(digest="sha256:" + "1" * 64, size=(1 << 50) - 1)
+
+    assert device.run("offer", stdin=hostile(key, grown, first)).status == 10
+
+
+# ── two at once ──
+
+
+def test_a_second_installer_is_told_who_is_at_work(device: Device, first: Path) -> None:
+    with installer.locked(str(device.root), "install"):
+        answers = [device.run("install", first), device.run("gc"), device.run("rollback")]
+        booted = device.run("boot")
+        told = device.run("status")
+
+    for answer in answers:
+        assert answer.status == 11
+        assert f"process {os.getpid()}, install" in answer.said
+    assert booted.document["outcome"] == "busy"
+    assert told.status == 0
+    assert device.run("install", first).status == 0
+
+
+# ── the bundle that is consumed ──
+
+BIG = b"GGUF" + random.Random(1).randbytes(3 << 20)
+
+
+def blocks(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+def test_a_consumed_bundle_gives_its_disk_back_and_is_gone(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resigned(weights=BIG)
+    monkeypatch.setattr(installer, "FLUSH", 1 << 19)
+    peak = 0
+    punch = installer.Puncher.punch
+
+    def measured(self: installer.Puncher, begin: int, end: int) -> None:
+        nonlocal peak
+        peak = max(peak, blocks(path) + sum(map(blocks, (device.root / "incoming").glob("*.part"))))
+        punch(self, begin, end)
+
+    monkeypatch.setattr(installer.Puncher, "punch", measured)
+    before = blocks(path)
+
+    answer = device.run("install", path, "--consume")
+
+    assert answer.document["outcome"] == "good"
+    assert not path.exists()
+    assert (device.root / "current/model.gguf").read_bytes() == BIG
+    assert before <= peak <= before + 2 * agent.PIECE
+
+
+def test_a_consumed_bundle_goes_on_after_a_kill(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resigned(weights=BIG)
+    monkeypatch.setattr(installer, "FLUSH", 1 << 19)
+    punch = installer.Puncher.punch
+    punched: list[int] = []
+
+    def killed(self: installer.Puncher, begin: int, end: int) -> None:
+        punch(self, begin, end)
+        punched.append(end)
+        if len(punched) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(installer.Puncher, "punch", killed)
+    assert device.run("install", path, "--consume").status == 130
+    whole = path.stat().st_size
+    assert blocks(path) < whole - (1 << 19)
+
+    answer = device.run("install", path, "--consume")
+
+    assert answer.document["outcome"] == "good"
+    assert (device.root / "current/model.gguf").read_bytes() == BIG
+    assert not path.exists()
+
+
+def test_a_bundle_that_is_not_whole_is_not_consumed(device: Device, resigned: Callable[..., Path]) -> None:
+    path = resigned(weights=BIG)
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+
+    answer = device.run("install", path, "--consume")
+
+    assert answer.status == 6
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", ["more", "less", "other"])
+def test_a_bundle_with_another_end_keeps_every_byte(
+    device: Device, resigned: Callable[..., Path], change: str
+) -> None:
+    path = resigned(weights=BIG)
+    content = path.read_bytes()
+    content = {"more": content + b"x" * 4096, "less": content[:-512], "other": content[:-9] + b"123456789"}[
+        change
+    ]
+    path.write_bytes(content)
+
+    assert device.run("install", path, "--consume").status == 6
+    assert path.read_bytes() == content
+
+
+def test_half_a_consumed_bundle_is_not_collected_by_another_install(
+    device: Device, resigned: Callable[..., Path], first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resigned(weights=BIG, sequence=3)
+    monkeypatch.setattr(installer, "FLUSH", 1 << 19)
+    commit = installer.Incoming.commit
+
+    def killed(self: installer.Incoming) -> None:
+        if self.size > 1 << 20:
+            raise KeyboardInterrupt
+        commit(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(installer.Incoming, "commit", killed)
+        assert device.run("install", path, "--consume").status == 130
+    device.run("install", first)
+
+    assert device.run("install", path, "--consume").document["outcome"] == "good"
+
+
+def test_without_holes_nothing_is_consumed(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    before = first.read_bytes()
+
+    for answer in (device.run("install", first, "--consume"), device.run("install", "0" * 64, "--consume")):
+        assert answer.status == 2
+    assert first.read_bytes() == before
+
+
+# ── fsck ──
+
+
+def flip(path: Path) -> None:
+    path.chmod(0o644)
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    path.chmod(0o444)
+
+
+def test_a_flipped_byte_is_found_set_aside_and_only_its_blob_comes_again(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    device.run("install", second)
+    weights = device.root / "current/model.gguf"
+    good = weights.read_bytes()
+    flip(weights)
+
+    found = device.run("fsck").document
+
+    digest = f"sha256:{hashlib.sha256(good).hexdigest()}"
+    assert [(entry["digest"], entry["path"]) for entry in found["bad"]] == [
+        (digest, f"blobs/sha256/{digest[7:]}")
+    ]
+    assert found["quarantined"] == 1
+    assert sorted(entry["release"] for entry in found["missing"]) == device.store.releases()
+    assert {entry["digest"] for entry in found["missing"]} == {digest}
+    assert not weights.exists()
+    assert (device.root / "quarantine" / digest[7:]).stat().st_nlink == 1
+    offered = device.run("offer", stdin=releases.offer_frames(second)).document
+    assert [entry["digest"] for entry in offered["missing"]] == [digest]
+    sent = b"".join(releases.blob_frames(second, offered["missing"]))
+    assert device.run("receive", offered["release"], stdin=sent).document["state"] == "current"
+    assert weights.read_bytes() == good
+    mended = device.run("fsck").document
+    assert (mended["bad"], mended["missing"]) == ([], [])
+    assert (device.root / "previous/model.gguf").read_bytes() == good
+
+
+def test_a_bundle_repairs_what_fsck_found(device: Device, first: Path, second: Path) -> None:
+    device.run("install", first)
+    flip(device.root / "current/model.gguf")
+
+    refused = device.run("fsck", "--repair-from", second)
+    repaired = device.run("fsck", "--repair-from", first).document
+
+    assert refused.status == 6
+    assert repaired["missing"] == []
+    assert agent.read_bundle(str(device.root / "current"))["name"] == "tiny"
+
+
+def test_a_file_of_a_release_that_is_not_its_blob_is_put_right(device: Device, first: Path) -> None:
+    device.run("install", first)
+    start = device.root / "current/start.sh"
+    start.unlink()
+    start.write_text("#!/bin/sh\nevil\n")
+    notes = device.root / "current/edgepack.service"
+    copied = notes.read_bytes()
+    notes.unlink()
+    notes.write_bytes(copied)
+
+    found = device.run("fsck").document
+
+    assert [entry["path"].rpartition("/")[2] for entry in found["bad"]] == ["start.sh"]
+    assert found["missing"] == []
+    assert start.read_text() == "#!/bin/sh\n"
+    assert notes.stat().st_nlink > 1
+
+
+def test_a_damaged_description_of_a_release_is_mended_by_an_offer(device: Device, first: Path) -> None:
+    device.run("install", first)
+    described = device.root / "current/.release/manifest.json"
+    before = described.read_bytes()
+    flip(described)
+
+    found = device.run("fsck").document
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    device.run("receive", offered["release"])
+
+    assert [entry["path"] for entry in found["missing"]] == [".release"]
+    assert described.read_bytes() == before
+    assert device.run("fsck").document["missing"] == []
+
+
+def test_a_blob_that_cannot_be_read_is_bad(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    weights = os.path.realpath(device.root / "blobs")
+    broken = hashlib.sha256(b"GGUF" + bytes(5000)).hexdigest()
+    real = installer.hash_on_disk
+
+    def read(path: str) -> str:
+        if path == f"{weights}/sha256/{broken}":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(installer, "hash_on_disk", read)
+
+    assert [entry["digest"] for entry in device.run("fsck").document["bad"]] == [f"sha256:{broken}"]
+
+
+def test_what_is_installed_may_be_mended_though_a_newer_one_runs(
+    device: Device, first: Path, resigned: Callable[..., Path]
+) -> None:
+    device.run("install", first)
+    device.run("install", resigned(sequence=2, weights=b"GGUF" + b"2" * 6000))
+    flip(device.root / "previous/model.gguf")
+    device.run("fsck")
+
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+    device.run("receive", offered["release"], stdin=sent)
+
+    assert agent.read_bundle(str(device.root / "previous"))["name"] == "tiny"
+    assert device.run("install", first).status == 6
+
+
+# ── an installed release is a bundle, too ──
+
+
+def test_a_release_is_read_where_it_lies_and_gives_links_instead_of_copies(
+    device: Device, first: Path, tmp_path: Path
+) -> None:
+    device.run("install", first)
+    folder = device.root / "current"
+
+    found = agent.read_bundle(str(folder))
+    linked = Path(agent.extract(found, agent.SERVER, str(tmp_path / "work")))
+
+    assert found["manifest_digest"] == agent.read_bundle(str(first))["manifest_digest"]
+    assert agent.read_document(found, "plan.json")["schema_version"] == 1
+    assert linked.stat().st_ino == (folder / agent.SERVER).stat().st_ino
+    assert linked.stat().st_mode & 0o777 == 0o555
+    assert (
+        agent.preflight(found, {**json.loads((folder / "plan.json").read_text())}, ".", None)["disk_needed"]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["start.sh", ".release/config.json", ".release/manifest.json", ".release/index.json"]
+)
+def test_a_release_that_lost_or_changed_a_file_is_refused(device: Device, first: Path, name: str) -> None:
+    device.run("install", first)
+    path = device.root / "current" / name
+    content = path.read_bytes()
+    path.unlink()
+
+    with pytest.raises(agent.Refused):
+        agent.read_bundle(str(device.root / "current"))
+    path.write_bytes(content[:-1] + b" ")
+    with pytest.raises(agent.Refused):
+        agent.read_bundle(str(device.root / "current"))
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises((agent.Refused, OSError)):
+        agent.read_bundle(str(device.root / "current"))
+
+
+# ── back again: rollback, boot ──
+
+
+def test_rollback_swaps_current_and_previous(device: Device, first: Path, second: Path) -> None:
+    device.run("install", first)
+    assert device.run("rollback").status == 6
+    device.run("install", second)
+
+    assert device.run("rollback").status == 0
+    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+    assert device.run("rollback").status == 0
+    assert (device.current(), device.previous()) == (releases.release_of(second), releases.release_of(first))
+
+
+def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second: Path) -> None:
+    device.run("install", first)
+    device.run("install", second)
+    installer.point(str(device.root / "current"), "releases/" + releases.release_of(first))
+
+    assert device.run("rollback").status == 0
+    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+
+
+def interrupted(device: Device, path: Path) -> None:
+    """A device whose power was cut in the middle of the self-test."""
+
+    def cut(_: argparse.Namespace) -> dict[str, Any]:
+        raise PowerCut
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(PowerCut):
+        patched.setattr(installer, "go_back", lambda *_: [])
+        Device(device.root, check=cut).run("install", path)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def test_a_release_that_never_passed_its_test_starts_three_times(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    interrupted(device, second)
+    assert device.current() == releases.release_of(second)
+
+    outcomes = [device.run("boot").document["outcome"] for _ in range(5)]
+
+    assert outcomes == ["trying", "trying", "trying", "went-back", "good"]
+    assert device.current() == releases.release_of(first)
+    assert device.previous() is None
+
+
+def test_an_install_that_was_cut_off_is_tested_when_it_runs_again(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    interrupted(device, second)
+    device.run("boot")
+
+    again = device.run("install", second).document
+
+    assert (again["outcome"], again["previous"]) == ("good", releases.release_of(first))
+    assert device.run("boot").document["outcome"] == "good"
+
+
+def test_a_release_that_lost_a_file_is_left_at_once(device: Device, first: Path, second: Path) -> None:
+    device.run("install", first)
+    device.run("install", second)
+    (device.root / "current/start.sh").unlink()
+
+    assert device.run("boot").document["outcome"] == "went-back"
+    assert device.current() == releases.release_of(first)
+
+
+def test_the_only_release_is_never_left(device: Device, first: Path) -> None:
+    interrupted(device, first)
+
+    assert [device.run("boot").document["outcome"] for _ in range(5)] == ["trying"] * 5
+    assert device.current() == releases.release_of(first)
+
+
+def test_a_first_release_that_fails_its_test_is_not_current(device: Device, first: Path) -> None:
+    answer = Device(device.root, check=fails).run("install", first)
+
+    assert (answer.status, answer.document["outcome"]) == (5, "rolled-back")
+    assert device.current() is None
+    assert device.run("boot").document["outcome"] == "none"
+    assert device.run("install", first).document["outcome"] == "good"
+
+
+@pytest.mark.parametrize(
+    "error", [agent.MissingProgram("no server"), agent.Refused("odd"), KeyError("x"), OSError(5, "EIO")]
+)
+def test_whatever_ends_the_test_sends_the_device_back(
+    device: Device, first: Path, second: Path, error: Exception
+) -> None:
+    device.run("install", first)
+
+    def raises(_: argparse.Namespace) -> dict[str, Any]:
+        raise error
+
+    answer = Device(device.root, check=raises).run("install", second)
+
+    assert answer.status == 5
+    assert type(error).__name__ in answer.document["reasons"][0]
+    assert device.current() == releases.release_of(first)
+
+
+def test_an_interrupted_test_goes_back_and_says_so(device: Device, first: Path, second: Path) -> None:
+    device.run("install", first)
+
+    def stopped(_: argparse.Namespace) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    assert Device(device.root, check=stopped).run("install", second).status == 130
+    assert device.current() == releases.release_of(first)
+    assert "went-back" in device.events()
+
+
+def test_a_good_release_whose_second_test_is_stopped_is_still_good(
+    device: Device, first: Path, second: Path
+) -> None:
+    device.run("install", first)
+    device.run("install", second)
+
+    def stopped(_: argparse.Namespace) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    assert Device(device.root, check=stopped).run("install", first, "--allow-downgrade").status == 130
+    assert (device.current(), device.previous()) == (releases.release_of(second), releases.release_of(first))
+
+
+# ── the journal ──
+
+
+def test_half_a_line_is_ignored_and_cut(device: Device, first: Path) -> None:
+    journal = device.root / "journal.jsonl"
+    with journal.open("ab") as stream:
+        stream.write(b'{"event": "go')
+
+    assert device.events() == ["enrolled"]
+    device.run("install", first)
+
+    assert all(json.loads(text) for text in journal.read_text().splitlines())
+    assert device.events()[:2] == ["enrolled", "offered"]
+
+
+def test_lines_that_a_power_cut_zeroed_do_not_hide_the_others(device: Device, first: Path) -> None:
+    with (device.root / "journal.jsonl").open("ab") as stream:
+        stream.write(bytes(50) + b"\n")
+
+    device.run("install", first)
+
+    events = [entry["event"] for entry in device.run("status").document["journal"]]
+    assert events[:3] == ["enrolled", "unreadable", "offered"]
+
+
+def test_an_old_journal_loses_its_first_half(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installer, "JOURNAL_LIMIT", 2000)
+
+    for number in range(200):
+        device.store.note("tick", number=number)
+
+    lines = installer.journal_lines(device.store, 1000)
+    assert (device.root / "journal.jsonl").stat().st_size < 2100
+    assert [entry["number"] for entry in lines] == list(range(lines[0]["number"], 200))
+
+
+# ── room ──
+
+
+def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., Path]) -> None:
+    names = []
+    for number in range(1, 6):
+        path = resigned(sequence=number, files={"n.txt": str(number)})
+        names.append(releases.release_of(path))
+        device.run("install", path)
+
+    assert sorted(device.store.releases()) == sorted(names[-2:])
+    device.run("rollback")
+    device.run("gc", "--keep", "1")
+    assert sorted(device.store.releases()) == sorted(names[-2:])
+    linked = {path.stat().st_nlink for path in (device.root / "blobs/sha256").iterdir()}
+    assert 1 not in linked
+
+
+def test_markers_and_half_made_things_are_swept(device: Device, first: Path) -> None:
+    device.run("install", first)
+    for name in (".new-current", "releases/.new-abc", "incoming/.new-x", "blobs/sha256/.new-y"):
+        (device.root / name).mkdir()
+        (device.root / name / "inside").write_text("x")
+    (device.root / "releases" / ("c" * 64 + ".good")).write_text("{}")
+
+    device.run("gc")
+
+    left = [path.name for path in device.root.rglob("*") if path.name.startswith((".new-", "c" * 64))]
+    assert left == []
+
+
+# ── services ──
+
+
+def enrolled(tmp_path: Path, signers: str, mode: str, **world: Any) -> Device:
+    device = Device(tmp_path / "store", **world)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: 0)
+        patched.setattr(installer, "SYSTEM_ROOT", str(tmp_path / "store"))
+        answer = device.enroll(signers, mode=mode)
+    assert answer.status == 0, answer.said
+    return device
+
+
+def test_mode_system_puts_a_release_s_units_in_place_and_starts_it_when_it_is_good(
+    tmp_path: Path, signers: str, first: Path
+) -> None:
+    device = enrolled(tmp_path, signers, "system")
+    device.ran.clear()
+
+    answer = device.run("install", first)
+
+    assert answer.document["outcome"] == "good"
+    assert device.ran == [
+        "systemctl show --property=LoadState edgepack.service",
+        "systemctl stop edgepack.service",
+        "systemctl daemon-reload",
+        "systemctl enable edgepack.service",
+        "systemctl reset-failed edgepack.service",
+        "systemctl start edgepack.service",
+    ]
+    units = tmp_path / "units"
+    assert {path.name for path in units.iterdir() if path.is_file()} == {
+        *releases.UNITS,
+        "edgepack-boot.service",
+    }
+    assert (units / "edgepack.service").read_text() == "# edgepack.service\n"
+
+
+def test_mode_user_runs_one_unit_of_its_own(tmp_path: Path, signers: str, first: Path) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    assert "systemctl --user enable edgepack.service" in device.ran
+    device.ran.clear()
+
+    device.run("install", first)
+
+    assert device.ran[-1] == "systemctl --user start edgepack.service"
+    unit = (tmp_path / "units/edgepack.service").read_text()
+    assert f"ExecStart=/bin/sh {device.root}/current/start.sh\n" in unit
+
+
+def test_a_release_whose_server_does_not_start_goes_back_with_its_units(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path], first: Path
+) -> None:
+    starts = 0
+
+    def status(argv: Sequence[str]) -> tuple[int, str]:
+        nonlocal starts
+        starts += argv[1] == "start"
+        return (1, "Job for edgepack.service failed.") if argv[1] == "start" and starts == 2 else (0, "")
+
+    device = enrolled(tmp_path, signers, "system", status=status)
+    device.run("install", first)
+    other = resigned(sequence=2, files={"edgepack.service": "# new\n", "edgepack-power.service": "# power\n"})
+
+    answer = device.run("install", other)
+
+    assert answer.status == 5
+    assert answer.document["outcome"] == "rolled-back"
+    assert "edgepack.service failed" in answer.document["reasons"][0]
+    assert device.current() == releases.release_of(first)
+    assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
+    assert not (tmp_path / "units/edgepack-power.service").exists()
+    assert (starts, device.ran[-1]) == (3, "systemctl start edgepack.service")
+
+
+def test_the_server_rests_while_a_release_is_tested(tmp_path: Path, signers: str, first: Path) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    device.ran.clear()
+
+    answer = device.run("self-test")
+
+    assert answer.document["verdict"] == {"passed": True, "reasons": []}
+    assert [words.split()[2] for words in device.ran] == ["show", "stop", "reset-failed", "start"]
+
+
+def test_a_server_that_rests_is_started_when_the_installer_is_killed(
+    tmp_path: Path, signers: str, first: Path
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    seen: list[str] = []
+
+    def check(_: argparse.Namespace) -> dict[str, Any]:
+        seen.extend(device.guarded)
+        return releases.passing()
+
+    device.world = device.world._replace(check=check)
+    device.run("install", first)
+
+    assert seen == ["systemctl --user start edgepack.service"]
+    assert device.guarded == [*seen, "done"]
+
+
+def test_a_server_that_rests_is_started_after_an_error(
+    tmp_path: Path, signers: str, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    device.run("install", second)
+    device.guarded.clear()
+
+    def broken(link: str, target: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(installer, "point", broken)
+
+    assert device.run("rollback").status == 2
+    assert device.guarded == ["systemctl --user start edgepack.service"]
+
+
+def test_boot_goes_back_with_the_units_too(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path], first: Path
+) -> None:
+    device = enrolled(tmp_path, signers, "system")
+    device.run("install", first)
+    other = resigned(sequence=2, files={"edgepack.service": "# new\n"})
+    device.run("install", other)
+    shutil.rmtree(device.root / "current/bin")
+
+    device.run("boot")
+
+    assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
+    assert device.ran[-2:] == ["systemctl daemon-reload", "systemctl enable edgepack.service"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--mode", "system"), "needs root"),
+        (("--mode", "none", "--server", "llama-server"), "not a whole path"),
+        (("--mode", "none", "--keep", "0"), None),
+        (("--mode", "other"), None),
+    ],
+)
+def test_an_enrolling_that_cannot_be_is_refused(
+    tmp_path: Path, signers: str, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], told: str | None
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    device = Device(tmp_path / "store")
+
+    if told is None:
+        with pytest.raises(SystemExit, match="2"):
+            device.run("enroll", *words, stdin=signers.encode())
+    else:
+        answer = device.run("enroll", *words, stdin=signers.encode())
+        assert answer.status == 2
+        assert told in answer.said
+    assert not device.root.exists()
+
+
+# ── the verdict ──
+
+
+def judged(**changes: Any) -> list[str]:
+    plan = json.loads(serde.to_json(example_plan(releases.PROFILE)))
+    return installer.verdict(plan, {**releases.passing(), **changes})
+
+
+def test_what_the_plan_promises_is_good() -> None:
+    assert judged() == []
+    assert judged(quality=None) == []
+
+
+MEMORY = {"peak_rss": 0, "processes": None, "nvmap": None, "gpu": None, "system_drop": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"failure": {"kind": "crashed", "stage": "fill", "message": "gone"}}, "crashed (fill): gone"),
+        ({"slots": {"slots": 1, "tokens": [2048]}}, "the plan says 1 of 4096"),
+        ({"slots": {"slots": 2, "tokens": [4096, 4096]}}, "the plan says 1 of 4096"),
+        ({"fill": {"target_tokens": 4096, "held_tokens": [4000]}}, "held [4000]"),
+        ({"fill": {"target_tokens": 4096, "held_tokens": [None]}}, "held [None]"),
+        ({"memory": {**MEMORY, "peak_rss": 3 << 30}}, "the plan says up to"),
+        ({"memory": {**MEMORY, "peak_rss": 64 << 30}}, "the device has"),
+        ({"memory": {**MEMORY, "peak_rss": 1, "processes": {"peak": 3 << 30}}}, "the plan says up to"),
+        ({"quality": {"probes": 10, "agree": 10, "ties": 0, "mean_drift": 0.3}}, "not those recorded"),
+        ({"quality": {"probes": 10, "agree": 6, "ties": 0, "mean_drift": 0.0}}, "not those recorded"),
+    ],
+)
+def test_what_it_does_not_hold_is_told(changes: dict[str, Any], told: str) -> None:
+    assert any(told in reason for reason in judged(**changes)), judged(**changes)
+
+
+def test_memory_is_judged_only_on_the_device_of_the_plan() -> None:
+    much = {**MEMORY, "peak_rss": 64 << 30}
+
+    assert judged(memory=much, server={"emulator": {"name": "qemu"}}) == []
+    assert judged(memory=much, match=[{"status": "fail"}]) == []
+    assert judged(memory=much, machine={"emulated": True}) == []
+    assert judged(memory=much, log={"buffers": [{"kind": "model", "name": "CUDA0"}]}) == []
+
+
+def test_the_limits_of_the_verdict_are_those_of_check() -> None:
+    assert installer.DRIFT_WRONG == check.DRIFT_WRONG
+    assert pytest.approx(check.AGREEMENT - 0.2) == installer.AGREEMENT_WRONG
+    assert installer.UNEXPLAINED == check.UNEXPLAINED
+
+
+# ── what the device's Python must know ──
+
+
+def test_it_is_python_3_8_and_needs_the_standard_library_alone() -> None:
+    tree = ast.parse(Path(installer.__file__).read_text(encoding="utf-8"), feature_version=(3, 8))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+
+    assert found - {"edgepack"} <= sys.stdlib_module_names
