@@ -1092,7 +1092,9 @@ def content_of(stream: io.BufferedReader, frame: Frame) -> Iterator[bytes]:
         return
     inflater = zlib.decompressobj()
     try:
-        content = inflater.decompress(packed, frame.bytes + 1)  # one more shows what is too long, and no bomb goes off
+        content = inflater.decompress(
+            packed, frame.bytes + 1
+        )  # one more shows what is too long, and no bomb goes off
     except zlib.error as error:
         raise Refused("a frame does not inflate: %s" % error) from None
     if len(content) != frame.bytes or not inflater.eof or inflater.unused_data:
