@@ -1278,11 +1278,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="remote-code",
-        symptom="`requires you to execute the configuration file in that repo`, `trust_remote_code=True`",
+        symptom="`requires you to execute the configuration file in that repo`, `trust_remote_code=`",
         patterns=_any(
             r"requires you to execute the configuration file in that repo",
             r"contains custom code which must be executed to correctly load the model",
-            r"[Pp]lease pass the argument `trust_remote_code=True`",
+            r"[Pp]lease pass the argument `trust_remote_code=",
         ),
         cause="the model brings program code of its own, which nothing here runs unasked",
         cure="choose a model that the runtime itself knows (`edgepack plan --profile P`); edgepack runs no code out of "
