@@ -122,6 +122,7 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
         "schema_version": 1,
         "failure": None,
         "match": [],
+        "machine": {"emulated": False},
         "server": {"emulator": None},
         "served": None,
         "log": {"buffers": [{"kind": "model", "name": "CPU", "bytes": 1}]},

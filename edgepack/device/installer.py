@@ -1601,7 +1601,8 @@ def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[st
     memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
     backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
     elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
-    if memory["peak_rss"] is None or facts["server"]["emulator"] is not None or elsewhere:
+    emulated = facts["server"]["emulator"] is not None or facts["machine"]["emulated"]
+    if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]
     if memory["processes"] is not None:

@@ -1202,6 +1202,7 @@ def test_memory_is_judged_only_on_the_device_of_the_plan() -> None:
     much = {**MEMORY, "peak_rss": 64 << 30}
 
     assert judged(memory=much, server={"emulator": {"name": "qemu"}}) == []
+    assert judged(memory=much, machine={"emulated": True}) == []
     assert judged(memory=much, match=[{"status": "fail"}]) == []
     assert judged(memory=much, log={"buffers": [{"kind": "model", "name": "CUDA0"}]}) == []
 
