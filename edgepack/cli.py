@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import click
 
@@ -17,7 +17,9 @@ from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, N
 from edgepack.progress import Progress, Silent, Terminal
 
 if TYPE_CHECKING:
+    from edgepack.check import CheckReport
     from edgepack.plan import Candidate, Plan, Request
+    from edgepack.remote import Connection
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -230,6 +232,16 @@ def _recipe_options(command: Command) -> Command:
                      help="Weight of the data's own tokens (default 0.5); the teacher has the rest."),
         click.option("--epochs", type=click.FloatRange(0, min_open=True), metavar="X", help="Passes over the data."),
     ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _place_options(command: Command) -> Command:
+    """Where a device keeps its releases, and as whom it is entered."""
+    for option in (
+        click.option("--sudo", is_flag=True, help="Run the agent there with sudo -n."),
+        click.option("--root", metavar="PATH", help="The store there, where it is in no usual place."),
+    ):
         command = option(command)
     return command
 
@@ -619,6 +631,8 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
 @click.option(
     "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
 )
+@click.option("--on", "host", metavar="HOST", help="Run it on an enrolled device, beside what runs there.")
+@_place_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
 )
@@ -633,10 +647,13 @@ def check(
     strict_device: bool,
     emulate: bool,
     server: Path | None,
+    host: str | None,
+    root: str | None,
+    sudo: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the bundle here, fill its KV cache, and hold every part against the plan.
+    """Run the bundle here, or on a device, fill its KV cache, and hold every part against the plan.
 
     \b
     Examples:
@@ -644,21 +661,37 @@ def check(
       edgepack check out/demo.tar --full --json -o report.json
       edgepack check out/demo.tar --memory-limit 2GiB
       edgepack check out/demo-f16-raspberry-pi-5-4gb.tar --emulate
+      edgepack check out/demo.tar --on pi@raspberrypi -o report.json
     """
     from edgepack import check as checks
     from edgepack import workspace
     from edgepack.units import parse_bytes
 
-    report = checks.check(
-        _existing(bundle),
-        server=server,
-        full=full,
-        memory_limit=parse_bytes(memory_limit) if memory_limit else None,
-        allowed_signers=allowed_signers,
-        strict_device=strict_device,
-        emulate=emulate,
-        progress=progress,
-    )
+    limit = parse_bytes(memory_limit) if memory_limit else None
+    if host is not None:
+        for flag, given in (("--emulate", emulate), ("--server", server is not None)):
+            if given:
+                raise BadInput(
+                    f"{flag} is for a check here, and --on runs it on {host}",
+                    hint="the server of a device is named when it is enrolled: flash --enroll --server PATH",
+                )
+        report = _checked_on(
+            host, _existing(bundle), allowed_signers, root=root, sudo=sudo, full=full, memory_limit=limit,
+            strict_device=strict_device, progress=progress,
+        )  # fmt: skip
+    elif root is not None or sudo:
+        raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+    else:
+        report = checks.check(
+            _existing(bundle),
+            server=server,
+            full=full,
+            memory_limit=limit,
+            allowed_signers=allowed_signers,
+            strict_device=strict_device,
+            emulate=emulate,
+            progress=progress,
+        )
     document = checks.to_document(report)
     if output is not None:
         workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
@@ -671,6 +704,127 @@ def check(
         raise CheckFailed(
             f"check failed: {failed}", hint="the report above says what was expected and measured"
         )
+
+
+@cli.command()
+@click.argument("words", nargs=-1, metavar="[BUNDLE]... HOST")
+@click.option("--enroll", "enrolls", is_flag=True,
+              help="Put this edgepack's agent, and who may sign, onto the device first.")  # fmt: skip
+@click.option("--signers", type=click.Path(path_type=Path), metavar="FILE",
+              help="OpenSSH allowed_signers: whose bundles the device takes (`key new` writes it).")  # fmt: skip
+@click.option("--replace-signers", is_flag=True, help="Put them in the place of others that are enrolled.")
+@click.option("--mode", type=click.Choice(["system", "user", "none"]),
+              help="Whose services run releases (default: system for root, else user; none: nobody's).")  # fmt: skip
+@_place_options
+@click.option("--server", metavar="PATH", help="With --enroll: llama-server, or a Python, on the device.")
+@click.option("--keep", type=click.IntRange(1), metavar="N", help="Good releases that stay on the device.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what would travel; touch nothing.")
+@click.option("--rollback", is_flag=True, help="Go back to the release before.")
+@click.option("--status", is_flag=True, help="Say what is on the device, and what happened there.")
+@click.option(
+    "--fsck", is_flag=True, help="Read every byte there again; with a BUNDLE, send what is damaged."
+)
+@click.option("--allow-downgrade", is_flag=True, help="Take a lower release sequence than ran there.")
+@click.option(
+    "--force", is_flag=True, help="Take another device than the planned one, and too little memory."
+)
+@click.option("--no-self-test", is_flag=True, help="Switch without testing; nothing goes back by itself.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
+)
+@json_option
+@click.pass_obj
+def flash(
+    progress: Progress,
+    /,
+    words: tuple[str, ...],
+    enrolls: bool,
+    signers: Path | None,
+    replace_signers: bool,
+    server: str | None,
+    mode: Literal["system", "user", "none"] | None,
+    root: str | None,
+    sudo: bool,
+    keep: int | None,
+    dry_run: bool,
+    rollback: bool,
+    status: bool,
+    fsck: bool,
+    allow_downgrade: bool,
+    force: bool,
+    no_self_test: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Bring a bundle onto a device over ssh: send what it lacks, switch, test, and stay or go back.
+
+    HOST is user@host, a name in your ssh configuration, ssh://user@host:port, or a path with a slash: a store on a disk
+    of this machine. Cut off at any point, the same command goes on, and the device runs the old release or the new one.
+
+    \b
+    Examples:
+      edgepack flash --enroll --signers key.allowed_signers pi@raspberrypi
+      edgepack flash out/demo.tar pi@raspberrypi
+      edgepack flash out/demo.tar jetson --sudo --dry-run
+      edgepack flash --status jetson --sudo
+      edgepack flash --enroll --signers key.allowed_signers out/demo.tar /media/card/var/lib/edgepack
+    """
+    from contextlib import closing
+
+    from edgepack import devices, serde, workspace
+    from edgepack import flash as flashes
+
+    if not words:
+        raise BadInput("name the host", hint="edgepack flash BUNDLE HOST")
+    *named, host = words
+    alone = [
+        name for name, given in (("--rollback", rollback), ("--status", status), ("--fsck", fsck)) if given
+    ]
+    if len(alone) > 1 or (alone and (enrolls or dry_run)):
+        raise BadInput(f"{alone[0]} goes alone")
+    if len(named) > 1:
+        raise BadInput(f"{len(named)} bundles for one host, {host}", hint="a host takes one bundle at a time")
+    if named and alone and not fsck:
+        raise BadInput(f"{alone[0]} takes a host alone, not {named[0]} too")
+    if not named and not alone and not enrolls:
+        raise BadInput(f"no bundle for {host}", hint="edgepack flash BUNDLE HOST, or --status, --enroll …")
+    cargo = None
+    if named:
+        progress.step(f"verifying {named[0]}")
+        cargo = flashes.load(_existing(Path(named[0])), signers)
+    where = devices.Where(root=root, mode=mode, sudo=sudo)
+    asked = flashes.Asked(self_test=not no_self_test, keep=keep, allow_downgrade=allow_downgrade, force=force)
+    failure: EdgepackError | None = None
+    with closing(_connected(host)) as connection:
+        if enrolls:
+            found = devices.enroll(
+                connection, where, signers=signers, server=server, keep=keep, replace_signers=replace_signers,
+                progress=progress,
+            )  # fmt: skip
+            document, shown = _document(serde.dump(found)), flashes.status_table(found, host)
+        if named or alone:
+            device = devices.find(connection, where)
+        if status:
+            found = device.status()
+            document, shown = _document(serde.dump(found)), flashes.status_table(found, host)
+        elif rollback:
+            back = device.rollback(progress.step)
+            document, shown = _document(serde.dump(back)), f"{host} runs release {back.current} again\n"
+        elif fsck:
+            state, sent = flashes.fsck(cargo, device, asked, progress=progress)
+            document = {**_document(serde.dump(state)), "sent": sent}
+            shown, failure = flashes.fsck_table(state), flashes.damage(state, host)
+        elif cargo is not None:
+            done = flashes.flash(cargo, device, asked, dry_run=dry_run, progress=progress)
+            document, shown, failure = flashes.to_document(done), flashes.table(done), flashes.shortfall(done)
+    if output is not None:
+        workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(shown, nl=False)
+    if failure is not None:
+        raise failure
 
 
 @cli.command()
@@ -958,6 +1112,49 @@ def _asked(pipeline: Any, options: dict[str, Any]) -> tuple[Request, list[Candid
 def _planned(pipeline: Any, options: dict[str, Any]) -> Plan:
     chosen: Plan = pipeline.make_plan(*_asked(pipeline, options))
     return chosen
+
+
+def _checked_on(
+    host: str,
+    bundle: Path,
+    allowed_signers: Path | None,
+    *,
+    root: str | None,
+    sudo: bool,
+    progress: Progress,
+    full: bool = False,
+    memory_limit: int | None = None,
+    strict_device: bool = False,
+) -> CheckReport:
+    from contextlib import closing
+
+    from edgepack import devices
+    from edgepack import flash as flashes
+
+    progress.step(f"verifying {bundle.name}")
+    cargo = flashes.load(bundle, allowed_signers)
+    with closing(_connected(host)) as connection:
+        return flashes.check_on(
+            cargo,
+            devices.find(connection, devices.Where(root=root, sudo=sudo)),
+            flashes.Asked(
+                allow_downgrade=True, force=True
+            ),  # nothing is switched: the report says what does not match
+            full=full,
+            memory_limit=memory_limit,
+            strict_device=strict_device,
+            progress=progress,
+        )
+
+
+def _connected(host: str) -> Connection:
+    """A line to a device by the user's ssh, or by the one that EDGEPACK_SSH names with its options."""
+    import shlex
+
+    from edgepack import remote
+
+    program = shlex.split(os.environ.get("EDGEPACK_SSH", "ssh"))
+    return remote.connect(host, ssh=program, interactive=sys.stdin.isatty())
 
 
 def _existing(path: Path) -> Path:

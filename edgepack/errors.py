@@ -56,7 +56,7 @@ class MissingTool(EdgepackError):
 
 
 class Offline(EdgepackError):
-    """The network or the model hub could not be reached."""
+    """The network, the model hub or a device could not be reached."""
 
     exit_code = 8
 
@@ -83,6 +83,12 @@ class QualityTooLow(EdgepackError):
     """An artifact was measured, and loses more against its parent than was allowed."""
 
     exit_code = 12
+
+
+class Busy(EdgepackError):
+    """Another installer is changing the same device."""
+
+    exit_code = 13
 
 
 class Interrupted(EdgepackError):

@@ -42,9 +42,9 @@ LEVELS = (
     {"plan", "fit"},
     {"choice"},
     {"artifact", "evaluation"},
-    {"toolchain", "hub", "probe", "calibration", "heldout", "record", "enrolled"},
-    {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard"},
-    {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor"},
+    {"toolchain", "hub", "probe", "calibration", "heldout", "record", "enrolled", "remote"},
+    {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
+    {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""

@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from typing import (
     Any,
     Callable,
@@ -168,6 +169,14 @@ def clear(path: str) -> None:
     for name in os.listdir(path):
         clear(os.path.join(path, name))
     os.rmdir(path)
+
+
+def discard(path: str) -> None:
+    """Removes a folder that is read by its name: that goes first, so that no kill leaves half of it."""
+    if os.path.lexists(path):
+        gone = fresh(path)
+        rename(path, gone)
+        clear(gone)
 
 
 def fresh(path: str) -> str:
@@ -926,12 +935,17 @@ HEAD = {
 }
 """Names of the frames that begin an offer, and their limits in bytes."""
 FRAME_LIMIT = 512
+PACKED_LIMIT = agent.MIB
+"""Bytes of a deflated frame: only small files, which are text, are worth it."""
 
 
 class Frame(NamedTuple):
+    """What comes next: ``bytes`` of a blob from ``offset`` on, deflated to ``zlib`` bytes unless that is None."""
+
     name: str
     offset: int
     bytes: int
+    zlib: Optional[int]
 
 
 IDLE = 120.0
@@ -966,12 +980,33 @@ def frames(stream: io.BufferedReader) -> Iterator[Frame]:
                 raise Refused("a frame begins with more than %d bytes" % FRAME_LIMIT)
             return
         value = _object(line, "the line before a frame")
-        if set(value) != {"name", "offset", "bytes"} or type(value["name"]) is not str:
-            raise Refused("a frame has not exactly name, offset and bytes")
-        for field in ("offset", "bytes"):
+        if set(value) - {"zlib"} != {"name", "offset", "bytes"} or type(value["name"]) is not str:
+            raise Refused("a frame has not exactly name, offset and bytes, and perhaps zlib")
+        for field in sorted(set(value) - {"name"}):
             if type(value[field]) is not int or not 0 <= value[field] < 1 << 50:
                 raise Refused("a frame has no usable %s" % field)
-        yield Frame(value["name"], value["offset"], value["bytes"])
+        frame = Frame(value["name"], value["offset"], value["bytes"], value.get("zlib"))
+        if frame.zlib is not None and (frame.zlib > PACKED_LIMIT or frame.bytes > agent.JSON_LIMIT):
+            raise Refused("a deflated frame has %d bytes that become %d" % (frame.zlib, frame.bytes))
+        yield frame
+
+
+def content_of(stream: BinaryIO, frame: Frame) -> Iterator[bytes]:
+    """A frame's bytes as they come; fewer where the stream ends. Raises Refused for what does not inflate to them."""
+    if frame.zlib is None:
+        yield from pieces(stream, frame.bytes)
+        return
+    packed = b"".join(pieces(stream, frame.zlib))
+    if len(packed) < frame.zlib:
+        return
+    inflater = zlib.decompressobj()
+    try:
+        content = inflater.decompress(packed, frame.bytes + 1)  # one more shows what is too long, and no bomb goes off
+    except zlib.error as error:
+        raise Refused("a frame does not inflate: %s" % error) from None
+    if len(content) != frame.bytes or not inflater.eof or inflater.unused_data:
+        raise Refused("a frame does not inflate to the %d bytes that it says" % frame.bytes)
+    yield content
 
 
 def pieces(stream: io.BufferedReader, count: int) -> Iterator[bytes]:
@@ -991,7 +1026,7 @@ def read_offer(stream: io.BufferedReader) -> Tuple[agent.Head, bytes]:
         limit = HEAD.get(frame.name, agent.JSON_LIMIT)
         if frame.name in found or len(found) == 5 or frame.offset != 0 or frame.bytes > limit:
             raise Refused("the frame %s does not belong into an offer" % agent._shown(frame.name))
-        content = b"".join(pieces(stream, frame.bytes))
+        content = b"".join(content_of(stream, frame))
         if len(content) != frame.bytes:
             raise Refused("the offer ends within %s" % agent._shown(frame.name))
         if frame.name not in HEAD and frame.name != "sha256:" + hashlib.sha256(content).hexdigest():
@@ -1119,7 +1154,7 @@ def _receive_blob(store: Store, bundle: agent.Bundle, frame: Frame, stream: io.B
             % (blob.digest, frame.offset, frame.offset + frame.bytes, blob.have, blob.size)
         )
     try:
-        for piece in pieces(stream, frame.bytes):
+        for piece in content_of(stream, frame):
             blob.write(piece)
     finally:
         blob.close()
@@ -1368,7 +1403,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         else:
             told = switch(store, release, admission, options)
         if told["outcome"] != "rolled-back":
-            clear(store.offer(release))
+            discard(store.offer(release))
             if options.consume:
                 remove(path)
     return told
@@ -1724,9 +1759,7 @@ def collect(
     for release in removed:
         remove(store.release(release) + ".good")
         remove(store.release(release) + ".tries")
-        gone = fresh(store.release(release))
-        rename(store.release(release), gone)
-        clear(gone)
+        discard(store.release(release))
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
@@ -1734,7 +1767,7 @@ def collect(
             if not everything and os.path.lexists(store.path("incoming", name, CONSUMED)):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
-                clear(store.path("incoming", name))
+                discard(store.path("incoming", name))
     freed = 0
     for folder, named in (("incoming", ".part"), ("blobs/sha256", "")):
         for name in os.listdir(store.path(folder)):

@@ -152,7 +152,9 @@ class Killing(Silent):
     def __init__(self, percent: int) -> None:
         self.left = percent
 
-    def bar(self, text: str, total: int | None) -> AbstractContextManager[Callable[[int], None]]:
+    def bar(
+        self, text: str, total: int | None, *, rate: bool = False
+    ) -> AbstractContextManager[Callable[[int], None]]:
         return self._killing()
 
     @contextmanager

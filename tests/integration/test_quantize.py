@@ -289,7 +289,7 @@ class Told:
         self.steps.append(text)
 
     @contextmanager
-    def bar(self, text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    def bar(self, text: str, total: int | None, *, rate: bool = False) -> Iterator[Callable[[int], None]]:
         yield self.done.append
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
+from edgepack import shell
 from edgepack.errors import BuildFailed, MissingTool
-from edgepack.shell import dialog, run
+from edgepack.shell import TimedOut, dialog, exchange, run
 
 
 def test_output_and_status_come_back() -> None:
@@ -99,3 +101,58 @@ def test_a_program_to_talk_to_ends_with_the_block() -> None:
 
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+def test_a_program_is_fed_while_it_answers() -> None:
+    pieces = (bytes([number]) * 100_000 for number in range(40))
+
+    done = exchange(["cat"], stdin=pieces)
+
+    assert done.returncode == 0
+    assert done.stdout == b"".join(bytes([number]) * 100_000 for number in range(40))
+
+
+def test_a_program_that_ends_early_says_why_and_is_fed_no_more() -> None:
+    fed: list[int] = []
+
+    def pieces() -> Iterator[bytes]:
+        for number in range(1000):
+            fed.append(number)
+            yield bytes(100_000)
+
+    done = exchange(
+        [sys.executable, "-c", "import sys; sys.stdin.read(1); sys.exit('enough')"], stdin=pieces()
+    )
+
+    assert (done.returncode, done.stderr) == (1, ("enough",))
+    assert len(fed) < 1000
+
+
+def test_its_words_are_lines_without_what_a_terminal_obeys() -> None:
+    seen: list[str] = []
+    code = r"import sys; sys.stderr.write('one\x1b[2Jtwo\rthree\n\nfour')"
+
+    done = exchange([sys.executable, "-c", code], on_line=seen.append)
+
+    assert seen == ["one?[2Jtwo", "three", "four"]
+    assert done.stderr == tuple(seen)
+
+
+def test_a_line_without_an_end_is_cut_not_kept() -> None:
+    done = exchange([sys.executable, "-c", "import sys; sys.stderr.write('x' * 1_000_000)"])
+
+    assert all(len(line) <= 2000 for line in done.stderr)
+
+
+def test_an_exchange_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(TimedOut):
+        exchange(
+            [sys.executable, "-c", "import sys; sys.stdin.read(); import time; time.sleep(60)"], timeout=0.5
+        )
+
+
+def test_an_endless_answer_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell, "ANSWER_LIMIT", 1000)
+
+    with pytest.raises(BuildFailed, match="more than 1000 bytes"):
+        exchange([sys.executable, "-c", "import sys\nwhile True: sys.stdout.write('x' * 1000)"])

@@ -1,0 +1,295 @@
+"""Flashing over a real sshd: cuts at random offsets, a release tested there, and what little an update moves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+
+from edgepack import devices, flash, probe, remote, workspace
+from edgepack.bundle import sign
+from edgepack.cli import cli
+from edgepack.devices import Where
+from edgepack.errors import MissingTool, Offline, Untrusted
+from edgepack.flash import Asked
+from edgepack.progress import Silent
+from edgepack.remote import Answer, Dropped
+from edgepack.units import KIB, MIB
+from tests import releases
+from tests.sshd import HOST, Line, Sshd, serving
+
+pytestmark = pytest.mark.integration
+
+CUTS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signed:
+    key: Path
+    signers: Path
+
+
+@pytest.fixture(scope="module")
+def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
+    key = tmp_path_factory.mktemp("key") / "key"
+    sign.new_key(key)
+    signers = key.with_suffix(".allowed_signers")
+    signers.write_text(sign.allowed_signer(key), encoding="utf-8")
+    return Signed(key=key, signers=signers)
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with serving(tmp_path_factory.mktemp("sshd") / "of") as found:
+        yield found
+
+
+def enrolled(connection: remote.Connection, signers: Path, root: Path) -> devices.Device:
+    where = Where(root=str(root), mode="none")
+    devices.enroll(
+        connection, where, signers=signers, server=None, keep=None, replace_signers=False, progress=Silent()
+    )
+    return devices.find(connection, where)
+
+
+# ── cuts ──
+
+
+@dataclass(slots=True)
+class Watched:
+    """A connection that counts what each transfer is given, and what the device says is left after it."""
+
+    line: remote.Connection
+    given: list[int] = field(default_factory=list)
+    """Bytes that were handed to each transfer, cut or not."""
+    left: list[int] = field(default_factory=list)
+    """Bytes that were missing before each, and at the end."""
+    cuts: int = 0
+    """Transfers that were cut."""
+    on_bytes: Callable[[int], None] = lambda _: None
+    folder: Path | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        self.name = self.line.name
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: Iterable[bytes] = (),
+        on_line: Callable[[str], None] | None = None,
+        timeout: float | None = None,
+    ) -> Answer:
+        if "receive" not in argv:
+            answer = self.line.run(argv, stdin=stdin, on_line=on_line, timeout=timeout)
+            if "offer" in argv and answer.status == 0:
+                self._learn(answer)
+            return answer
+        self.given.append(0)
+        try:
+            answer = self.line.run(argv, stdin=self._counted(stdin), on_line=on_line, timeout=timeout)
+        except Dropped:
+            self.cuts += 1
+            raise
+        self._learn(answer)
+        return answer
+
+    def _learn(self, answer: Answer) -> None:
+        self.left.append(sum(one["bytes"] - one["have"] for one in json.loads(answer.stdout)["missing"]))
+
+    def _counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            self.given[-1] += len(piece)
+            self.on_bytes(self.given[-1])
+            yield piece
+
+    def close(self) -> None:
+        self.line.close()
+
+
+def test_twenty_cuts_at_random_offsets_cost_little_and_lose_nothing(
+    sshd: Sshd, signed: Signed, tmp_path: Path
+) -> None:
+    """Every other cut ends the line, the others kill every ssh of this login with SIGKILL."""
+    weights = os.urandom(40 * MIB)
+    cargo = flash.load(releases.bundle(tmp_path / "big.tar", signed.key, weights=weights), None)
+    chance = random.Random(7)
+    with Line(sshd.port) as line:
+        link = remote.connect(HOST, ssh=sshd.through(line.port), interactive=False)
+        assert isinstance(link, remote.Ssh)
+        watched = Watched(link)
+        target = enrolled(watched, signed.signers, tmp_path / "store")
+        told = [-1]
+
+        def aim(_: float = 0.0) -> None:
+            """Has the next transfer cut, after a random share of it."""
+            if told[-1] == watched.cuts:  # it was the offer that met the end of the cut transfer
+                return
+            told.append(watched.cuts)
+            after = chance.randint(50 * KIB, 3500 * KIB)
+            watched.on_bytes = lambda given: killed(link) if watched.cuts % 2 and given >= after else None
+            line.cut_after(after if watched.cuts % 2 == 0 and watched.cuts < CUTS else 1 << 40)
+            if watched.cuts == CUTS:
+                watched.on_bytes = lambda _: None
+
+        aim()
+        offer = flash._offered(cargo, target, Asked(force=True))
+        flash.send(offer, cargo, target, Asked(force=True), progress=Silent(), sleep=aim)
+        watched.close()
+    weights_file = max(cargo.files, key=lambda digest: cargo.files[digest][1])
+    arrived = tmp_path / "store" / "blobs" / "sha256" / weights_file.removeprefix("sha256:")
+    again = [
+        given - (before - after)
+        for given, (before, after) in zip(watched.given, pairwise(watched.left), strict=True)
+    ]
+
+    assert watched.cuts == CUTS
+    assert workspace.sha256_file(arrived) == weights_file.removeprefix("sha256:")
+    assert max(again) <= 4 * MIB, again
+    print(f"bytes sent again, by cut: {again[:-1]}; together {sum(again)} of {len(weights)}")
+
+
+def killed(link: remote.Ssh) -> None:
+    """Ends every ssh of a login as the kernel does, when memory runs out."""
+    place = str(link._place)
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[:1] == ["ssh"] and any(place in word for word in words):
+            process.send_signal(signal.SIGKILL)
+
+
+# ── a real release ──
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """The built-in model for this very machine, twice: with another context in the second release."""
+
+    first: Path
+    second: Path
+
+
+@pytest.fixture(scope="module")
+def built(signed: Signed, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    here = folder / "here.yaml"
+    here.write_text(probe.to_yaml(probe.probe(Path("/"))), encoding="utf-8")
+    made = []
+    for sequence, context in ((1, 512), (2, 384)):
+        done = command(
+            "build", "--profile", here, "--model", "demo", "--with-runtime", "--context", context, "--key", signed.key,
+            "--release-sequence", sequence, "-o", folder / str(context), "--json",
+        )  # fmt: skip
+        made.append(Path(json.loads(done.stdout)["path"]))
+    return Built(first=made[0], second=made[1])
+
+
+def command(*words: object, status: int = 0) -> Result:
+    done = CliRunner().invoke(cli, ["-q", *map(str, words)])
+    assert done.exit_code == status, done.output
+    return done
+
+
+def test_a_device_is_flashed_updated_checked_and_mended(
+    sshd: Sshd, signed: Signed, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    where = ("--root", root)
+    with Line(sshd.port) as line:
+        monkeypatch.setenv("EDGEPACK_SSH", " ".join(sshd.through(line.port)))
+        command("flash", "--enroll", "--mode", "none", "--signers", signed.signers, *where, HOST)
+        first = json.loads(command("flash", built.first, HOST, *where, "--json").stdout)
+
+        assert (first["outcome"], first["report"]["verdict"]) == ("good", "passed")
+        assert (root / "current" / "model.gguf").is_file()
+
+        before = line.sent + line.received
+        plain = json.loads(command("flash", built.second, HOST, *where, "--dry-run", "--json").stdout)
+        asked = line.sent + line.received - before
+        second = json.loads(command("flash", built.second, HOST, *where, "--no-self-test", "--json").stdout)
+        moved = line.sent + line.received - before - asked
+
+        assert plain["outcome"] == "planned"
+        assert sum(step["bytes"] for step in plain["steps"]) < 64 * KIB
+        assert (second["outcome"], second["previous"]) == ("good", first["release"])
+        assert moved <= 64 * KIB, moved
+        print(
+            f"another context: {moved} bytes on the wire both ways, logins included; "
+            f"{second['seconds_to_switch']} s to switch; asking alone: {asked}"
+        )
+
+        flip(root / "current" / "model.gguf")
+        damaged = command("flash", "--fsck", HOST, *where, status=6)
+        mended = json.loads(command("flash", "--fsck", built.second, HOST, *where, "--json").stdout)
+        whole = json.loads(command("flash", "--fsck", HOST, *where, "--json").stdout)
+
+        assert "1 bad" in damaged.output
+        assert mended["sent"] > 6 * MIB
+        assert (whole["bad"], whole["missing"]) == ([], [])
+
+        command("flash", "--rollback", HOST, *where)
+        report = json.loads(command("check", built.second, "--on", HOST, *where, "--json").stdout)
+
+        assert report["verdict"] == "passed"
+        assert report["facts"]["bundle"]["manifest_digest"] == f"sha256:{second['release']}"
+        assert (root / "current").readlink().name == first["release"]
+
+
+def flip(path: Path) -> None:
+    """Changes one bit in the middle, as worn flash does."""
+    path.chmod(0o644)
+    with path.open("r+b") as stream:
+        stream.seek(path.stat().st_size // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+# ── machines that cannot be flashed ──
+
+
+def test_an_unknown_host_key_is_not_taken(sshd: Sshd, tmp_path: Path) -> None:
+    empty = tmp_path / "known_hosts"
+    empty.touch()
+    link = remote.connect(HOST, ssh=(*sshd.ssh, "-o", f"UserKnownHostsFile={empty}"), interactive=False)
+
+    with pytest.raises(Untrusted, match="host key of device is not known here"):
+        devices.find(link, Where())
+
+
+def test_another_host_key_than_before_is_not_taken(sshd: Sshd, tmp_path: Path) -> None:
+    other = (sshd.folder / "user_key.pub").read_text(encoding="ascii")
+    known = tmp_path / "known_hosts"
+    known.write_text(f"{HOST} {other}", encoding="ascii")
+    link = remote.connect(HOST, ssh=(*sshd.ssh, "-o", f"UserKnownHostsFile={known}"), interactive=False)
+
+    with pytest.raises(Untrusted, match="another host key"):
+        devices.find(link, Where())
+
+
+def test_a_key_that_may_not_log_in_is_told(sshd: Sshd, tmp_path: Path) -> None:
+    config = tmp_path / "ssh_config"
+    text = (sshd.folder / "ssh_config").read_text(encoding="utf-8")
+    config.write_text(text.replace("user_key", "host_key"), encoding="utf-8")
+    link = remote.connect(HOST, ssh=("ssh", "-F", str(config)), interactive=False)
+
+    with pytest.raises(Offline, match="refused the login"):
+        devices.find(link, Where())
+
+
+def test_a_device_without_python_is_told(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "sshd", environment={"PATH": str(tmp_path)}) as found,
+        pytest.raises(MissingTool, match="python3"),
+    ):
+        devices.find(remote.connect(HOST, ssh=found.ssh, interactive=False), Where())
