@@ -507,7 +507,7 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("%s has characters that a unit cannot name: choose another --root" % root)
     if options.mode == "system" and os.geteuid() != 0:
         raise BadUsage("mode system installs units in /etc/systemd/system and needs root")
-    if options.mode == "system" and root != SYSTEM_ROOT:
+    if options.mode == "system" and root != os.path.realpath(SYSTEM_ROOT):
         raise BadUsage("the units of a bundle name %s: mode system has no other root" % SYSTEM_ROOT)
     if options.server is not None and not os.path.isabs(options.server):
         raise BadUsage("--server %s is not a whole path" % options.server)
@@ -1048,6 +1048,8 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
+    if is_folder(store.release(_hex(bundle["manifest_digest"]))):  # nothing new comes in: it may be mended
+        options.allow_downgrade = True
     admission = admit(store, bundle, plan_json, options, store.world.machine())
     if options.dry_run:
         return offer_document(store, admission, room(store, bundle))
@@ -1636,7 +1638,7 @@ def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[st
     memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
     backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
     elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
-    emulated = facts["server"]["emulator"] is not None or facts["machine"]["emulated"]
+    emulated = facts["server"]["emulator"] is not None or facts["machine"].get("emulated", False)
     if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]

@@ -851,6 +851,64 @@ def test_a_blob_that_cannot_be_read_is_bad(
     assert [entry["digest"] for entry in device.run("fsck").document["bad"]] == [f"sha256:{broken}"]
 
 
+def test_what_is_installed_may_be_mended_though_a_newer_one_runs(
+    device: Device, first: Path, resigned: Callable[..., Path]
+) -> None:
+    device.run("install", first)
+    device.run("install", resigned(sequence=2, weights=b"GGUF" + b"2" * 6000))
+    flip(device.root / "previous/model.gguf")
+    device.run("fsck")
+
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+    device.run("receive", offered["release"], stdin=sent)
+
+    assert agent.read_bundle(str(device.root / "previous"))["name"] == "tiny"
+    assert device.run("install", first).status == 6
+
+
+# ── an installed release is a bundle, too ──
+
+
+def test_a_release_is_read_where_it_lies_and_gives_links_instead_of_copies(
+    device: Device, first: Path, tmp_path: Path
+) -> None:
+    device.run("install", first)
+    folder = device.root / "current"
+
+    found = agent.read_bundle(str(folder))
+    linked = Path(agent.extract(found, agent.SERVER, str(tmp_path / "work")))
+
+    assert found["manifest_digest"] == agent.read_bundle(str(first))["manifest_digest"]
+    assert agent.read_document(found, "plan.json")["schema_version"] == 1
+    assert linked.stat().st_ino == (folder / agent.SERVER).stat().st_ino
+    assert linked.stat().st_mode & 0o777 == 0o555
+    assert (
+        agent.preflight(found, {**json.loads((folder / "plan.json").read_text())}, ".", None)["disk_needed"]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["start.sh", ".release/config.json", ".release/manifest.json", ".release/index.json"]
+)
+def test_a_release_that_lost_or_changed_a_file_is_refused(device: Device, first: Path, name: str) -> None:
+    device.run("install", first)
+    path = device.root / "current" / name
+    content = path.read_bytes()
+    path.unlink()
+
+    with pytest.raises(agent.Refused):
+        agent.read_bundle(str(device.root / "current"))
+    path.write_bytes(content[:-1] + b" ")
+    with pytest.raises(agent.Refused):
+        agent.read_bundle(str(device.root / "current"))
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises((agent.Refused, OSError)):
+        agent.read_bundle(str(device.root / "current"))
+
+
 # ── back again: rollback, boot ──
 
 
@@ -1202,8 +1260,8 @@ def test_memory_is_judged_only_on_the_device_of_the_plan() -> None:
     much = {**MEMORY, "peak_rss": 64 << 30}
 
     assert judged(memory=much, server={"emulator": {"name": "qemu"}}) == []
-    assert judged(memory=much, machine={"emulated": True}) == []
     assert judged(memory=much, match=[{"status": "fail"}]) == []
+    assert judged(memory=much, machine={"emulated": True}) == []
     assert judged(memory=much, log={"buffers": [{"kind": "model", "name": "CUDA0"}]}) == []
 
 

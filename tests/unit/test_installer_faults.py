@@ -238,3 +238,27 @@ def test_at_each_call_that_changes_the_disk(
         (tmp_path / "copy.tar").unlink(missing_ok=True)
     assert points > 0
     print(f"{act.__name__}: {points} points")
+
+
+@pytest.mark.parametrize("failure", [None, errno.ENOSPC, errno.EIO], ids=["kill", "ENOSPC", "EIO"])
+def test_enrolling_goes_on_where_it_failed(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None
+) -> None:
+    signers = sign.allowed_signer(key)
+    for at in itertools.count(1):
+        device = Device(tmp_path / str(at))
+        with monkeypatch.context() as patched:
+            disk = Disk(at, failure)
+            patched.setattr(installer, "os", disk)
+            try:
+                status = device.enroll(signers).status
+            except Killed:
+                status = -1
+        if disk.calls < at:
+            break
+
+        assert status in (-1, 0, 2, 10), at
+        assert device.enroll(signers).status == 0, at
+        assert (device.root / "allowed_signers").read_text() == signers
+        assert [path.name for path in device.root.rglob(".new-*")] == [], at
+    assert at > 20
