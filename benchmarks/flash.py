@@ -1,10 +1,11 @@
 """Flashing over sshd on loopback: weights against bare scp of the same file, and what an update of the plan moves.
 
-    python benchmarks/flash.py [--megabytes 400] [--rounds 5] [--folder DIR]
+    python benchmarks/flash.py [--megabytes 400] [--rounds 5] [--rate MB/S] [--folder DIR]
 
 A bundle with random weights is sent to an enrolled store, into a new one each round, and the same file by scp, in
 turns; the time of a flash is that of its transfer, without the login that both have, and with the device's flushing and
-second reading of every byte, which scp has not. `sync` runs between, so that neither writes the other's pages. Then the
+second reading of every byte, which scp has not. `sync` runs between, so that neither writes the other's pages. On
+loopback both ends share this machine's cores; --rate holds both to the speed of a line instead. Then the
 built-in model is flashed twice, with another context in the second release, and every byte on the wire is counted.
 """
 
@@ -43,25 +44,28 @@ def enrolled(sshd: Sshd, signers: Path, root: Path, port: int) -> Device:
     return devices.find(connection, where)
 
 
-def transfers(sshd: Sshd, folder: Path, key: Path, signers: Path, options: argparse.Namespace) -> None:
+def transfers(
+    sshd: Sshd, port: int, folder: Path, key: Path, signers: Path, options: argparse.Namespace
+) -> None:
     """Seconds of both, round by round."""
     weights = os.urandom(options.megabytes * 10**6)
     cargo = flash.load(releases.bundle(folder / "big.tar", key, weights=weights), None)
     plain = folder / "big.weights"
-    print(f"{options.megabytes} MB of random weights, {options.rounds} rounds, seconds")
+    line = "loopback" if options.rate is None else f"a line of {options.rate:g} MB/s"
+    print(f"{options.megabytes} MB of random weights over {line}, {options.rounds} rounds, seconds")
     print(f"{'round':>5} {'flash':>8} {'scp':>8} {'scp, sync':>10} {'ratio':>7} {'to sync':>8}")
     rows = []
     for number in range(options.rounds):
         root, copy = folder / "store", folder / "copy"
-        device = enrolled(sshd, signers, root, sshd.port)
+        device = enrolled(sshd, signers, root, port)
         os.sync()
         first = number % 2 == 0
         if not first:
-            bare, flushed = scp(sshd, plain, copy)
+            bare, flushed = scp(sshd, port, plain, copy)
         done = flash.flash(cargo, device, ASKED, progress=Silent())
         device.connection.close()
         if first:
-            bare, flushed = scp(sshd, plain, copy)
+            bare, flushed = scp(sshd, port, plain, copy)
         ours = done.seconds_to_send or 0.0
         rows.append((ours, bare, flushed))
         told = f"{number + 1:>5} {ours:>8.2f} {bare:>8.2f} {flushed:>10.2f} {ours / bare:>7.2f} {ours / flushed:>8.2f}"
@@ -73,11 +77,11 @@ def transfers(sshd: Sshd, folder: Path, key: Path, signers: Path, options: argpa
     print(f"{'mid':>5} {ours:>8.2f} {bare:>8.2f} {flushed:>10.2f} {ratios[0]:>7.2f} {ratios[1]:>8.2f}")
 
 
-def scp(sshd: Sshd, source: Path, target: Path) -> tuple[float, float]:
+def scp(sshd: Sshd, port: int, source: Path, target: Path) -> tuple[float, float]:
     """Seconds until scp ends, and until what it wrote is on the disk."""
     os.sync()
     before = time.monotonic()
-    subprocess.run(["scp", "-q", *sshd.ssh[1:], source, f"{HOST}:{target}"], check=True)
+    subprocess.run(["scp", "-q", *sshd.ssh[1:], "-P", str(port), source, f"{HOST}:{target}"], check=True)
     ended = time.monotonic()
     os.sync()
     return ended - before, time.monotonic() - before
@@ -117,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rate", type=float, metavar="MB/S", help="speed of the line between both")
     parser.add_argument(
         "--folder", type=Path, help="where both write (default: the system's temporary folder)"
     )
@@ -127,7 +132,11 @@ def main() -> None:
         sign.new_key(key)
         signers = folder / "signers"
         workspace.write_text(signers, sign.allowed_signer(key))
-        transfers(sshd, folder, key, signers, options)
+        if options.rate is None:
+            transfers(sshd, sshd.port, folder, key, signers, options)
+        else:
+            with Line(sshd.port, rate=options.rate * 1e6) as line:
+                transfers(sshd, line.port, folder, key, signers, options)
         update(sshd, folder, key, signers)
 
 

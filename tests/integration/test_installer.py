@@ -186,10 +186,12 @@ def test_a_test_that_is_stopped_goes_back_and_leaves_no_server(
     for said in process.stderr:
         if said.startswith("starting llama-server"):
             break
+    unpacked = (device.root / "incoming/self-test/model.gguf").stat()
     process.send_signal(number)
     said = process.stderr.read()
 
     assert process.wait(timeout=60) == 130, said
+    assert unpacked.st_nlink == 3  # the blob, the release, the test: one file
     assert device.release("current") == releases.release_of(made.good)
     assert not (device.root / "incoming/self-test").exists()
     assert servers(device.root) == []
@@ -215,6 +217,26 @@ def test_a_kill_in_the_middle_of_the_test_is_gone_back_from_at_boot(made: Made, 
     assert outcomes == ["trying", "trying", "trying", "went-back", "good"]
     assert device.release("current") == releases.release_of(made.good)
     until(lambda: servers(device.root) == [])
+
+
+@pytest.mark.parametrize("ends", ["by a kill", "done"])
+def test_a_guard_runs_its_program_only_after_a_kill(tmp_path: Path, ends: str) -> None:
+    mark = tmp_path / "mark"
+    code = (
+        "import os, sys; from edgepack.device import installer; done = installer.guard(['touch', sys.argv[1]]); "
+        "done() if sys.argv[2] == 'done' else os.kill(os.getpid(), 9)"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code, mark, ends], check=False, cwd=Path(__file__).parents[2]
+    )
+
+    if ends == "done":
+        assert ended.returncode == 0
+        assert not mark.exists()
+    else:
+        assert ended.returncode == -9
+        until(mark.exists)
 
 
 def until(claim: Any) -> None:
