@@ -187,17 +187,20 @@ def start(state: Path, progress: Progress) -> str:
     handle = hold(state)
     if handle is None:
         return ssh_config(state).read_text(encoding="utf-8")
-    root = state / "root"
-    if not root.is_dir():
-        fresh(state, progress)
-    port = free_port()
-    write(state / "meminfo", meminfo())
-    write(ssh_config(state), config_text(state, port))
-    sshd = ("/usr/sbin/sshd", "-D", "-e", "-p", str(port))
-    _, first = enter(root, emulator, sshd, memory=state / "meminfo", log=state / "log")
-    write(state / "pid", f"{first}\n")
-    wait_for(port, state / "log")
-    os.close(handle)  # the device's first process holds the lock, as long as it lives
+    try:
+        if not (state / "root").is_dir():
+            fresh(state, progress)
+        port = free_port()
+        write(state / "meminfo", meminfo())
+        write(ssh_config(state), config_text(state, port))
+        sshd = ("/usr/sbin/sshd", "-D", "-e", "-p", str(port))
+        keeper, first = enter(
+            state / "root", emulator, sshd, memory=state / "meminfo", log=state / "log", holding=(handle,)
+        )
+        write(state / "pid", f"{first}\n")
+        wait_for(port, keeper, first, state / "log")
+    finally:
+        os.close(handle)  # the device holds its own, as long as it lives
     return ssh_config(state).read_text(encoding="utf-8")
 
 
@@ -294,14 +297,16 @@ def free_port() -> int:
     return port
 
 
-def wait_for(port: int, log: Path) -> None:
-    """Returns when sshd greets; exits with its words when it does not."""
+def wait_for(port: int, keeper: int, first: int, log: Path) -> None:
+    """Returns when sshd greets; else ends the device, and exits with its words."""
     ends = time.monotonic() + START_SECONDS
-    while time.monotonic() < ends:
+    while time.monotonic() < ends and os.waitpid(keeper, os.WNOHANG)[0] == 0:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 10) as connection:
             if connection.recv(4) == b"SSH-":
                 return
         time.sleep(0.2)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(first, signal.SIGKILL)
     refuse(f"the device's sshd does not answer on port {port}:\n{log.read_text(encoding='utf-8')[-2000:]}")
 
 
@@ -309,19 +314,25 @@ def wait_for(port: int, log: Path) -> None:
 
 
 def enter(
-    root: Path, emulator: Path, argv: Sequence[str], *, memory: Path | None = None, log: Path | None = None
+    root: Path,
+    emulator: Path,
+    argv: Sequence[str],
+    *,
+    memory: Path | None = None,
+    log: Path | None = None,
+    holding: Sequence[int] = (),
 ) -> tuple[int, int]:
     """Runs a program of ``root`` in namespaces of its own; nothing of them outlives their first process.
 
     Returns the ids of a process that waits and ends with the program's status, and of the first process itself.
-    ``memory``: what /proc/meminfo says there. ``log``: where its output goes; without one it has ours.
+    ``memory``: what /proc/meminfo says there. ``log``: where its output goes; without one it has ours. ``holding``:
+    open files that stay open until it ends, beside none of ours.
     """
     news, tell = os.pipe()
     wait, go_on = os.pipe()
     keeper = os.fork()
     if keeper == 0:
-        os.close(news)
-        os.close(go_on)
+        close_all_but({0, 1, 2, tell, wait, *holding})
         ended(lambda: keep(root, emulator, argv, memory, log, tell, wait))
     os.close(tell)
     os.close(wait)
@@ -430,6 +441,14 @@ def ended(act: Callable[[], int]) -> NoReturn:
     except BaseException as error:
         os.write(2, f"device.py: {error}\n".encode())
         os._exit(1)
+
+
+def close_all_but(kept: set[int]) -> None:
+    """Closes what a fork inherited: a pipe of ours that a device kept open would never end for its reader."""
+    for handle in [int(place.name) for place in Path("/proc/self/fd").iterdir()]:
+        if handle not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(handle)
 
 
 def write_once(path: Path, text: str) -> None:
