@@ -101,6 +101,8 @@ class MachineFacts:
     device_tree: tuple[str, ...] | None
     l4t: str | None
     gpus: tuple[GpuFacts, ...] | None
+    emulated: bool = False
+    """Whether its programs run on a processor of another architecture; agents in older bundles did not ask."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,7 +397,7 @@ class CheckReport:
     same_device: bool
     """Whether nothing here contradicts the plan's profile; else speed is not judged. An emulation never is."""
     emulated: str | None
-    """Name and version of the emulator that ran the server; None when it ran on this machine itself."""
+    """Name and version of the emulator that ran the server, or that the machine is one; None when neither."""
     items: tuple[Item, ...]
     residuals: tuple[Residual, ...]
     facts: Facts
@@ -423,8 +425,8 @@ def evaluate(
     notes: tuple[str, ...] = (),
 ) -> CheckReport:
     """The verdict on each promise of the plan; pure. A failed check is a value, nothing is raised."""
-    emulator = facts.server.emulator
-    same_device = emulator is None and all(row.status != "fail" for row in facts.match)
+    emulated = _emulated(facts)
+    same_device = emulated is None and all(row.status != "fail" for row in facts.match)
     same_backend = _server_backend(plan, facts) == plan.profile.backend
     residuals = tuple(_residuals(plan, facts, same_backend=same_backend))
     judged = _Judged(plan=plan, facts=facts, same_device=same_device, same_backend=same_backend)
@@ -445,12 +447,12 @@ def evaluate(
         *_measured(measured),
         *_quality(facts),
     )
-    if emulator is not None:
+    if emulated is not None:
         items = tuple(_under_emulation(item) for item in items)
     return CheckReport(
         plan=plan.digest,
         same_device=same_device,
-        emulated=None if emulator is None else str(emulator),
+        emulated=emulated,
         items=items,
         residuals=residuals,
         facts=facts,
@@ -461,8 +463,8 @@ def evaluate(
 def to_document(report: CheckReport) -> dict[str, object]:
     """The report as JSON: verdicts, residuals, and the facts they rest on.
 
-    ``emulated`` is null or what ran the server, as "qemu-aarch64-static 7.2.22"; ``verdict`` then says "passed
-    under emulation", and each item's ``status`` is one of Status.
+    ``emulated`` is null or what ran the server, as "qemu-aarch64-static 7.2.22" or "a machine that emulates aarch64";
+    ``verdict`` then says "passed under emulation", and each item's ``status`` is one of Status.
     """
     residuals = [
         {**_object(serde.dump(r)), "bytes": r.bytes, "relative": round(r.relative, 6)}
@@ -535,7 +537,16 @@ by its own log, its slots, what it reuses and what it answers are the same on th
 _PAGED = "this machine's memory was short, with the emulator in it"
 
 
+def _emulated(facts: Facts) -> str | None:
+    """What translated the server's instructions: an emulator that started it, or all of the machine."""
+    if facts.server.emulator is not None:
+        return str(facts.server.emulator)
+    return f"a machine that emulates {facts.machine.arch}" if facts.machine.emulated else None
+
+
 def _under_emulation(item: Item) -> Item:
+    if item.name == "device" and item.status == "fail":  # it was to be the very device
+        return item
     reason = _OF_THE_EMULATION.get(item.name)
     if item.name == "paging" and item.status != "pass":
         reason = _PAGED
@@ -554,7 +565,7 @@ class _Judged:
 
     def at_home(self, status: Status) -> Status:
         """A failure counts as one only on the device that the plan is for, or under an emulator of it."""
-        home = (self.same_device or self.facts.server.emulator is not None) and self.same_backend
+        home = (self.same_device or _emulated(self.facts) is not None) and self.same_backend
         return "warn" if status == "fail" and not home else status
 
     @property
@@ -594,6 +605,14 @@ def _signature(facts: Facts) -> Item:
 
 def _device(facts: Facts, *, strict: bool) -> Item:
     wrong = [row for row in facts.match if row.status == "fail"]
+    if strict and facts.machine.emulated:
+        return Item(
+            name="device",
+            status="fail",
+            expected=", ".join(row.fact for row in facts.match),
+            measured="emulated",
+            message=f"this is {_emulated(facts)}, not the device",
+        )
     unknown = [row.fact for row in facts.match if row.status == "unknown"]
     expected = ", ".join(row.fact for row in facts.match)
     if wrong:
@@ -690,6 +709,8 @@ def _server(plan: Plan, facts: Facts) -> Item:
         program = server.program if server.code is None else f"edgepack_server, {server.program}"
         version = served.version or "version unknown"
     under = "" if server.emulator is None else f" under {server.emulator}, {server.emulator.cpu}"
+    if server.emulator is None and facts.machine.emulated:
+        under = f" on {_emulated(facts)}"
     return Item(
         name="server",
         status="warn" if remarks else "pass",

@@ -9,6 +9,7 @@ need /usr/sbin/sshd openssh-server
 need systemd-analyze systemd
 need shellcheck shellcheck
 need qemu-aarch64-static qemu-user-static
+need debootstrap debootstrap
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need g++ g++
 [ -n "$missing" ] || exit 0

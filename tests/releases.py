@@ -121,8 +121,8 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "failure": None,
-        "machine": {"emulated": False},
         "match": [],
+        "machine": {"emulated": False},
         "server": {"emulator": None},
         "served": None,
         "log": {"buffers": [{"kind": "model", "name": "CPU", "bytes": 1}]},

@@ -836,6 +836,7 @@ def machine_facts() -> Dict[str, Any]:
     memory = _meminfo()
     return {
         "arch": platform.machine(),
+        "emulated": is_emulated(platform.machine(), _read(CPU_MODALIAS) or "", _read("/proc/cpuinfo") or ""),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "cpu": _cpu_name(),
@@ -848,6 +849,27 @@ def machine_facts() -> Dict[str, Any]:
         "l4t": _l4t(),
         "gpus": _gpus(),
     }
+
+
+CPU_MODALIAS = "/sys/devices/system/cpu/modalias"
+"""cpu:type:x86,… or cpu:type:aarch64:…, as the kernel's drivers/base/cpu.c prints it."""
+_X86, _ARM = (
+    re.compile(r"^(?:cpu:type:x86,|flags\s*:)", re.M),
+    re.compile(r"^(?:cpu:type:aarch64:|CPU implementer\s*:)", re.M),
+)
+
+
+def is_emulated(arch: str, modalias: str, cpuinfo: str) -> bool:
+    """Whether this machine's programs, for ``arch``, run on a kernel of the other architecture; pure.
+
+    An emulator answers uname itself and leaves /proc and /sys to the kernel, but QEMU from 8.2 on writes an Arm's
+    /proc/cpuinfo: the CPU's modalias counts first. What cannot be told is no emulation.
+    """
+    for text in (modalias, cpuinfo):
+        kernel = "x86_64" if _X86.search(text) else "aarch64" if _ARM.search(text) else None
+        if kernel is not None:
+            return arch in ("x86_64", "aarch64") and arch != kernel
+    return False
 
 
 def match_device(profile: Dict[str, Any], machine: Dict[str, Any]) -> List[Dict[str, str]]:
@@ -2760,7 +2782,7 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     os.makedirs(options.work, exist_ok=True)
     arch = plan["profile"]["arch"]
     emulator = find_emulator(options.emulator, arch) if options.emulator is not None else None
-    if emulator is not None:
+    if emulator is not None or facts["machine"]["emulated"]:
         args = with_threads(args, max(1, facts["machine"]["cores"] // EMULATED_SHARE))
     runs_here = emulator is not None or arch == facts["machine"]["arch"]
     if runtime.modules:

@@ -446,6 +446,32 @@ def test_a_program_that_is_no_emulator_is_not_taken_for_one(tmp_path: Path) -> N
         agent.find_emulator(str(tmp_path / "none"), "aarch64")
 
 
+X86_KERNEL = "cpu:type:x86,ven0000fam0006mod00CF:feature:,0000,0001,0002\n"
+ARM_KERNEL = "cpu:type:aarch64:feature:,0000,0001,0002,0003\n"
+X86_CPUINFO = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu vme de pse\n"
+ARM_CPUINFO = "processor\t: 0\nBogoMIPS\t: 100.00\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n"
+
+
+@pytest.mark.parametrize(
+    ("arch", "modalias", "cpuinfo", "emulated"),
+    [
+        ("x86_64", X86_KERNEL, X86_CPUINFO, False),
+        ("aarch64", ARM_KERNEL, ARM_CPUINFO, False),
+        ("aarch64", X86_KERNEL, X86_CPUINFO, True),
+        ("x86_64", ARM_KERNEL, ARM_CPUINFO, True),
+        pytest.param("aarch64", X86_KERNEL, ARM_CPUINFO, True, id="QEMU 8.2 writes cpuinfo itself"),
+        pytest.param("aarch64", "", X86_CPUINFO, True, id="no sysfs"),
+        pytest.param("i686", X86_KERNEL, X86_CPUINFO, False, id="32-bit programs of the same processor"),
+        pytest.param("armv8l", ARM_KERNEL, ARM_CPUINFO, False, id="32-bit programs of an Arm"),
+        pytest.param("aarch64", "", "", False, id="nothing to tell by"),
+    ],
+)
+def test_a_machine_is_emulated_when_its_kernel_is_of_the_other_architecture(
+    arch: str, modalias: str, cpuinfo: str, emulated: bool
+) -> None:
+    assert agent.is_emulated(arch, modalias, cpuinfo) is emulated
+
+
 # ── the machine and the log ──
 
 

@@ -208,6 +208,25 @@ def test_what_fails_under_an_emulator_fails() -> None:
     assert check.table(report).endswith("\nFAILED under emulation: kv_cache\n")
 
 
+def test_a_machine_that_emulates_is_judged_as_an_emulator_is() -> None:
+    report = judged({"machine.emulated": True})
+
+    under = judged(EMULATED)
+    assert (report.verdict, report.same_device) == ("passed under emulation", False)
+    assert report.emulated == "a machine that emulates x86_64"
+    assert {i.name for i in report.items if i.status == "not-comparable"} == {
+        i.name for i in under.items if i.status == "not-comparable"
+    }
+    assert "on a machine that emulates x86_64" in check.table(report)
+
+
+def test_a_machine_that_emulates_is_never_the_very_device() -> None:
+    report = judged({"machine.emulated": True}, strict=True)
+
+    assert report.verdict == "failed"
+    assert [item.name for item in report.items if item.status == "fail"] == ["device"]
+
+
 def test_a_card_of_its_own_is_not_comparable_either() -> None:
     report = judged({**EMULATED, "memory.gpu": 838_132_256}, device="rtx-4060-8gb")
 
