@@ -2,9 +2,11 @@
 
     python benchmarks/server_speed.py onnx-genai ARTIFACT [--tokens 128] [--rounds 5] [--threads 2] [--context 512]
     python benchmarks/server_speed.py transformers ARTIFACT
-    python benchmarks/server_speed.py llama.cpp model.gguf --server bin/llama-server --bench bin/llama-bench
+    python benchmarks/server_speed.py llama.cpp model.gguf --server bin/llama-server [--bench bin/llama-bench]
 
-Bare is each runtime's own loop in a process of its own: generate_next_token(), generate(), llama-bench. The server is
+Bare is each runtime's own loop in a process of its own: generate_next_token() and generate(), and of llama.cpp, whose
+runtime is its server, one that is started with model, context and threads alone; with --bench it is llama-bench, which
+chooses no token: what choosing takes is then part of the ratio. The server is
 started with the flags and environment of a plan and streams. Counted are the tokens after the first, per second; the
 ratio is of one round's two figures, and the median over rounds, with the least and the greatest, is printed. So is the
 processor's time of a token, of all threads, which others on the same cores disturb less: what an answer of all tokens
@@ -144,14 +146,16 @@ def arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def serving(asked: argparse.Namespace) -> Iterator[Decode]:
-    """A server that is ready."""
+def serving(asked: argparse.Namespace, *, bare: bool = False) -> Iterator[Decode]:
+    """A server that is ready; ``bare``: llama-server without a plan's flags."""
     runtime = runtimes.named(asked.runtime)
     kv_type = runtime.kv_types(runtimes.Machine(backend="cpu"))[0]
     base = llama_cpp.cpu_settings(context=asked.context, kv_type="f16", threads=asked.threads)
     settings = Settings(**{name: getattr(base, name) for name in base.__slots__} | {"kv_type": kv_type})
     words = runtime.launch(settings, alias="benchmark", backend="cpu", start_up={})
-    port = 18_000 + os.getpid() % 4000
+    if bare:
+        words = ("-c", str(asked.context), "-np", "1", "-t", str(asked.threads), "--alias", "benchmark")
+    port = 18_000 + os.getpid() % 4000 + (4000 if bare else 0)
     with tempfile.TemporaryDirectory() as folder:
         key = Path(folder) / "key"
         key.write_text(KEY + "\n", encoding="utf-8")
@@ -169,7 +173,7 @@ def serving(asked: argparse.Namespace) -> Iterator[Decode]:
             "--api-key-file",
             str(key),
         ]
-        environment = {**os.environ, **runtime.environment(settings, backend="cpu")}
+        environment = {**os.environ, **({} if bare else runtime.environment(settings, backend="cpu"))}
         with (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
@@ -227,6 +231,10 @@ def served(address: str, tokens: int) -> float:
 @contextmanager
 def running(asked: argparse.Namespace) -> Iterator[Decode]:
     """The bare runtime."""
+    if asked.runtime == "llama.cpp" and asked.bench is None:
+        with serving(asked, bare=True) as one:
+            yield one
+        return
     if asked.runtime == "llama.cpp":
         yield lambda tokens: llama_bench(asked, tokens)
         return

@@ -389,7 +389,13 @@ def build(
     else:
         calibrated = bool(options["calibration_files"])
         weighted = calibrated or bool(options["imatrix_file"])
-        more = {"imatrix": weighted, "budgeted": calibrated and pipeline.fills_budgets(), "offline": offline}
+        more: dict[str, Any] = {
+            "imatrix": weighted,
+            "budgeted": calibrated and pipeline.fills_budgets(),
+            "offline": offline,
+        }
+        if with_runtime and options["runtime"] is None:
+            more["runtime"] = "llama.cpp"  # the only one whose server can travel
         chosen = _planned(pipeline, {**options, **more})
     given = [flag for name, flag in TEACHING.items() if options[name]]
     if chosen.model.lesson is None and given:
