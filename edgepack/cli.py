@@ -718,6 +718,9 @@ def check(
 @_place_options
 @click.option("--server", metavar="PATH", help="With --enroll: llama-server, or a Python, on the device.")
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Good releases that stay on the device.")
+@click.option("--inventory", metavar="FILE",
+              help="Flash all hosts of an Ansible inventory, a canary first (docs/fleet.md).")  # fmt: skip
+@click.option("--limit", metavar="PATTERN", help="Of an inventory's hosts only these, as Ansible names them.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what would travel; touch nothing.")
 @click.option("--rollback", is_flag=True, help="Go back to the release before.")
 @click.option("--status", is_flag=True, help="Say what is on the device, and what happened there.")
@@ -746,6 +749,8 @@ def flash(
     root: str | None,
     sudo: bool,
     keep: int | None,
+    inventory: str | None,
+    limit: str | None,
     dry_run: bool,
     rollback: bool,
     status: bool,
@@ -768,12 +773,26 @@ def flash(
       edgepack flash out/demo.tar jetson --sudo --dry-run
       edgepack flash --status jetson --sudo
       edgepack flash --enroll --signers key.allowed_signers out/demo.tar /media/card/var/lib/edgepack
+      edgepack flash out/demo-q6_k-jetson-orin-nano-8gb.tar out/demo-f16-raspberry-pi-5-8gb.tar --inventory hosts.ini
     """
     from contextlib import closing
 
     from edgepack import devices, serde, workspace
     from edgepack import flash as flashes
 
+    where = devices.Where(root=root, mode=mode, sudo=sudo)
+    asked = flashes.Asked(self_test=not no_self_test, keep=keep, allow_downgrade=allow_downgrade, force=force)
+    if inventory is not None:
+        if enrolls or rollback or status or fsck:
+            raise BadInput(
+                "--inventory flashes bundles, and takes no --enroll, --rollback, --status or --fsck"
+            )
+        named_bundles = tuple(_existing(Path(word)) for word in words)
+        _flash_fleet(
+            progress, named_bundles, inventory, limit=limit, signers=signers, where=where, asked=asked,
+            dry_run=dry_run, output=output, as_json=as_json,
+        )  # fmt: skip
+        return
     if not words:
         raise BadInput("name the host", hint="edgepack flash BUNDLE HOST")
     *named, host = words
@@ -792,8 +811,6 @@ def flash(
     if named:
         progress.step(f"verifying {named[0]}")
         cargo = flashes.load(_existing(Path(named[0])), signers)
-    where = devices.Where(root=root, mode=mode, sudo=sudo)
-    asked = flashes.Asked(self_test=not no_self_test, keep=keep, allow_downgrade=allow_downgrade, force=force)
     failure: EdgepackError | None = None
     with closing(_connected(host)) as connection:
         if enrolls:
@@ -825,6 +842,105 @@ def flash(
         click.echo(shown, nl=False)
     if failure is not None:
         raise failure
+
+
+def _flash_fleet(
+    progress: Progress,
+    bundles: tuple[Path, ...],
+    inventory: str,
+    *,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from edgepack import fleet, workspace
+
+    if not bundles:
+        raise BadInput(
+            "no bundle for the hosts of an inventory", hint="edgepack flash BUNDLE --inventory FILE"
+        )
+    done = fleet.flash(bundles, inventory, progress=progress, **options)
+    document = fleet.to_document(done)
+    if output is not None:
+        workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(fleet.table(done), nl=False)
+    failure = fleet.shortfall(done)
+    if failure is not None:
+        raise failure
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.option("--ansible", "what", flag_value="ansible", help="A folder with role, playbooks and bundles.")
+@click.option(
+    "--swu", "what", flag_value="swu", help="An SWUpdate image of one bundle, as hawkBit hands it out."
+)
+@click.option("--signers", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --ansible: the allowed_signers that devices are enrolled with.")  # fmt: skip
+@click.option("--cert", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --swu: the certificate of --key, PEM; devices know it.")  # fmt: skip
+@click.option("--key", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --swu: the private key that signs the image, PEM.")  # fmt: skip
+@click.option("--hardware", multiple=True, metavar="REVISION",
+              help="With --swu: /etc/hwrevision of the devices (repeat it; default: the profile's name).")  # fmt: skip
+@click.option("--root", metavar="PATH", help="With --swu: the store there, where it is in no usual place.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write it here.")
+@json_option
+@click.pass_obj
+def emit(
+    progress: Progress,
+    /,
+    bundles: tuple[Path, ...],
+    what: Literal["ansible", "swu"] | None,
+    signers: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    hardware: tuple[str, ...],
+    root: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Write bundles in the form that other tools deliver: an Ansible project, or an SWUpdate image.
+
+    \b
+    Examples:
+      edgepack emit --ansible out/a.tar out/b.tar --signers key.allowed_signers -o fleet/
+      edgepack emit --swu out/demo.tar --cert fleet.crt --key fleet.key -o demo.swu
+    """
+    from edgepack import devices, flash, fleet, serde, swu
+
+    for_swu = {"--cert": cert, "--key": key, "--hardware": hardware or None, "--root": root}
+    for name, value in {**for_swu, "--signers": signers}.items():
+        if value is not None and (name in for_swu) != (what == "swu"):
+            raise BadInput(f"{name} is for --{'swu' if name in for_swu else 'ansible'}")
+    paths = [_existing(path) for path in bundles]
+    if what == "ansible":
+        if signers is None:
+            raise BadInput("name who may sign", hint="--signers FILE: `edgepack key new` wrote it")
+        fleet.emit(paths, output, signers=signers, progress=progress)
+        document: dict[str, Any] = {"schema_version": 1, "path": str(output)}
+    elif what == "swu":
+        if cert is None or key is None:
+            raise BadInput("an image is signed", hint="--cert and --key; docs/fleet.md says how to make them")
+        if len(paths) != 1:
+            raise BadInput(f"{len(paths)} bundles for one image", hint="an image has one bundle")
+        progress.step(f"verifying {paths[0]}")
+        cargo = flash.load(paths[0], None)
+        with progress.bar("writing the image", cargo.path.stat().st_size, rate=True) as advance:
+            written = swu.write(
+                cargo, output, certificate=cert, key=key, root=root or devices.SYSTEM_ROOT, hardware=hardware,
+                on_bytes=advance,
+            )  # fmt: skip
+        document = _document(serde.dump(written))
+    else:
+        raise BadInput("say in which form", hint="--ansible or --swu")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(str(output))
 
 
 @cli.command()
