@@ -876,8 +876,12 @@ def _flash_fleet(
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @click.option("--ansible", "what", flag_value="ansible", help="A folder with role, playbooks and bundles.")
 @click.option(
-    "--swu", "what", flag_value="swu", help="An SWUpdate image of one bundle, as hawkBit hands it out."
+    "--swu", "what", flag_value="swu", help="An SWUpdate image of a bundle, as hawkBit hands it out."
 )
+@click.option("--signature", "what", flag_value="signature",
+              help="The signature of a bundle as an OCI image layout, for a registry.")  # fmt: skip
+@click.option("--tar", "what", flag_value="tar",
+              help="The bundle again: named are the two folders that skopeo pulled, bundle and signature.")  # fmt: skip
 @click.option("--signers", type=click.Path(path_type=Path), metavar="FILE",
               help="With --ansible: the allowed_signers that devices are enrolled with.")  # fmt: skip
 @click.option("--cert", type=click.Path(path_type=Path), metavar="FILE",
@@ -894,7 +898,7 @@ def emit(
     progress: Progress,
     /,
     bundles: tuple[Path, ...],
-    what: Literal["ansible", "swu"] | None,
+    what: Literal["ansible", "swu", "signature", "tar"] | None,
     signers: Path | None,
     cert: Path | None,
     key: Path | None,
@@ -903,30 +907,34 @@ def emit(
     output: Path,
     as_json: bool,
 ) -> None:
-    """Write bundles in the form that other tools deliver: an Ansible project, or an SWUpdate image.
+    """Write bundles in the form that other tools deliver: an Ansible project, an SWUpdate image, registries' folders.
 
     \b
     Examples:
       edgepack emit --ansible out/a.tar out/b.tar --signers key.allowed_signers -o fleet/
       edgepack emit --swu out/demo.tar --cert fleet.crt --key fleet.key -o demo.swu
+      edgepack emit --signature out/demo.tar -o signature/
+      edgepack emit --tar pulled/ pulled-signature/ -o demo.tar
     """
-    from edgepack import devices, flash, fleet, serde, swu
+    from edgepack import devices, flash, fleet, registry, serde, swu
 
-    for_swu = {"--cert": cert, "--key": key, "--hardware": hardware or None, "--root": root}
-    for name, value in {**for_swu, "--signers": signers}.items():
-        if value is not None and (name in for_swu) != (what == "swu"):
-            raise BadInput(f"{name} is for --{'swu' if name in for_swu else 'ansible'}")
+    for name, value, form in (
+        ("--signers", signers, "ansible"), ("--cert", cert, "swu"), ("--key", key, "swu"),
+        ("--hardware", hardware or None, "swu"), ("--root", root, "swu"),
+    ):  # fmt: skip
+        if value is not None and what != form:
+            raise BadInput(f"{name} is for --{form}")
     paths = [_existing(path) for path in bundles]
+    if what in ("swu", "signature") and len(paths) != 1:
+        raise BadInput(f"--{what} is of one bundle, and these are {len(paths)}")
+    document: dict[str, Any] = {"schema_version": 1, "path": str(output)}
     if what == "ansible":
         if signers is None:
             raise BadInput("name who may sign", hint="--signers FILE: `edgepack key new` wrote it")
         fleet.emit(paths, output, signers=signers, progress=progress)
-        document: dict[str, Any] = {"schema_version": 1, "path": str(output)}
     elif what == "swu":
         if cert is None or key is None:
             raise BadInput("an image is signed", hint="--cert and --key; docs/fleet.md says how to make them")
-        if len(paths) != 1:
-            raise BadInput(f"{len(paths)} bundles for one image", hint="an image has one bundle")
         progress.step(f"verifying {paths[0]}")
         cargo = flash.load(paths[0], None)
         with progress.bar("writing the image", cargo.path.stat().st_size, rate=True) as advance:
@@ -935,8 +943,19 @@ def emit(
                 on_bytes=advance,
             )  # fmt: skip
         document = _document(serde.dump(written))
+    elif what == "signature":
+        registry.signature_layout(flash.load(paths[0], None), output)
+    elif what == "tar":
+        if len(paths) != 2:
+            raise BadInput(
+                f"--tar is out of two folders, and these are {len(paths)}",
+                hint="the bundle's, the signature's",
+            )
+        with progress.bar("writing the bundle", None) as advance:
+            tar = registry.assemble(paths[0], paths[1], output, on_bytes=advance)
+        document |= {"manifest_digest": f"sha256:{tar.manifest_sha256}", "bytes": tar.bytes}
     else:
-        raise BadInput("say in which form", hint="--ansible or --swu")
+        raise BadInput("say in which form", hint="--ansible, --swu, --signature or --tar")
     if as_json:
         _print_json(document)
     else:
