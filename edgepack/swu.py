@@ -112,7 +112,9 @@ exit $status
 _TELL = """\
 import json, sys
 told = json.load(sys.stdin)
-print("; ".join(["release " + told["release"], told["outcome"], *told.get("reasons", [])]))"""
+why = told.get("reasons", [])
+print("; ".join(["release " + told["release"], told["outcome"], *why]), file=sys.stderr if why else sys.stdout)"""
+"""What is said on stderr reaches hawkBit as an error of the action."""
 
 
 def admission(cargo: Cargo, root: str) -> str:

@@ -20,7 +20,7 @@ from edgepack.bundle import sign
 from edgepack.cli import cli
 from edgepack.devices import Where
 from edgepack.progress import Silent
-from tests import releases
+from tests import hawkbit, releases
 from tests.plans import example_plan
 from tests.sshd import HOST, Sshd, serving
 
@@ -337,6 +337,43 @@ def test_an_image_that_fails_its_test_fails_the_update_and_goes_back(
     done = swupdate(image(bad, tmp_path / "x.swu", certified, root), certified)
 
     assert done.returncode == 1
-    assert f"release {releases.release_of(bad)}; rolled-back; " in done.stdout
+    assert f"release {releases.release_of(bad)}; rolled-back; " in done.stderr
     assert current(root) == releases.release_of(good)
     assert not list(root.glob(".swupdate*"))
+
+
+def test_devices_behind_nat_fetch_images_and_hawkbit_learns_what_came_of_them(
+    signed: Signed, certified: Certified, tmp_path: Path
+) -> None:
+    """SWUpdate's own client, as docs/fleet.md sets it up: `-p` after an update, `-c 2` at the start that follows."""
+    plan = example_plan(str(this_machine(tmp_path, "kiosk")))
+    root = store(tmp_path / "store", signed.signers)
+    images = []
+    for sequence in (1, 2):
+        bundle = releases.bundle(
+            tmp_path / f"{sequence}.tar", signed.key, sequence=sequence, plan=plan, weights=WEIGHTS
+        )
+        images.append(image(bundle, tmp_path / f"{sequence}.swu", certified, root))
+    good = releases.release_of(tmp_path / "1.tar")
+    releases.Device(root).run("install", tmp_path / "1.tar", "--force-device")
+    mark = tmp_path / "installed"
+    hook = tmp_path / "hook.sh"
+    hook.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    hook.chmod(0o755)
+
+    with hawkbit.serving(images[0]) as server:
+        first = server.client(
+            "kiosk-01", certified.certificate, "edge:kiosk", tmp_path, hook, until=mark.exists
+        )
+        closed_before = list(server.closed)
+        second = server.client("kiosk-01", certified.certificate, "edge:kiosk", tmp_path, hook, "-c 2")
+        learned = list(server.closed)
+    with hawkbit.serving(images[1]) as server:
+        third = server.client("kiosk-01", certified.certificate, "edge:kiosk", tmp_path, hook)
+        refused = list(server.closed)
+
+    assert f"release {good}; current" in first and not closed_before
+    assert learned == ["success"], second
+    assert refused == ["failure"], third
+    assert "rolled-back" in third
+    assert current(root) == good
