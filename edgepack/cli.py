@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
@@ -826,7 +827,8 @@ def flash(
             document, shown = _document(serde.dump(found)), flashes.status_table(found, host)
         elif rollback:
             back = device.rollback(progress.step)
-            document, shown = _document(serde.dump(back)), f"{host} runs release {back.current} again\n"
+            document, failure = _document(serde.dump(back)), flashes.unstarted(back, host)
+            shown = f"{host}: release {back.current} is current again\n"
         elif fsck:
             state, sent = flashes.fsck(cargo, device, asked, progress=progress)
             document = {**_document(serde.dump(state)), "sent": sent}
@@ -1081,6 +1083,9 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
               help="llama-bench JSON, a check report, or rows; give it more than once.")  # fmt: skip
 @click.argument("more", nargs=-1, type=click.Path(dir_okay=False, path_type=Path), metavar="[FILE]...")
 @click.option("--run", "measure", is_flag=True, help="Measure two models here, with llama-bench.")
+@click.option("--on", "host", metavar="HOST",
+              help="Check each FILE that is a bundle (.tar) on an enrolled device, and read the report.")  # fmt: skip
+@_place_options
 @click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="YAML file of more models, in the form of edgepack/catalog/*.yaml.")  # fmt: skip
 @click.option(
@@ -1096,30 +1101,43 @@ def calibrate(
     files: tuple[Path, ...],
     more: tuple[Path, ...],
     measure: bool,
+    host: str | None,
+    root: str | None,
+    sudo: bool,
     catalog: Path | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Fit a device's speed constants on its own runs and write a profile that has them.
 
+    On a device only its server is measured, since llama-bench is not there: two bundles of models of different size,
+    planned for PROFILE, tell what the memory gives from what a layer costs.
+
     \b
     Examples:
       edgepack calibrate --profile jetson-orin --power-mode 25W --from small.json --from large.json -o mine.yaml
       edgepack calibrate --profile this-machine.yaml --run -o mine.yaml
+      edgepack calibrate --profile jetson-orin --on jetson out/small.tar out/large.tar -o mine.yaml
       edgepack plan --profile mine.yaml
     """
     from edgepack import calibrate as calibrations
     from edgepack import pipeline, workspace
 
-    found, text = pipeline.calibrate(
-        profile,
-        power_mode=power_mode,
-        files=(*files, *more),
-        measure=measure,
-        catalog_file=catalog,
-        beside=output.parent if output is not None else Path(),
-        progress=progress,
-    )
+    with tempfile.TemporaryDirectory(prefix="edgepack-") as folder:
+        given = (*files, *more)
+        if host is not None:
+            given = _measured_on(host, given, Path(folder), root=root, sudo=sudo, progress=progress)
+        elif root is not None or sudo:
+            raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+        found, text = pipeline.calibrate(
+            profile,
+            power_mode=power_mode,
+            files=given,
+            measure=measure,
+            catalog_file=catalog,
+            beside=output.parent if output is not None else Path(),
+            progress=progress,
+        )
     if output is not None:
         workspace.write_text(output, text)
         progress.step(f"wrote {output}")
@@ -1280,6 +1298,29 @@ def _checked_on(
             strict_device=strict_device,
             progress=progress,
         )
+
+
+def _measured_on(
+    host: str, files: tuple[Path, ...], folder: Path, *, root: str | None, sudo: bool, progress: Progress
+) -> tuple[Path, ...]:
+    """The files, with the report of a check on the device in the place of each bundle."""
+    from edgepack import check as checks
+    from edgepack import workspace
+
+    if not any(path.suffix == ".tar" for path in files):
+        raise BadInput(
+            f"no bundle to measure on {host}",
+            hint="build two of different size for this profile, and name them",
+        )
+    reports = []
+    for path in files:
+        if path.suffix != ".tar":
+            reports.append(path)
+            continue
+        report = _checked_on(host, _existing(path), None, root=root, sudo=sudo, progress=progress)
+        reports.append(folder / f"{path.stem}.json")
+        workspace.write_text(reports[-1], json.dumps(checks.to_document(report)))
+    return tuple(reports)
 
 
 def _connected(host: str) -> Connection:

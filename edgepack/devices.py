@@ -99,8 +99,8 @@ class Device:
         return self._ask("self-test", release, *words, on_line=on_line, accept=(0, 5))
 
     def rollback(self, on_line: Callable[[str], None]) -> Installed:
-        """Has it go back to the release before."""
-        return _of(Installed, self._ask("rollback", on_line=on_line), self.name)
+        """Has it go back to the release before; with reasons when that one does not start."""
+        return _of(Installed, self._ask("rollback", on_line=on_line, accept=(0, 5)), self.name)
 
     def collect(self, keep: int) -> None:
         """Has it remove all but ``keep`` good releases."""

@@ -19,7 +19,7 @@ from edgepack import bundle as bundles
 from edgepack import check, devices, serde
 from edgepack.check import CheckReport
 from edgepack.device import agent
-from edgepack.devices import Device, Fsck, Missing, Offer, Outcome, Status, Store
+from edgepack.devices import Device, Fsck, Installed, Missing, Offer, Outcome, Status, Store
 from edgepack.errors import Busy, CheckFailed, EdgepackError, Untrusted
 from edgepack.evaluation import Quality
 from edgepack.plan import Plan
@@ -421,6 +421,16 @@ def shortfall(done: Flashed) -> CheckFailed | None:
     return CheckFailed(
         f"check failed: {failed}; {done.name} runs on {done.host} all the same",
         hint=f"edgepack flash --rollback {done.host} goes back",
+    )
+
+
+def unstarted(back: Installed, host: str) -> CheckFailed | None:
+    """The failure that a rollback ends with when the release before does not start either."""
+    if not back.reasons:
+        return None
+    return CheckFailed(
+        f"{host} went back to release {(back.current or '?')[:12]}, which does not start: {'; '.join(back.reasons)}",
+        hint=f"edgepack flash --fsck {host} says whether it is damaged",
     )
 
 

@@ -5,6 +5,7 @@ missing=""
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 need skopeo skopeo
 need ssh-keygen openssh-client
+need /usr/sbin/sshd openssh-server
 need systemd-analyze systemd
 need shellcheck shellcheck
 need qemu-aarch64-static qemu-user-static

@@ -121,6 +121,7 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "failure": None,
+        "machine": {"emulated": False},
         "match": [],
         "server": {"emulator": None},
         "served": None,
@@ -163,9 +164,12 @@ class Device:
         self.root = root
         self.ran: list[str] = []
         """What was asked of the service manager."""
+        self.guarded: list[str] = []
+        """What would run if the installer were killed, until it is done."""
         self._status = status
         self.world = installer.World(
             run=self._run,
+            guard=self._guard,
             check=check,
             machine=lambda: dict(facts or machine()),
             clock=lambda: 0.0,
@@ -176,6 +180,10 @@ class Device:
     def _run(self, argv: list[str]) -> tuple[int, str]:
         self.ran.append(" ".join(argv))
         return self._status(argv)
+
+    def _guard(self, argv: list[str]) -> Callable[[], None]:
+        self.guarded.append(" ".join(argv))
+        return lambda: self.guarded.append("done")
 
     @property
     def store(self) -> installer.Store:

@@ -60,7 +60,8 @@ def serving(folder: Path, *, environment: Mapping[str, str] | None = None) -> It
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/authorized_keys\n"
         f"PidFile none\nUsePAM no\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
-        f"KbdInteractiveAuthentication no\nMaxStartups 100\nSetEnv {told}\nSubsystem sftp internal-sftp\n",
+        f"KbdInteractiveAuthentication no\nMaxStartups 100\nSetEnv {told}\n"
+        f"Subsystem sftp /usr/lib/openssh/sftp-server\n",
         encoding="utf-8",
     )
     client = folder / "ssh_config"
@@ -101,8 +102,10 @@ def _answers(port: int, process: subprocess.Popen[bytes]) -> None:
 class Line:
     """A TCP line to a port of this machine that counts what travels and can be cut; use it as a context manager."""
 
-    def __init__(self, to: int) -> None:
+    def __init__(self, to: int, *, rate: float | None = None) -> None:
+        """``rate``: bytes a second towards the device, of each connection; None for as fast as it goes."""
         self._to = to
+        self._rate = rate
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listener.getsockname()[1])
         self.sent = 0
@@ -133,8 +136,12 @@ class Line:
                     threading.Thread(target=self._carry, args=ends, daemon=True).start()
 
     def _carry(self, source: socket.socket, to: socket.socket, forth: bool) -> None:
+        free = time.monotonic()
         with suppress(OSError):  # the other direction was cut
             while piece := source.recv(1 << 16):
+                if forth and self._rate is not None:
+                    free = max(free, time.monotonic() - 0.05) + len(piece) / self._rate
+                    time.sleep(max(0.0, free - time.monotonic()))
                 with self._lock:
                     whole = True
                     if forth and self._left is not None:

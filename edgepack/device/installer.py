@@ -33,6 +33,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from typing import (
@@ -58,7 +59,7 @@ SYSTEM_ROOT = "/var/lib/edgepack"
 USER_ROOT = "~/.local/share/edgepack"
 MARGIN = 16 * agent.MIB
 """Bytes of the disk that stay free: the journal and the next change need some."""
-FLUSH = 64 * agent.MIB
+FLUSH = 16 * agent.MIB
 """Bytes of a blob after which they are made durable, so that a power cut costs no more."""
 HEX = re.compile(r"[0-9a-f]{64}\Z")
 
@@ -171,6 +172,14 @@ def clear(path: str) -> None:
     os.rmdir(path)
 
 
+def discard(path: str) -> None:
+    """Removes a folder that is read by its name: that goes first, so that no kill leaves half of it."""
+    if os.path.lexists(path):
+        gone = fresh(path)
+        rename(path, gone)
+        clear(gone)
+
+
 def fresh(path: str) -> str:
     """The name of something beside ``path`` while it is made; what a killed installer left there is gone."""
     new = os.path.join(os.path.dirname(path), ".new-" + os.path.basename(path))
@@ -216,12 +225,24 @@ def read_whole(path: str, limit: int = agent.JSON_LIMIT) -> Optional[bytes]:
 def hash_on_disk(path: str) -> str:
     """Hex sha256 of a file as the disk gives it back: what the page cache holds of it is dropped first."""
     digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb", buffering=0) as stream:
-        with contextlib.suppress(OSError, AttributeError):  # a hint: where it is refused, the cache is read
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        for piece in iter(lambda: stream.read(agent.PIECE), b""):
-            digest.update(piece)
+    read_back(path, digest, 0, os.lstat(path).st_size)
     return digest.hexdigest()
+
+
+def read_back(path: str, digest: Any, begin: int, end: int) -> None:
+    """Hashes bytes of a file as the disk gives them back; a file that ends before gives fewer."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError, AttributeError):  # a hint: where it is refused, the cache is read
+            os.posix_fadvise(handle, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        while begin < end:
+            piece = os.pread(handle, min(agent.PIECE, end - begin), begin)
+            if not piece:
+                return
+            digest.update(piece)
+            begin += len(piece)
+    finally:
+        os.close(handle)
 
 
 # ── what the installer acts through ──────────────────────────────────────────────────────────────────
@@ -245,10 +266,31 @@ def run_program(argv: List[str]) -> Tuple[int, str]:
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
+_GUARD = "import os, sys; sys.stdin.buffer.read() == b'done' or os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+def guard(argv: List[str]) -> Callable[[], None]:
+    """Runs a program should this process be killed before it calls what is returned."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-I", "-c", _GUARD, *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def done() -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody ended it
+            waiting.communicate(b"done")
+
+    return done
+
+
 class World(NamedTuple):
     """What lies beyond the store; a test hands in another."""
 
     run: Callable[[List[str]], Tuple[int, str]] = run_program
+    guard: Callable[[List[str]], Callable[[], None]] = guard
     check: Callable[[argparse.Namespace], Dict[str, Any]] = agent.check
     machine: Callable[[], Dict[str, Any]] = agent.machine_facts
     clock: Callable[[], float] = time.time
@@ -475,6 +517,11 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     os.makedirs(root, mode=0o755, exist_ok=True)
     _own_folder(root)
     with locked(root, "enroll"):
+        before = read_whole(os.path.join(root, "enrolled.json"))
+        if before is not None and _object(before, "enrolled.json").get("mode") != options.mode:
+            raise Refused(
+                "%s is enrolled in another mode, whose units would stay: choose another --root" % root
+            )
         for folder in FOLDERS:
             make_folder(os.path.join(root, folder), 0o700 if folder in ("incoming", "quarantine") else 0o755)
         _require_links(root)
@@ -499,7 +546,7 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("%s has characters that a unit cannot name: choose another --root" % root)
     if options.mode == "system" and os.geteuid() != 0:
         raise BadUsage("mode system installs units in /etc/systemd/system and needs root")
-    if options.mode == "system" and root != SYSTEM_ROOT:
+    if options.mode == "system" and root != os.path.realpath(SYSTEM_ROOT):
         raise BadUsage("the units of a bundle name %s: mode system has no other root" % SYSTEM_ROOT)
     if options.server is not None and not os.path.isabs(options.server):
         raise BadUsage("--server %s is not a whole path" % options.server)
@@ -617,6 +664,11 @@ class Service:
     def start(self) -> None:
         """Starts the server and waits until it answers. Raises Failed."""
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """The server is stopped, and whoever has it so starts it again; after a kill or an error a guard does."""
+        yield
+
     runs = False
 
 
@@ -638,6 +690,13 @@ class Systemd(Service):
     def start(self) -> None:
         self._systemctl("reset-failed", "edgepack.service", check=False)
         self._systemctl("start", "edgepack.service")
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        done = self.world.guard(["systemctl", *self.words, "start", "edgepack.service"])
+        self.stop()
+        yield
+        done()  # after an error it is started as after a kill, when this process ends
 
     def enroll(self) -> List[str]:
         folder = self.units()
@@ -857,8 +916,33 @@ def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = No
 # ── blobs: part, flush, hash, name ───────────────────────────────────────────────────────────────────
 
 
+class Behind:
+    """Work that goes on while more bytes come: the disk and the line are slow at different times."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self._error: Optional[BaseException] = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # raised where it is waited for
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is done. Raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
 class Incoming:
-    """The bytes of one blob on their way into the store; what came stays when the rest does not."""
+    """The bytes of one blob on their way into the store; what came stays when the rest does not.
+
+    Every FLUSH bytes are made durable and hashed as the disk gives them back, while the next ones come.
+    """
 
     def __init__(self, store: Store, digest: str, size: int, *, executable: bool) -> None:
         self.store = store
@@ -870,29 +954,45 @@ class Incoming:
         if not self.have:
             remove(self.path)
         self.durable = self.have
+        self._hashed = 0
+        self._found = hashlib.sha256()
+        self._flushed = self.have
         self._handle: Optional[int] = None
+        self._behind: Optional[Behind] = None
 
     def write(self, content: bytes) -> None:
-        """Appends; every FLUSH bytes they are made durable."""
+        """Appends. Raises what making earlier bytes durable raised."""
         if self._handle is None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             self._handle = os.open(self.path, flags, 0o600)
         write_all(self._handle, content)
         self.have += len(content)
-        if self.have - self.durable >= FLUSH:
-            self.flush()
+        if self.have - self._flushed >= FLUSH:
+            self._wait()  # so that never more than twice FLUSH are on their way to the disk
+            self._flushed = end = self.have
+            self._behind = Behind(lambda: self._settle(end))
 
-    def flush(self) -> None:
-        if self._handle is not None and self.have > self.durable:
+    def _settle(self, end: int) -> None:
+        if self._handle is not None:
             fsync(self._handle)
-            self.durable = self.have
+        self.durable = end
+        read_back(self.path, self._found, self._hashed, end)
+        self._hashed = end
+
+    def _wait(self) -> None:
+        behind, self._behind = self._behind, None
+        if behind is not None:
+            behind.wait()
 
     def close(self) -> None:
         """Keeps what came, durable."""
-        if self._handle is not None:
-            try:
-                self.flush()
-            finally:
+        try:
+            self._wait()
+            if self._handle is not None and self.have > self.durable:
+                fsync(self._handle)
+                self.durable = self.have
+        finally:
+            if self._handle is not None:
                 os.close(self._handle)
                 self._handle = None
 
@@ -902,7 +1002,8 @@ class Incoming:
             self.write(b"")
         self.close()
         seal(self.path, self.mode)
-        if hash_on_disk(self.path) != _hex(self.digest):
+        read_back(self.path, self._found, self._hashed, self.size)
+        if self._found.hexdigest() != _hex(self.digest):
             remove(self.path)
             self.store.note("blob-refused", digest=self.digest, bytes=self.size)
             raise Refused("%s has another sha256 than its name, read back from the disk" % self.digest)
@@ -958,9 +1059,7 @@ class Patient(io.RawIOBase):
         if not select.select([self._handle], [], [], IDLE)[0]:
             say("nothing came for %d seconds" % IDLE)
             return 0
-        content = os.read(self._handle, len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
+        return os.readv(self._handle, [buffer])
 
 
 def frames(stream: io.BufferedReader) -> Iterator[Frame]:
@@ -983,7 +1082,7 @@ def frames(stream: io.BufferedReader) -> Iterator[Frame]:
         yield frame
 
 
-def content_of(stream: BinaryIO, frame: Frame) -> Iterator[bytes]:
+def content_of(stream: io.BufferedReader, frame: Frame) -> Iterator[bytes]:
     """A frame's bytes as they come; fewer where the stream ends. Raises Refused for what does not inflate to them."""
     if frame.zlib is None:
         yield from pieces(stream, frame.bytes)
@@ -1040,6 +1139,8 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
+    if is_folder(store.release(_hex(bundle["manifest_digest"]))):  # nothing new comes in: it may be mended
+        options.allow_downgrade = True
     admission = admit(store, bundle, plan_json, options, store.world.machine())
     if options.dry_run:
         return offer_document(store, admission, room(store, bundle))
@@ -1050,11 +1151,16 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         return offer_document(store, admission, found)
 
 
-def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
+def remember(store: Store, head: agent.Head, plan_json: bytes) -> None:
     """Keeps the head of an admitted release in the store, and its plan.json as the blob it is."""
     bundle = agent.head_of(head)
     release = _hex(bundle["manifest_digest"])
-    if not is_folder(store.offer(release)):
+    try:
+        known = is_folder(store.offer(release)) and agent.release_head(store.offer(release)) == head
+    except Refused:  # the disk has lost some of it
+        known = False
+    if not known:
+        discard(store.offer(release))
         new = fresh(store.offer(release))
         new_folder(new)
         write_head(new, head)
@@ -1066,7 +1172,6 @@ def remember(store: Store, head: agent.Head, plan_json: bytes) -> agent.Bundle:
         blob = incoming(store, bundle, plan["digest"])
         blob.write(plan_json[blob.have :])
         blob.commit()
-    return bundle
 
 
 def write_head(folder: str, head: agent.Head) -> None:
@@ -1210,7 +1315,7 @@ class Taker:
         self._wanted = wanted
         self._puncher = puncher
         self._blob: Optional[Incoming] = None
-        self._begin = self._end = 0
+        self._begin = self._end = self._freed = 0
 
     def begin(self, digest: str, size: int) -> int:
         file = next((file for file in self._bundle["files"] if file["digest"] == digest), None)
@@ -1223,11 +1328,10 @@ class Taker:
         self._blob = incoming(self._store, self._bundle, digest)
         return self._blob.have
 
-    def piece(self, content: bytes, end: int) -> None:
+    def piece(self, content: bytes, _: int) -> None:
         if self._blob is not None:
             self._blob.write(content)
-            if self._blob.durable == self._blob.have:
-                self._free(end)
+            self._free(self._begin + self._blob.durable)
 
     def end(self) -> None:
         if self._blob is not None:
@@ -1240,8 +1344,9 @@ class Taker:
 
     def _free(self, end: int) -> None:
         """Everything up to ``end`` is durable in the store."""
-        if self._puncher is not None and self._end - self._begin >= WORTH_PUNCHING:
-            self._puncher.punch(self._begin, end)
+        if self._puncher is not None and self._end - self._begin >= WORTH_PUNCHING and end > self._freed:
+            self._puncher.punch(max(self._begin, self._freed), end)
+            self._freed = end
 
 
 CONSUMED = "consumed"
@@ -1254,17 +1359,17 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     plan_json = agent.read_file(found, "plan.json")
     admit(store, found, plan_json, options, store.world.machine())
     release = _hex(found["manifest_digest"])
+    same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
+    require_space(store, found, 2 * FLUSH if options.consume and same_disk else None)
+    mark = os.path.join(store.offer(release), CONSUMED)
+    if options.consume and not os.path.lexists(mark):
+        say("verifying the bundle, which is then consumed")
+        agent.read_bundle(path)
     puncher = Puncher(path) if options.consume else None
     taker = Taker(store, found, set(blobs_of(found)), puncher)
     try:
-        same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
-        require_space(store, found, 2 * FLUSH if puncher is not None and same_disk else None)
-        mark = os.path.join(store.offer(release), CONSUMED)
-        if puncher is not None and not os.path.lexists(mark):
-            say("verifying the bundle, which is then consumed")
-            agent.read_bundle(path)
         remember(store, head, plan_json)
-        if puncher is not None:
+        if puncher is not None and not os.path.lexists(mark):
             write_whole(mark, b"")
         say("taking the bundle into the store")
         agent.read_bundle(path, sink=taker)
@@ -1395,7 +1500,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         else:
             told = switch(store, release, admission, options)
         if told["outcome"] != "rolled-back":
-            clear(store.offer(release))
+            discard(store.offer(release))
             if options.consume:
                 remove(path)
     return told
@@ -1417,9 +1522,15 @@ def outcome(store: Store, what: str, release: str) -> Dict[str, Any]:
 def switch(store: Store, release: str, admission: Admission, options: argparse.Namespace) -> Dict[str, Any]:
     """Flips to a release that is laid out, tests it, and flips back unless it is good."""
     service = service_of(store)
+    with service.resting():
+        return _switch(store, service, release, admission, options)
+
+
+def _switch(
+    store: Store, service: Service, release: str, admission: Admission, options: argparse.Namespace
+) -> Dict[str, Any]:
     before, back = store.target("current"), way_back(store, release)
     began = time.monotonic()
-    service.stop()
     try:
         if not options.force_device:
             _memory_is_free(store, admission)
@@ -1434,7 +1545,7 @@ def switch(store: Store, release: str, admission: Admission, options: argparse.N
         if not reasons:
             approve(store, release, admission.sequence, tested=test is not None)
     except BaseException:  # a signal, a full disk, a broken one: what ran before runs again
-        go_back(store, service, before if before == store.target("current") else back or before, release)
+        go_back(store, service, before if before == store.target("current") else back or before, None)
         raise
     told = {"seconds_to_switch": seconds, "seconds_down": down, "selftest": test}
     if not reasons:
@@ -1506,17 +1617,21 @@ def approve(store: Store, release: str, sequence: int, *, tested: bool) -> None:
     store.note("good", release=release, sequence=sequence, tested=tested)
 
 
-def go_back(store: Store, service: Service, back: Optional[str], failed: str) -> List[str]:
-    """Makes ``back`` the current release and starts it; returns what of that did not work."""
+def go_back(store: Store, service: Service, back: Optional[str], failed: Optional[str]) -> List[str]:
+    """Makes ``back`` the current release and starts it; returns what of that did not work.
+
+    ``failed``: the release that did not pass its test; None when it was not tested to the end.
+    """
     with undisturbed():
         trouble: List[str] = []
         try:
             flip_back(store, back, failed)
-        finally:  # whatever became of the links, a whole release is named by them
+        finally:  # whatever became of the links: what they name is whole, and runs
+            current = store.target("current")
             try:
                 service.stop()
-                service.apply(None if back is None else store.release(back))
-                if back is not None:
+                service.apply(None if current is None else store.release(current))
+                if current is not None:
                     service.start()
             except (Failed, MissingProgram) as error:
                 trouble.append("the release before it did not start: %s" % error)
@@ -1524,16 +1639,16 @@ def go_back(store: Store, service: Service, back: Optional[str], failed: str) ->
     return trouble
 
 
-def flip_back(store: Store, back: Optional[str], failed: str) -> None:
+def flip_back(store: Store, back: Optional[str], failed: Optional[str]) -> None:
     """``current`` first, since everything else can be done again; ``previous`` is then the next good one."""
     if back is None:
         remove(store.path("current"))
     elif store.target("current") != back:
         point(store.path("current"), "releases/" + back)
-    if back != failed:
+    if failed is not None:
         remove(store.release(failed) + ".good")
         remove(store.release(failed) + ".tries")
-    others = [name for name in good_releases(store) if name not in (back, failed)]
+    others = [name for name in good_releases(store) if name != back]
     if not others or back is None:
         remove(store.path("previous"))
     elif store.target("previous") != others[0]:
@@ -1628,7 +1743,8 @@ def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[st
     memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
     backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
     elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
-    if memory["peak_rss"] is None or facts["server"]["emulator"] is not None or elsewhere:
+    emulated = facts["server"]["emulator"] is not None or facts["machine"].get("emulated", False)
+    if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
@@ -1666,12 +1782,12 @@ def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, An
         if release is None or not is_folder(store.release(release)):
             raise BadUsage("release %s is not installed here" % (release or "")[:12])
         service = service_of(store)
-        service.stop()
-        try:
-            return self_test(store, release, options)
-        finally:
-            if store.target("current") is not None:
-                service.start()
+        with service.resting():
+            try:
+                return self_test(store, release, options)
+            finally:
+                if store.target("current") is not None:
+                    service.start()
 
 
 # ── rollback, boot ───────────────────────────────────────────────────────────────────────────────────
@@ -1688,18 +1804,19 @@ def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])
         service = service_of(store)
         began = time.monotonic()
-        service.stop()
-        if previous != current:  # they are the same where a rollback was cut off, which then goes on here
-            point(store.path("current"), "releases/" + previous)
-        others = [current, *good_releases(store)]
-        other = next((name for name in others if name not in (None, previous)), None)
-        if other is not None and is_whole_release(store, other):
-            point(store.path("previous"), "releases/" + other)
-        service.apply(store.release(previous))
-        seconds = round(time.monotonic() - began, 3)
-        store.note("rolled-back", release=current, back=previous)
+        with service.resting():
+            if previous != current:  # they are the same where a rollback was cut off, which then goes on here
+                point(store.path("current"), "releases/" + previous)
+            others = [current, *good_releases(store)]
+            other = next((name for name in others if name not in (None, previous)), None)
+            if other is not None and is_whole_release(store, other):
+                point(store.path("previous"), "releases/" + other)
+            service.apply(store.release(previous))
+            seconds = round(time.monotonic() - began, 3)
+            store.note("rolled-back", release=current, back=previous)
+            reasons = start(service)
         told = dict(outcome(store, "rolled-back", previous), seconds_to_switch=seconds)
-        return dict(told, reasons=start(service))
+        return dict(told, reasons=reasons)
 
 
 def boot(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
@@ -1750,9 +1867,7 @@ def collect(
     for release in removed:
         remove(store.release(release) + ".good")
         remove(store.release(release) + ".tries")
-        gone = fresh(store.release(release))
-        rename(store.release(release), gone)
-        clear(gone)
+        discard(store.release(release))
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
@@ -1760,7 +1875,7 @@ def collect(
             if not everything and os.path.lexists(store.path("incoming", name, CONSUMED)):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
-                clear(store.path("incoming", name))
+                discard(store.path("incoming", name))
     freed = 0
     for folder, named in (("incoming", ".part"), ("blobs/sha256", "")):
         for name in os.listdir(store.path(folder)):

@@ -77,10 +77,10 @@ class Watched:
     """Transfers that were cut."""
     on_bytes: Callable[[int], None] = lambda _: None
     folder: Path | None = None
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        return self.line.name
+    def __post_init__(self) -> None:
+        self.name = self.line.name
 
     def run(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -235,7 +236,7 @@ def test_releases_are_collected_last(big: Cargo) -> None:
 
 def unframed(stream: bytes) -> dict[str, tuple[int, bytes]]:
     """What the device's own reader makes of frames."""
-    source = io.BufferedReader(io.BytesIO(stream))
+    source: Any = io.BufferedReader(io.BytesIO(stream))
     return {
         frame.name: (frame.offset, b"".join(installer.content_of(source, frame)))
         for frame in installer.frames(source)
@@ -457,6 +458,17 @@ def test_damage_is_mended_from_the_bundle(big: Cargo) -> None:
     )
     assert isinstance(flash.damage(found, "pi"), Untrusted)
     assert flash.damage(replace(found, missing=()), "pi") is None
+
+
+def test_a_rollback_to_what_does_not_start_is_a_failure() -> None:
+    answer = installed("rolled-back", current="b" * 64, reasons=["systemctl start edgepack.service: failed"])
+
+    back = device(rollback=says(answer, 5)).rollback(lambda _: None)
+
+    failure = flash.unstarted(back, "pi")
+    assert isinstance(failure, CheckFailed)
+    assert "release bbbbbbbbbbbb, which does not start: systemctl start" in failure.message
+    assert flash.unstarted(replace(back, reasons=()), "pi") is None
 
 
 # ── finding and enrolling ──
@@ -697,3 +709,61 @@ def test_the_command_flashes_a_folder(tmp_path: Path, key: Path, signers: Path) 
     assert "tiny, current, good" in shown.output
     read = CliRunner().invoke(cli, ["flash", "--fsck", where])
     assert (read.exit_code, "0 bad" in read.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["check", "b.tar", "--on", "pi", "--emulate"], "--emulate is for a check here"),
+        (["check", "b.tar", "--on", "pi", "--server", "x"], "--server is for a check here"),
+        (["check", "b.tar", "--sudo"], "--root and --sudo are for a device"),
+        (
+            ["calibrate", "--profile", "raspberry-pi-5-8gb", "--on", "pi", "bench.json"],
+            "no bundle to measure on pi",
+        ),
+        (["calibrate", "--profile", "raspberry-pi-5-8gb", "--root", "/x", "b.json"], "are for a device"),
+    ],
+)
+def test_what_runs_on_a_device_is_told_from_what_runs_here(words: list[str], told: str) -> None:
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(cli, words)
+
+    assert done.exit_code == 2
+    assert told in done.output
+
+
+def test_a_device_is_calibrated_by_the_checks_of_bundles_on_it(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recorded run's device, as a scripted one; one model alone calibrates with a warning."""
+    from click.testing import CliRunner
+
+    plan = example_plan(releases.PROFILE)
+    path = releases.bundle(tmp_path / "b.tar", key, plan=plan)
+    release = releases.release_of(path)
+    name = f"qwen2.5-1.5b-instruct-q4_k_m-{releases.PROFILE}"
+    facts_there = copy.deepcopy(RECORDED)
+    facts_there["bundle"]["name"] = name
+    facts_there["machine"]["load"] = 0.0
+    facts_there["match"] = []
+    facts_there["speed"]["decode_per_second"] = 9.0
+    state = {
+        "schema_version": 1, "release": release, "name": "tiny", "sequence": 1, "state": "installed", "good": False,
+        "missing": [], "match": [],
+    }  # fmt: skip
+    target = Scripted(
+        look=says(SEEN),
+        facts=facts(),
+        offer=says(state),
+        self_test=says({**facts_there, "verdict": {"passed": True}}),
+    )
+    monkeypatch.setattr(remote, "connect", lambda *_, **__: target)
+
+    done = CliRunner().invoke(
+        cli, ["-q", "calibrate", "--profile", releases.PROFILE, "--on", "pi", str(path), "--json"]
+    )
+
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout)["residuals"]
+    assert row["decode"] == 9.0

@@ -1,0 +1,264 @@
+"""Every call of the installer that changes the disk fails once, and is the last one once: nothing whole is lost."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepack.bundle import sign
+from edgepack.device import agent, installer
+from tests import releases
+from tests.releases import Device
+
+CHANGES = (
+    "write", "fsync", "replace", "link", "symlink", "unlink", "mkdir", "rmdir", "chmod", "fchmod", "ftruncate",
+    "pwrite", "open", "makedirs",
+)  # fmt: skip
+"""Functions of os that the installer changes the disk with; of open only what may create a file."""
+
+
+EVERY = bool(os.environ.get("EDGEPACK_EVERY_FAULT"))
+"""All calls take minutes; without this one of several is tried."""
+
+
+class Killed(BaseException):
+    """The process is gone: nothing that runs after it reaches the disk."""
+
+
+class Disk:
+    """The os module, in which the call of a number fails: once with an error, or for good with a kill."""
+
+    def __init__(self, at: int | None = None, failure: int | None = None) -> None:
+        self.at = at
+        self.failure = failure
+        self.calls = 0
+        self.dead = False
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        return self._counted(name, real) if name in CHANGES else real
+
+    def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if name == "open" and not args[1] & os.O_CREAT:
+                return real(*args, **options)
+            if self.dead:
+                raise Killed
+            self.calls += 1
+            if self.calls == self.at:
+                if self.failure is not None:
+                    raise OSError(self.failure, os.strerror(self.failure))
+                self.dead = True
+                raise Killed
+            return None if name == "fsync" else real(*args, **options)  # the power stays on in these tests
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("key") / "key"
+    sign.new_key(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def paths(key: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Three releases: the second shares the weights of the first, the third shares none."""
+    folder = tmp_path_factory.mktemp("bundles")
+    return (
+        releases.bundle(folder / "1.tar", key, sequence=1),
+        releases.bundle(folder / "2.tar", key, sequence=2, files={"notes.txt": "2"}),
+        releases.bundle(folder / "3.tar", key, sequence=3, weights=b"GGUF" + b"3" * 6000),
+    )
+
+
+@pytest.fixture
+def device(tmp_path: Path, key: Path, paths: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device with two good releases, whose signatures were verified often enough."""
+    monkeypatch.setattr(agent, "verify_signature", lambda *_: {"state": "verified"})
+    made = Device(tmp_path / "pristine")
+    made.enroll(sign.allowed_signer(key))
+    for path in paths[:2]:
+        assert made.run("install", path).document["outcome"] == "good"
+    return made
+
+
+Act = Callable[[Device, tuple[Path, ...]], releases.Answer]
+
+
+def install(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    return device.run("install", paths[2])
+
+
+def received(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """An upload and the install after it, as flash does them."""
+    offered = device.run("offer", stdin=releases.offer_frames(paths[2]))
+    if offered.status != 0:
+        return offered
+    sent = b"".join(releases.blob_frames(paths[2], offered.document["missing"]))
+    taken = device.run("receive", offered.document["release"], stdin=sent)
+    return device.run("install", offered.document["release"]) if taken.status == 0 else taken
+
+
+def fails(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """An install whose self-test fails."""
+    failure = {"kind": "oom-killed", "stage": "fill", "message": "out of memory"}
+    failing = Device(device.root, check=lambda _: {**releases.passing(), "failure": failure})
+    return failing.run("install", paths[2])
+
+
+def consumed(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """An install that eats a copy of the bundle, which is still there when it is run again."""
+    copy = device.root.parent / "copy.tar"
+    if not copy.exists():
+        shutil.copyfile(paths[2], copy)
+    return device.run("install", copy, "--consume")
+
+
+def rollback(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """Back to the first release, once."""
+    if device.current() == releases.release_of(paths[0]) != device.previous():
+        return device.run("status")
+    return device.run("rollback")
+
+
+def gc(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """A release that nothing names any more, with a file of its own."""
+    (device.root / "previous").unlink(missing_ok=True)
+    (device.root / "blobs/sha256" / ("a" * 64)).write_bytes(b"left by an upload")
+    return device.run("gc", "--keep", "1")
+
+
+def boot(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """A start of the server when the current release has lost a file."""
+    (device.root / "releases" / releases.release_of(paths[1]) / "start.sh").unlink(missing_ok=True)
+    return device.run("boot")
+
+
+def fsck(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """A flipped byte in the weights that both releases share, and the bundle that has them."""
+    weights = device.root / "releases" / releases.release_of(paths[1]) / "model.gguf"
+    if weights.exists():
+        weights.chmod(0o644)
+        with weights.open("r+b") as stream:
+            stream.write(b"X")
+    return device.run("fsck", "--repair-from", paths[1])
+
+
+ENDS: dict[Act, tuple[int, int, int | None]] = {
+    install: (0, 2, 1), received: (0, 2, 1), consumed: (0, 2, 1), fails: (5, 1, 0), rollback: (0, 0, 1),
+    gc: (0, 1, None), boot: (0, 0, None), fsck: (0, 1, 0),
+}  # fmt: skip
+"""What each comes to: exit status, and which of the three releases are current and previous then."""
+
+
+def copied(pristine: Path, root: Path) -> None:
+    """A copy in which the same files are hard links of each other."""
+    made: dict[int, Path] = {}
+    for path in [pristine, *sorted(pristine.rglob("*"))]:
+        target = root / path.relative_to(pristine)
+        number = path.lstat().st_ino
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        elif path.is_dir():
+            target.mkdir(mode=path.stat().st_mode & 0o777)
+        elif number in made:
+            os.link(made[number], target)
+        else:
+            shutil.copy2(path, target)
+            made[number] = target
+
+
+def whole(device: Device, link: str = "current") -> str | None:
+    """The release that a link names, every byte of it hashed."""
+    release = device.store.target(link)
+    if release is not None:
+        found = agent.read_bundle(str(device.root / "releases" / release))
+        assert found["manifest_digest"] == f"sha256:{release}"
+    return release
+
+
+@pytest.mark.parametrize("failure", [None, errno.ENOSPC, errno.EIO], ids=["kill", "ENOSPC", "EIO"])
+@pytest.mark.parametrize("act", ENDS, ids=[act.__name__ for act in ENDS])
+def test_at_each_call_that_changes_the_disk(
+    device: Device,
+    paths: tuple[Path, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Act,
+    failure: int | None,
+) -> None:
+    names = [releases.release_of(path) for path in paths]
+    status, current, previous = ENDS[act]
+    points = 0
+    step = 1 if EVERY else 11 if act in (install, received, consumed, fails) else 3
+    for at in itertools.count(1 + random.Random(f"{act.__name__} {failure}").randrange(step), step):
+        root = tmp_path / "root"
+        copied(device.root, root)
+        victim = Device(root)
+        with monkeypatch.context() as patched:
+            disk = Disk(at, failure)
+            patched.setattr(installer, "os", disk)
+            try:
+                answer = act(victim, paths)
+            except Killed:
+                answer = None
+        if disk.calls < at:
+            assert (answer and answer.status) == status
+            break
+        points += 1
+        if answer is not None:
+            assert answer.status in (0, status, {errno.ENOSPC: 10, errno.EIO: 2}[failure or 0]), (
+                at,
+                answer.said,
+            )
+
+        with monkeypatch.context() as patched:
+            patched.setattr(installer, "os", Disk())
+            if act not in (boot, fsck):
+                assert whole(victim) in names, at
+            again = act(victim, paths)
+
+        assert again.status == status, (at, again.said)
+        assert whole(victim) == names[current], at
+        if act is not boot:  # which is over when current is right
+            assert whole(victim, "previous") == (None if previous is None else names[previous]), at
+        assert [path.name for path in root.rglob(".new-*")] == [], at
+        assert installer.journal_lines(victim.store, 1000), at
+        shutil.rmtree(root)
+        (tmp_path / "copy.tar").unlink(missing_ok=True)
+    assert points > 0
+    print(f"{act.__name__}: {points} points")
+
+
+@pytest.mark.parametrize("failure", [None, errno.ENOSPC, errno.EIO], ids=["kill", "ENOSPC", "EIO"])
+def test_enrolling_goes_on_where_it_failed(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None
+) -> None:
+    signers = sign.allowed_signer(key)
+    for at in itertools.count(1):
+        device = Device(tmp_path / str(at))
+        with monkeypatch.context() as patched:
+            disk = Disk(at, failure)
+            patched.setattr(installer, "os", disk)
+            try:
+                status = device.enroll(signers).status
+            except Killed:
+                status = -1
+        if disk.calls < at:
+            break
+
+        assert status in (-1, 0, 2, 10), at
+        assert device.enroll(signers).status == 0, at
+        assert (device.root / "allowed_signers").read_text() == signers
+        assert [path.name for path in device.root.rglob(".new-*")] == [], at
+    assert at > 20
