@@ -794,6 +794,8 @@ def flash(
             dry_run=dry_run, output=output, as_json=as_json,
         )  # fmt: skip
         return
+    if limit is not None:
+        raise BadInput("--limit is of an inventory's hosts", hint="--inventory FILE")
     if not words:
         raise BadInput("name the host", hint="edgepack flash BUNDLE HOST")
     *named, host = words

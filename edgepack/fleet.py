@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,8 @@ class FleetReport:
     hosts: Mapping[str, HostReport]
     documents: Mapping[str, Mapping[str, object]]
     """What each flash said in full, its self-test with it, by host (flash.to_document)."""
+    trouble: str | None = None
+    """Why Ansible ended before all was done, though it was no host that failed."""
 
 
 def flash(
@@ -100,7 +102,10 @@ def flash(
         )
         if not (place / REPORT).is_file():
             raise BadInput(f"ansible-playbook did not get to a host: {_why(done.stdout)}")
-        return _report(place)
+        report = _report(place)
+    if done.returncode != 0 and not any(host.status for host in report.hosts.values()):
+        return replace(report, trouble=_why(done.stdout))
+    return report
 
 
 def ansible() -> str:
@@ -263,10 +268,12 @@ def _report(folder: Path) -> FleetReport:
 def shortfall(done: FleetReport) -> CheckFailed | None:
     """The failure that a fleet's flash ends with when a host's did."""
     failed = {name: host for name, host in done.hosts.items() if host.status}
+    untouched = sum(host.outcome == "untouched" for host in done.hosts.values())
+    if done.trouble is not None:
+        return CheckFailed(f"ansible-playbook ended, and {untouched} hosts were not touched: {done.trouble}")
     if not failed:
         return None
     told = "; ".join(f"{name} {host.outcome}" for name, host in failed.items())
-    untouched = sum(host.outcome == "untouched" for host in done.hosts.values())
     return CheckFailed(
         f"{len(failed)} of {len(done.hosts)} hosts failed ({told}), and {untouched} were not touched",
         hint="the report above says why; the same command goes on when the cause is gone",

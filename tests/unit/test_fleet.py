@@ -270,6 +270,35 @@ def test_an_inventory_that_is_not_there_is_told(
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        (None, "did not get to a host: fatal: [a]: FAILED!: no bundle"),
+        (
+            {"a": {"bundle": "pi.tar", "release": "ab", "outcome": "untouched"}},
+            "1 hosts were not touched: fatal: [a]",
+        ),
+    ],
+)
+def test_ansible_that_fails_by_itself_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, bundles: tuple[Path, Path], tmp_path: Path, report: object, told: str
+) -> None:
+    text = json.dumps({"schema_version": 1, "hosts": report})
+    program = tmp_path / "ansible-playbook"
+    program.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nif {report is not None}:\n"
+        f"    pathlib.Path(sys.argv[-1]).with_name('report.json').write_text({text!r})\n"
+        'print(\'fatal: [a]: FAILED! => {"msg": "no bundle"}\')\nsys.exit(2)\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(fleet, "ansible", lambda: str(program))
+
+    done = CliRunner().invoke(cli, ["-q", "flash", str(bundles[0]), "--inventory", "a,"])
+
+    assert done.exit_code in (2, 5)
+    assert told in done.output
+
+
 def test_only_what_is_asked_for_overrides_the_inventory() -> None:
     nothing = fleet._settings(devices.Where(), Asked())
     much = fleet._settings(
@@ -288,7 +317,8 @@ def test_only_what_is_asked_for_overrides_the_inventory() -> None:
 
 def members(archive: bytes) -> dict[str, tuple[bytes, int]]:
     """Content and checksum of each member of a cpio archive, as cpio(5) describes it."""
-    found, place = {}, 0
+    found: dict[str, tuple[bytes, int]] = {}
+    place = 0
     while True:
         assert archive[place : place + 6] == b"070702"
         fields = [int(archive[place + 6 + 8 * i : place + 14 + 8 * i], 16) for i in range(13)]
