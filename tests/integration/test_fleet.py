@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -183,6 +184,39 @@ def test_a_host_without_a_bundle_ends_it_before_it_begins(sshd: Sshd, signed: Si
     assert done.exit_code == 2
     assert "x has 0 bundles, not one" in done.output
     assert "raspberry-pi-5-8gb, jetson-orin-nano-8gb" in done.output
+
+
+def test_what_a_device_says_is_text_and_what_the_inventory_says_of_devices_is_not_done_here(
+    signed: Signed, tmp_path: Path
+) -> None:
+    """A device's words that Ansible would take for a template, and connection variables that fail on this machine."""
+    project = tmp_path / "fleet"
+    bundle = releases.bundle(tmp_path / "b.tar", signed.key)
+    fleet.emit((bundle,), project, signers=signed.signers, progress=Silent())
+    mark = tmp_path / "ran"
+    evil = f"{{{{ lookup('pipe', 'touch {mark}') }}}}"
+    answer = {
+        "outcome": "rolled-back",
+        "name": evil,
+        "previous": evil,
+        "reasons": [evil],
+        "report": {"passed": evil},
+    }
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.stdout.write({json.dumps(answer)!r})\nsys.exit(5)\n")
+    (project / "inventory.ini").write_text(
+        "[all]\nlocalhost\n[all:vars]\nansible_connection=ssh\nansible_host=192.0.2.1\nansible_become=true\n"
+        "ansible_become_exe=/nowhere\nansible_python_interpreter=/nowhere\nedgepack_sudo=false\n"
+    )
+
+    words = json.dumps({"edgepack_program": [sys.executable, str(program)]})
+    done = playbook(project, "flash.yml", "-e", words)
+
+    row: Any = json.loads((project / "report.json").read_text())["hosts"]["localhost"]
+    assert done.returncode == 2
+    assert (row["outcome"], row["status"], row["passed"]) == ("rolled-back", 5, False)
+    assert row["reasons"] == [evil] and row["name"] == evil
+    assert not mark.exists()
 
 
 # ── SWUpdate ──
