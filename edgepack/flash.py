@@ -185,9 +185,12 @@ def frames(
 
 
 def packed(name: str, content: bytes) -> bytes:
-    """A whole small part as a frame, deflated."""
+    """A whole small part as a frame, deflated where that makes it shorter."""
+    line: dict[str, object] = {"name": name, "offset": 0, "bytes": len(content)}
     small = zlib.compress(content, 9)
-    return _line({"name": name, "offset": 0, "bytes": len(content), "zlib": len(small)}) + small
+    if len(small) < min(len(content), SMALL):
+        return _line(line | {"zlib": len(small)}) + small
+    return _line(line) + content
 
 
 def _line(fields: Mapping[str, object]) -> bytes:

@@ -265,6 +265,15 @@ def test_the_head_is_what_was_signed(big: Cargo) -> None:
     assert all(hashlib.sha256(found[n][1]).hexdigest() == n[7:] for n in found if n.startswith("sha256:"))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x", os.urandom(flash.SMALL), bytes(flash.SMALL), bytes(5 * flash.SMALL)],
+    ids=["empty", "a byte", "noise", "zeros", "many zeros"],
+)
+def test_a_part_arrives_whether_it_deflates_or_not(content: bytes) -> None:
+    assert unframed(flash.packed("sha256:" + "a" * 64, content)) == {"sha256:" + "a" * 64: (0, content)}
+
+
 @pytest.mark.parametrize("says_bytes", [1000, 4999, 5001])
 def test_a_frame_that_inflates_to_something_else_is_refused(says_bytes: int) -> None:
     line, _, rest = flash.packed("sha256:" + "a" * 64, bytes(5000)).partition(b"\n")
