@@ -34,7 +34,18 @@ class Server:
     ) -> str:  # fmt: skip
         """Runs SWUpdate as a device until it has closed its action, or ``until`` says; what it logged."""
         words = f"-t DEFAULT -u {self.address} -i {name} -k TOKEN -p 1 {' '.join(more)}"
-        argv: list[str | Path] = ["swupdate", "-v", "-H", hardware, "-k", certificate, "-p", hook, "-u", words]
+        argv: list[str | Path] = [
+            "swupdate",
+            "-v",
+            "-H",
+            hardware,
+            "-k",
+            certificate,
+            "-p",
+            hook,
+            "-u",
+            words,
+        ]
         log = place / "swupdate.log"
         begun, end = len(self.closed), time.monotonic() + PATIENCE
         with log.open("wb") as out, subprocess.Popen(

@@ -11,6 +11,8 @@ before it runs, 6 refused, 7 a program is missing, 10 no space, 11 another insta
 Standard library, Python 3.8 or newer. Everything that must be refused is refused by the agent on the device.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import hashlib
@@ -22,7 +24,9 @@ import sys
 import tarfile
 import threading
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SYSTEM_ROOT = "/var/lib/edgepack"
@@ -33,9 +37,9 @@ LOST = 255
 """ssh's own exit status, where others are the program's."""
 BUSY = 11
 
-AGENT = """\
+AGENT = f"""\
 import os, sys
-roots = [sys.argv[1]] if sys.argv[1] else [{system!r}, os.path.expanduser("~/.local/share/edgepack")]
+roots = [sys.argv[1]] if sys.argv[1] else [{SYSTEM_ROOT!r}, os.path.expanduser("~/.local/share/edgepack")]
 found = [root for root in roots if os.access(os.path.join(root, "enrolled.json"), os.R_OK)]
 mine = [root for root in found if os.stat(root).st_uid == os.geteuid()] or found
 if not mine:
@@ -43,14 +47,14 @@ if not mine:
     sys.exit(2)
 agent = os.path.join(mine[0], "agent.pyz")
 os.execv(sys.executable, [sys.executable, "-I", agent, "--root", mine[0]] + sys.argv[2:])
-""".format(system=SYSTEM_ROOT)
+"""
 """Finds the enrolled store there and becomes its agent."""
 
 
 class Failure(Exception):
     """The agent, or ssh, said no."""
 
-    def __init__(self, status, said):
+    def __init__(self, status: int, said: str) -> None:
         super().__init__(said)
         self.status = status
 
@@ -58,17 +62,18 @@ class Failure(Exception):
 class Device:
     """The agent on a device."""
 
-    def __init__(self, host, root, sudo):
-        self.host, self.root = host, root
+    def __init__(self, host: str, root: str, sudo: bool) -> None:
+        self.host: str | None = host
+        self.root = root
         self.before = ["sudo", "-n"] if sudo else []
         if "/" in host and not host.startswith("ssh://"):
-            self.host, self.root = None, root or os.path.abspath(host)
+            self.host, self.root = None, root or str(Path(host).resolve())
 
-    def ask(self, words, pieces=(), accept=(0,)):
+    def ask(self, words: Sequence[str], pieces: Iterable[bytes] = (), accept: Sequence[int] = (0,)) -> Any:
         """One command of the agent, fed with bytes; its document."""
         return self.run(["python3", "-I", "-c", AGENT, self.root, *words], pieces, accept)
 
-    def run(self, argv, pieces=(), accept=(0,)):
+    def run(self, argv: Sequence[str], pieces: Iterable[bytes] = (), accept: Sequence[int] = (0,)) -> Any:
         argv = [*self.before, *argv]
         if self.host is not None:
             ssh = shlex.split(os.environ.get("EDGEPACK_SSH", "ssh"))
@@ -77,18 +82,21 @@ class Device:
             argv = [*ssh, "-T", "--", self.host, shlex.join(argv)]
         pipe = subprocess.PIPE
         with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-            said = []
-            answer = []
+            said: list[str] = []
+            answer: list[bytes] = []
+            stdin, stdout, stderr = process.stdin, process.stdout, process.stderr
+            if stdin is None or stdout is None or stderr is None:
+                raise Failure(1, "a program without pipes")
             readers = [
-                threading.Thread(target=lambda: said.extend(tell(process.stderr))),
-                threading.Thread(target=lambda: answer.append(process.stdout.read())),
+                threading.Thread(target=lambda: said.extend(tell(stderr))),
+                threading.Thread(target=lambda: answer.append(stdout.read())),
             ]
             for reader in readers:
                 reader.start()
             try:
                 for piece in pieces:
-                    process.stdin.write(piece)
-                process.stdin.close()
+                    stdin.write(piece)
+                stdin.close()
             except BrokenPipeError:  # its status and its last line say why
                 process.stdin = None
             for reader in readers:
@@ -98,7 +106,7 @@ class Device:
         return json.loads(answer[0].decode("utf-8"))
 
 
-def tell(stream):
+def tell(stream: Iterable[bytes]) -> Iterator[str]:
     """Lines of a device, printed as they come, with nothing in them that a terminal obeys."""
     for line in stream:
         text = line.decode("utf-8", "replace").strip()
@@ -110,7 +118,7 @@ def tell(stream):
 class Bundle:
     """Where the parts of a bundle lie in its file."""
 
-    def __init__(self, path):
+    def __init__(self, path: str) -> None:
         self.path = path
         with tarfile.open(path, "r:") as archive:
             self.places = {member.name: (member.offset_data, member.size) for member in archive}
@@ -129,25 +137,25 @@ class Bundle:
             *((digest, self.blob(digest)) for digest in (told["config"]["digest"], plan)),
         ]
 
-    def read(self, member):
+    def read(self, member: str) -> bytes:
         place, size = self.places[member]
-        with open(self.path, "rb") as stream:
+        with Path(self.path).open("rb") as stream:
             stream.seek(place)
             return stream.read(size)
 
-    def blob(self, digest):
+    def blob(self, digest: str) -> bytes:
         content = self.read("blobs/sha256/" + digest.rpartition(":")[2])
         if hashlib.sha256(content).hexdigest() != digest.rpartition(":")[2]:
-            raise Failure(6, "%s is damaged" % self.path)
+            raise Failure(6, f"{self.path} is damaged")
         return content
 
-    def offer(self):
+    def offer(self) -> Iterator[bytes]:
         for name, content in self.head:
             yield frame(name, 0, len(content)) + content
 
-    def missing(self, missing, sent):
+    def missing(self, missing: Iterable[dict[str, Any]], sent: list[int]) -> Iterator[bytes]:
         """What an offer was answered with, each file from where it stopped."""
-        with open(self.path, "rb") as stream:
+        with Path(self.path).open("rb") as stream:
             for one in missing:
                 place, size = self.places["blobs/sha256/" + one["digest"].rpartition(":")[2]]
                 left = size - one["have"]
@@ -156,25 +164,25 @@ class Bundle:
                 while left:
                     piece = stream.read(min(PIECE, left))
                     if not piece:
-                        raise Failure(6, "%s became shorter while it was sent" % self.path)
+                        raise Failure(6, f"{self.path} became shorter while it was sent")
                     left -= len(piece)
                     sent.append(len(piece))
                     yield piece
 
 
-def frame(name, offset, count):
+def frame(name: str, offset: int, count: int) -> bytes:
     return json.dumps({"name": name, "offset": offset, "bytes": count}).encode("ascii") + b"\n"
 
 
-def left(offer):
+def left(offer: dict[str, Any]) -> int:
     return sum(one["bytes"] - one["have"] for one in offer["missing"])
 
 
-def push(device, bundle, options):
+def push(device: Device, bundle: Bundle, options: argparse.Namespace) -> dict[str, Any]:
     """Sends what is missing, installs, and tells what came of it."""
     allowed = ["--allow-downgrade"] if options.allow_downgrade else []
     allowed += ["--force-device"] if options.force else []
-    done = {
+    done: dict[str, Any] = {
         "schema_version": 1, "host": options.host, "name": bundle.name, "release": bundle.release, "outcome": "current",
         "previous": None, "sent": 0, "seconds_to_send": None, "seconds_to_switch": None, "reasons": [], "report": None,
     }  # fmt: skip
@@ -202,9 +210,10 @@ def push(device, bundle, options):
     return done
 
 
-def send(device, bundle, offer, allowed):
+def send(device: Device, bundle: Bundle, offer: dict[str, Any] | None, allowed: list[str]) -> int:
     """Sends what is missing, and goes on where it stopped when the line is cut; returns the bytes that were sent."""
-    sent, before, waits, was_cut = [], left(offer) + 1, iter(PATIENCE), False
+    sent: list[int] = []
+    before, waits, was_cut = float("inf"), iter(PATIENCE), False
     while True:
         try:
             if offer is None:
@@ -221,11 +230,11 @@ def send(device, bundle, offer, allowed):
             if wait is None or not (failure.status == LOST or (failure.status == BUSY and was_cut)):
                 raise
             was_cut, offer = True, None  # the agent at the other end of the cut line may not have noticed yet
-            print("%s; trying again in %d s" % (failure, wait), file=sys.stderr, flush=True)
+            print(f"{failure}; trying again in {wait} s", file=sys.stderr, flush=True)
             time.sleep(wait)
 
 
-def enroll(device, options):
+def enroll(device: Device, options: argparse.Namespace) -> Any:
     """Puts the agent that lies beside this file, and who may sign, onto a device."""
     parts = {"agent": (HERE / "agent.pyz").read_bytes(), "signers": Path(options.signers).read_bytes()}
     encoded = {name: base64.b64encode(content).decode("ascii") for name, content in parts.items()}
@@ -244,10 +253,18 @@ def enroll(device, options):
     return device.run(["python3", "-I", "-", root, *words], [program.encode("utf-8")])
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="push.py", description="enrolls a device, and brings it a bundle")
     parser.add_argument("words", nargs="+", metavar="[BUNDLE] HOST")
-    for flag in ("--enroll", "--sudo", "--json", "--dry-run", "--no-self-test", "--allow-downgrade", "--force"):
+    for flag in (
+        "--enroll",
+        "--sudo",
+        "--json",
+        "--dry-run",
+        "--no-self-test",
+        "--allow-downgrade",
+        "--force",
+    ):
         parser.add_argument(flag, action="store_true")
     parser.add_argument("--replace-signers", action="store_true")
     parser.add_argument("--root", default="")
@@ -266,7 +283,7 @@ def main():
         print(failure, file=sys.stderr)
         return failure.status
     except (OSError, tarfile.TarError, KeyError, IndexError, StopIteration, ValueError) as error:
-        print("%s: no bundle that can be sent: %r" % (" ".join(options.words), error), file=sys.stderr)
+        print(f"{' '.join(options.words)}: no bundle that can be sent: {error!r}", file=sys.stderr)
         return 2
     json.dump(done, sys.stdout, indent=2, sort_keys=True)
     print()
