@@ -725,6 +725,9 @@ def check(
 @_place_options
 @click.option("--server", metavar="PATH", help="With --enroll: llama-server, or a Python, on the device.")
 @click.option("--keep", type=click.IntRange(1), metavar="N", help="Good releases that stay on the device.")
+@click.option("--inventory", metavar="FILE",
+              help="Flash all hosts of an Ansible inventory, a canary first (docs/fleet.md).")  # fmt: skip
+@click.option("--limit", metavar="PATTERN", help="Of an inventory's hosts only these, as Ansible names them.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and what would travel; touch nothing.")
 @click.option("--rollback", is_flag=True, help="Go back to the release before.")
 @click.option("--status", is_flag=True, help="Say what is on the device, and what happened there.")
@@ -753,6 +756,8 @@ def flash(
     root: str | None,
     sudo: bool,
     keep: int | None,
+    inventory: str | None,
+    limit: str | None,
     dry_run: bool,
     rollback: bool,
     status: bool,
@@ -775,12 +780,28 @@ def flash(
       edgepack flash out/demo.tar jetson --sudo --dry-run
       edgepack flash --status jetson --sudo
       edgepack flash --enroll --signers key.allowed_signers out/demo.tar /media/card/var/lib/edgepack
+      edgepack flash out/demo-q6_k-jetson-orin-nano-8gb.tar out/demo-f16-raspberry-pi-5-8gb.tar --inventory hosts.ini
     """
     from contextlib import closing
 
     from edgepack import devices, serde, workspace
     from edgepack import flash as flashes
 
+    where = devices.Where(root=root, mode=mode, sudo=sudo)
+    asked = flashes.Asked(self_test=not no_self_test, keep=keep, allow_downgrade=allow_downgrade, force=force)
+    if inventory is not None:
+        if enrolls or rollback or status or fsck:
+            raise BadInput(
+                "--inventory flashes bundles, and takes no --enroll, --rollback, --status or --fsck"
+            )
+        named_bundles = tuple(_existing(Path(word)) for word in words)
+        _flash_fleet(
+            progress, named_bundles, inventory, limit=limit, signers=signers, where=where, asked=asked,
+            dry_run=dry_run, output=output, as_json=as_json,
+        )  # fmt: skip
+        return
+    if limit is not None:
+        raise BadInput("--limit is of an inventory's hosts", hint="--inventory FILE")
     if not words:
         raise BadInput("name the host", hint="edgepack flash BUNDLE HOST")
     *named, host = words
@@ -799,8 +820,6 @@ def flash(
     if named:
         progress.step(f"verifying {named[0]}")
         cargo = flashes.load(_existing(Path(named[0])), signers)
-    where = devices.Where(root=root, mode=mode, sudo=sudo)
-    asked = flashes.Asked(self_test=not no_self_test, keep=keep, allow_downgrade=allow_downgrade, force=force)
     failure: EdgepackError | None = None
     with closing(_connected(host)) as connection:
         if enrolls:
@@ -833,6 +852,124 @@ def flash(
         click.echo(shown, nl=False)
     if failure is not None:
         raise failure
+
+
+def _flash_fleet(
+    progress: Progress,
+    bundles: tuple[Path, ...],
+    inventory: str,
+    *,
+    output: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    from edgepack import fleet, workspace
+
+    if not bundles:
+        raise BadInput(
+            "no bundle for the hosts of an inventory", hint="edgepack flash BUNDLE --inventory FILE"
+        )
+    done = fleet.flash(bundles, inventory, progress=progress, **options)
+    document = fleet.to_document(done)
+    if output is not None:
+        workspace.write_text(output, json.dumps(document, indent=2, sort_keys=True) + "\n")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(fleet.table(done), nl=False)
+    failure = fleet.shortfall(done)
+    if failure is not None:
+        raise failure
+
+
+@cli.command()
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
+@click.option("--ansible", "what", flag_value="ansible", help="A folder with role, playbooks and bundles.")
+@click.option(
+    "--swu", "what", flag_value="swu", help="An SWUpdate image of a bundle, as hawkBit hands it out."
+)
+@click.option("--signature", "what", flag_value="signature",
+              help="The signature of a bundle as an OCI image layout, for a registry.")  # fmt: skip
+@click.option("--tar", "what", flag_value="tar",
+              help="The bundle again: named are the two folders that skopeo pulled, bundle and signature.")  # fmt: skip
+@click.option("--signers", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --ansible: the allowed_signers that devices are enrolled with.")  # fmt: skip
+@click.option("--cert", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --swu: the certificate of --key, PEM; devices know it.")  # fmt: skip
+@click.option("--key", type=click.Path(path_type=Path), metavar="FILE",
+              help="With --swu: the private key that signs the image, PEM.")  # fmt: skip
+@click.option("--hardware", multiple=True, metavar="REVISION",
+              help="With --swu: /etc/hwrevision of the devices (repeat it; default: the profile's name).")  # fmt: skip
+@click.option("--root", metavar="PATH", help="With --swu: the store there, where it is in no usual place.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Write it here.")
+@json_option
+@click.pass_obj
+def emit(
+    progress: Progress,
+    /,
+    bundles: tuple[Path, ...],
+    what: Literal["ansible", "swu", "signature", "tar"] | None,
+    signers: Path | None,
+    cert: Path | None,
+    key: Path | None,
+    hardware: tuple[str, ...],
+    root: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Write bundles in the form that other tools deliver: an Ansible project, an SWUpdate image, registries' folders.
+
+    \b
+    Examples:
+      edgepack emit --ansible out/a.tar out/b.tar --signers key.allowed_signers -o fleet/
+      edgepack emit --swu out/demo.tar --cert fleet.crt --key fleet.key -o demo.swu
+      edgepack emit --signature out/demo.tar -o signature/
+      edgepack emit --tar pulled/ pulled-signature/ -o demo.tar
+    """
+    from edgepack import devices, flash, fleet, registry, serde, swu
+
+    for name, value, form in (
+        ("--signers", signers, "ansible"), ("--cert", cert, "swu"), ("--key", key, "swu"),
+        ("--hardware", hardware or None, "swu"), ("--root", root, "swu"),
+    ):  # fmt: skip
+        if value is not None and what != form:
+            raise BadInput(f"{name} is for --{form}")
+    paths = [_existing(path) for path in bundles]
+    if what in ("swu", "signature") and len(paths) != 1:
+        raise BadInput(f"--{what} is of one bundle, and these are {len(paths)}")
+    document: dict[str, Any] = {"schema_version": 1, "path": str(output)}
+    if what == "ansible":
+        if signers is None:
+            raise BadInput("name who may sign", hint="--signers FILE: `edgepack key new` wrote it")
+        fleet.emit(paths, output, signers=signers, progress=progress)
+    elif what == "swu":
+        if cert is None or key is None:
+            raise BadInput("an image is signed", hint="--cert and --key; docs/fleet.md says how to make them")
+        progress.step(f"verifying {paths[0]}")
+        cargo = flash.load(paths[0], None)
+        with progress.bar("writing the image", cargo.path.stat().st_size, rate=True) as advance:
+            written = swu.write(
+                cargo, output, certificate=cert, key=key, root=root or devices.SYSTEM_ROOT, hardware=hardware,
+                on_bytes=advance,
+            )  # fmt: skip
+        document = _document(serde.dump(written))
+    elif what == "signature":
+        registry.signature_layout(flash.load(paths[0], None), output)
+    elif what == "tar":
+        if len(paths) != 2:
+            raise BadInput(
+                f"--tar is out of two folders, and these are {len(paths)}",
+                hint="the bundle's, the signature's",
+            )
+        with progress.bar("writing the bundle", None) as advance:
+            tar = registry.assemble(paths[0], paths[1], output, on_bytes=advance)
+        document |= {"manifest_digest": f"sha256:{tar.manifest_sha256}", "bytes": tar.bytes}
+    else:
+        raise BadInput("say in which form", hint="--ansible, --swu, --signature or --tar")
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(str(output))
 
 
 @cli.command()

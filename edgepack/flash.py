@@ -115,6 +115,12 @@ class Cargo:
     plan: Plan
     quality: Quality | None
 
+    @property
+    def sequence(self) -> int:
+        """The release's number, which never falls on a device."""
+        manifest = json.loads(dict(self.head)["manifest"])
+        return int(manifest["annotations"]["org.edgepack.release-sequence"])
+
 
 def load(path: Path, signers: Path | None) -> Cargo:
     """A bundle, every byte of it verified, and where its parts lie. Raises NotFound, Untrusted, BadInput, MissingTool.

@@ -45,6 +45,7 @@ LEVELS = (
     {"toolchain", "hub", "probe", "calibration", "heldout", "record", "enrolled", "remote"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
+    {"fleet", "swu", "registry"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""

@@ -7,16 +7,24 @@ import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from edgepack import bundle
+from edgepack import bundle, flash
+from edgepack import registry as registries
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle, oci, sign
+from edgepack.cli import cli
 from edgepack.errors import Untrusted
 from edgepack.units import Bytes
 from tests.plans import example_plan
+from tests.sshd import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -81,6 +89,103 @@ def test_a_round_trip_through_skopeo_keeps_manifest_and_blobs(tmp_path: Path, ke
     assert f"sha256:{hashlib.sha256(again.stdout).hexdigest()}" == written.manifest_digest
     weights = (tmp_path / "artifact.gguf").read_bytes()
     assert (tmp_path / "dir" / hashlib.sha256(weights).hexdigest()).read_bytes() == weights
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a container registry on loopback."""
+    folder = tmp_path_factory.mktemp("registry")
+    address = f"127.0.0.1:{free_port()}"
+    settings = folder / "config.yml"
+    settings.write_text(
+        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {folder}/data\nhttp:\n  addr: {address}\n"
+    )
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(["docker-registry", "serve", settings], stdout=log, stderr=log) as process,
+    ):
+        try:
+            _answers(address, process)
+            yield address
+        finally:
+            process.terminate()
+
+
+def _answers(address: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 30
+    while True:
+        assert process.poll() is None, "the registry ended at once"
+        with suppress(OSError), urllib.request.urlopen(f"http://{address}/v2/", timeout=5):
+            return
+        assert time.monotonic() < end, "the registry does not answer"
+        time.sleep(0.05)
+
+
+def test_a_registry_gives_back_the_same_file_with_its_signature(
+    tmp_path: Path, key: Path, registry: str
+) -> None:
+    written = write(tmp_path, key)
+    place = f"docker://{registry}/edge/demo"
+    emitted = CliRunner().invoke(
+        cli, ["emit", "--signature", str(written.path), "-o", str(tmp_path / "signature")]
+    )
+    there, back = (("--insecure-policy", f"--{way}-tls-verify=false") for way in ("dest", "src"))
+
+    copies = [
+        skopeo("copy", *there, f"oci-archive:{written.path}", f"{place}:7"),
+        skopeo("copy", *there, f"oci:{tmp_path / 'signature'}", f"{place}:7.sshsig"),
+        skopeo("copy", *back, f"{place}:7", f"dir:{tmp_path / 'pulled'}"),
+        skopeo("copy", *back, f"{place}:7.sshsig", f"dir:{tmp_path / 'pulled.sshsig'}"),
+    ]
+    told = skopeo("inspect", "--raw", "--tls-verify=false", f"{place}:7")
+    assembled = CliRunner().invoke(
+        cli,
+        [
+            "emit",
+            "--tar",
+            str(tmp_path / "pulled"),
+            str(tmp_path / "pulled.sshsig"),
+            "-o",
+            str(tmp_path / "again.tar"),
+        ],
+    )
+
+    assert emitted.exit_code == 0, emitted.output
+    assert [done.returncode for done in copies] == [0] * 4, [done.stderr for done in copies]
+    assert f"sha256:{hashlib.sha256(told.stdout).hexdigest()}" == written.manifest_digest
+    assert assembled.exit_code == 0, assembled.output
+    assert (tmp_path / "again.tar").read_bytes() == written.path.read_bytes()
+
+
+def test_another_bundles_signature_and_changed_blobs_make_no_bundle(tmp_path: Path, key: Path) -> None:
+    written = write(tmp_path, key)
+    pulled = skopeo("copy", "--insecure-policy", f"oci-archive:{written.path}", f"dir:{tmp_path / 'pulled'}")
+    assert pulled.returncode == 0, pulled.stderr
+    registries.signature_layout(flash.load(written.path, None), tmp_path / "signature")
+    assert (
+        skopeo(
+            "copy", "--insecure-policy", f"oci:{tmp_path / 'signature'}", f"dir:{tmp_path / 's'}"
+        ).returncode
+        == 0
+    )
+    manifest = json.loads((tmp_path / "pulled" / "manifest.json").read_bytes())
+    weights = tmp_path / "pulled" / manifest["layers"][-1]["digest"].removeprefix("sha256:")
+    content = weights.read_bytes()
+
+    weights.write_bytes(b"x" + content[1:])
+    with pytest.raises(Untrusted):
+        registries.assemble(tmp_path / "pulled", tmp_path / "s", tmp_path / "again.tar")
+    weights.write_bytes(content)
+    (tmp_path / "pulled" / "manifest.json").write_bytes(json.dumps(manifest).encode())
+    with pytest.raises(Untrusted, match="did not write"):
+        registries.assemble(tmp_path / "pulled", tmp_path / "s", tmp_path / "again.tar")
+    manifest["annotations"]["org.edgepack.release-sequence"] = "9"
+    text = oci.canonical(manifest)
+    (tmp_path / "pulled" / "manifest.json").write_bytes(text)
+    with pytest.raises(Untrusted, match="holds the signature of"):
+        registries.assemble(tmp_path / "pulled", tmp_path / "s", tmp_path / "again.tar")
+
+    assert not (tmp_path / "again.tar").exists()
 
 
 def test_a_signed_bundle_is_verified_by_an_enrolled_key_only(tmp_path: Path, key: Path) -> None:
