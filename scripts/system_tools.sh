@@ -10,6 +10,9 @@ need systemd-analyze systemd
 need shellcheck shellcheck
 need qemu-aarch64-static qemu-user-static
 need debootstrap debootstrap
+need swupdate swupdate
+need docker-registry docker-registry
+need openssl openssl
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need g++ g++
 [ -n "$missing" ] || exit 0
