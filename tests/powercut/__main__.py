@@ -84,4 +84,5 @@ def _row(recording: scenario.Recording, states: list[replay.State]) -> dict[str,
     }
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -32,9 +32,12 @@ KINDS = {
 """What may be wrong with a state."""
 
 
-WHOLE = {"ext4": range(1024, 2048), "xfs": range(0), "btrfs": range(65536, 69632)}
-"""The superblock where it is written in place with a checksum over several sectors: a disk that tears it loses every
-file, whoever wrote it. All other writes may be torn."""
+UNITS = {"ext4": (512, 4096), "xfs": (4096,), "btrfs": (4096,)}
+"""Bytes between which writes are torn. Where a disk tears smaller ones, a cut can take the whole file system, whatever
+wrote to it: recovery of XFS does not write a block again whose first sector says that it is the newest
+(fs/xfs/xfs_buf_item_recover.c), and finds its checksum wrong; btrfs mounts by one superblock of 4096 bytes."""
+WHOLE = {"ext4": range(1024, 2048)}
+"""ext4's superblock, written in place with one checksum over two sectors: never torn, for the same reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +92,9 @@ def replay(recording: Recording, what: Flash, folder: Path, asked: Asked) -> Ite
     written = 0
     todo = places(recording, asked, chance)
     with medium.open("r+b") as stream:
-        for number, cut in enumerate(
-            wlog.cuts(recording.requests, todo, chance, WHOLE[recording.filesystem])
-        ):
+        units, whole = UNITS[recording.filesystem], WHOLE.get(recording.filesystem, range(0))
+        found = wlog.cuts(recording.requests, todo, chance, units=units, whole=whole)
+        for number, cut in enumerate(found):
             for request in recording.requests[written : cut.durable]:
                 os.pwrite(stream.fileno(), request.content, request.at)
             written = max(written, cut.durable)

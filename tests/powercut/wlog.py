@@ -23,7 +23,7 @@ KEPT = 0.7
 """Share of the unflushed writes that a cut leaves."""
 TORN = 0.4
 """Share of those that it tears."""
-ATOMIC = (512, 4096)
+TEARS = (512, 4096)
 """Bytes that a disk writes as one: sectors of old disks and of new ones."""
 
 
@@ -81,27 +81,31 @@ def cuts(
     requests: Sequence[Request],
     places: Sequence[tuple[int, bool]],
     chance: random.Random,
+    *,
+    units: Sequence[int] = TEARS,
     whole: range = range(0),
 ) -> Iterator[Cut]:
     """A cut at each place (ascending): the request that was the last, and whether the cache then is lost in part.
 
-    A write that touches the bytes ``whole`` is not torn.
+    Writes are torn into ``units`` of bytes; one that touches the bytes ``whole`` is not torn.
     """
     durable = seen = 0
     for after, lossy in places:
         durable = max((n for n in range(seen, after + 1) if requests[n].flush), default=durable)
         seen = after + 1
         cache = [request for request in requests[durable:seen] if request.content]
-        kept = _left(cache, chance, whole) if lossy else (Write(r.at, r.content) for r in cache)
+        kept = _left(cache, chance, units, whole) if lossy else (Write(r.at, r.content) for r in cache)
         yield Cut(after=after, durable=durable, kept=tuple(kept), lossy=lossy)
 
 
-def _left(cache: Sequence[Request], chance: random.Random, whole: range) -> Iterator[Write]:
+def _left(
+    cache: Sequence[Request], chance: random.Random, units: Sequence[int], whole: range
+) -> Iterator[Write]:
     for request in cache:
         if request.fua:
             yield Write(request.at, request.content)
         elif chance.random() < KEPT:
-            unit = chance.choice(ATOMIC)
+            unit = chance.choice(units)
             tears = request.at >= whole.stop or request.at + len(request.content) <= whole.start
             if chance.random() < TORN and tears and len(request.content) > unit:
                 yield from torn(request, unit, chance)

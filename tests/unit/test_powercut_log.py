@@ -121,6 +121,6 @@ def test_tearing_is_aligned_to_the_disk_and_not_to_the_write() -> None:
 def test_a_write_that_a_file_system_takes_for_atomic_is_not_torn() -> None:
     requests = [write(0, "a", units=8)]
 
-    found = wlog.cuts(requests, [(0, True)] * 200, random.Random(1), range(1024, 2048))
+    found = wlog.cuts(requests, [(0, True)] * 200, random.Random(1), whole=range(1024, 2048))
 
     assert {medium(requests, cut, 8) for cut in found} == {"a" * 8, "." * 8}
