@@ -79,7 +79,7 @@ class Disk:
 
 def guest() -> Guest:
     """The guest; the first time its packages are fetched with apt-get, and nothing is installed."""
-    made_from = repr((PACKAGES, KERNEL, MODULES, USELESS.pattern, WITHOUT_FSYNC, INIT))
+    made_from = repr((PACKAGES, KERNEL, MODULES, USELESS.pattern))
     folder = workspace.cache_root() / "powercut" / hashlib.sha256(made_from.encode()).hexdigest()[:16]
     made = Guest(kernel=folder / "vmlinuz", files=folder / "initramfs")
     if not made.files.exists():
@@ -103,6 +103,8 @@ def record(
     """
     inside = {f"powercut/{name}": (0o644, content) for name, content in files.items()}
     inside["powercut/job"] = (0o755, job.encode())
+    inside["powercut/sitecustomize.py"] = (0o644, WITHOUT_FSYNC.encode())
+    inside["init"] = (0o755, INIT.encode())
     with tempfile.TemporaryDirectory() as work:
         more = Path(work) / "initramfs"
         with more.open("wb") as out:
@@ -191,9 +193,8 @@ def _guest_files(root: Path) -> Files:
     order = list(dict.fromkeys(name for wanted in MODULES for name in _load_order(modules, wanted)))
     found |= {f"modules/{name}": (0o644, modules[name].read_bytes()) for name in order}
     found["modules/order"] = (0o644, "\n".join(order).encode())
-    found["powercut/sitecustomize.py"] = (0o644, WITHOUT_FSYNC.encode())
     found["etc/passwd"] = (0o644, b"root:x:0:0:root:/tmp:/bin/sh\n")  # ssh-keygen asks who it is
-    return found | {"init": (0o755, INIT.encode())}
+    return found
 
 
 def _load_order(modules: Mapping[str, Path], name: str) -> Iterator[str]:
