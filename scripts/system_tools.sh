@@ -13,6 +13,10 @@ need debootstrap debootstrap
 need swupdate swupdate
 need docker-registry docker-registry
 need openssl openssl
+need qemu-system-x86_64 qemu-system-x86
+need mkfs.ext4 e2fsprogs
+need mkfs.xfs xfsprogs
+need strace strace
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need g++ g++
 [ -n "$missing" ] || exit 0
