@@ -370,12 +370,15 @@ class Store:
         return sorted(name for name in names if HEX.match(name))
 
     def sequence(self) -> Tuple[int, Optional[str]]:
-        """The highest sequence that was ever good, and the release that had it; it outlives its release."""
+        """The highest sequence that was ever good, and the release that had it; it outlives its release.
+
+        Of a file that a failing disk left unreadable the journal and the good releases tell, or nobody could install
+        here again.
+        """
         content = read_whole(self.path("sequence.json"))
         if content is None:
             return 0, None
-        found = _object(content, self.path("sequence.json"))
-        return int(found["sequence"]), str(found["release"])
+        return _sequence(content) or max(_told_sequences(self), default=(0, None), key=lambda told: told[0])
 
     def free(self) -> int:
         found = os.statvfs(self.root)
@@ -412,6 +415,30 @@ def _settings(path: str) -> Settings:
     if mode not in SERVICES or not isinstance(keep, int) or not isinstance(tries, int):
         raise Refused("%s was not written by enroll" % path)
     return Settings(mode, keep, server, tries)
+
+
+def _sequence(content: bytes) -> Optional[Tuple[int, Optional[str]]]:
+    """What sequence.json says; None when that cannot be read."""
+    try:
+        found = _object(content, "sequence.json")
+    except Refused:
+        return None
+    number, release = found.get("sequence"), found.get("release")
+    if not isinstance(number, int) or not (release is None or isinstance(release, str)):
+        return None
+    return number, release
+
+
+def _told_sequences(store: Store) -> Iterator[Tuple[int, Optional[str]]]:
+    """Sequences of releases that were good, with their releases: by the journal, and by what is installed."""
+    for line in journal_lines(store, JOURNAL_LIMIT):
+        number, release = line.get("sequence"), line.get("release")
+        if line["event"] == "good" and isinstance(number, int) and isinstance(release, str):
+            yield number, release
+    for release in good_releases(store):
+        head = _readable_head(store, release)
+        if head is not None:
+            yield release_sequence(agent.head_of(head)), release
 
 
 def _object(content: bytes, what: str) -> Dict[str, Any]:
@@ -1192,13 +1219,18 @@ def head_files(head: agent.Head) -> Dict[str, bytes]:
 
 def known_head(store: Store, release: str) -> agent.Head:
     """The head of a release that was offered or is installed. Raises BadUsage."""
+    damaged: Optional[Refused] = None
     for folder in (store.offer(release), store.release(release)):
-        if is_folder(folder):
+        if not is_folder(folder):
+            continue
+        try:
             head = agent.release_head(folder)
-            if "sha256:" + release != agent.head_of(head)["manifest_digest"]:
-                raise Refused("%s describes another release" % folder)
-            return head
-    raise BadUsage("release %s was not offered here" % release[:12])
+            if "sha256:" + release == agent.head_of(head)["manifest_digest"]:
+                return head
+            damaged = Refused("%s describes another release" % folder)
+        except Refused as refused:
+            damaged = refused
+    raise damaged or BadUsage("release %s was not offered here" % release[:12])
 
 
 def offer_document(store: Store, admission: Admission, room: Dict[str, int]) -> Dict[str, Any]:
@@ -1607,11 +1639,15 @@ def start(service: Service) -> List[str]:
     return []
 
 
+def _write_sequence(store: Store, sequence: int, release: Optional[str]) -> None:
+    value = {"schema_version": SCHEMA_VERSION, "sequence": sequence, "release": release}
+    write_whole(store.path("sequence.json"), _json(value))
+
+
 def approve(store: Store, release: str, sequence: int, *, tested: bool) -> None:
     """Marks a release as good. Its sequence is written first: a cut between the two forgets no downgrade."""
     if sequence > store.sequence()[0]:
-        value = {"schema_version": SCHEMA_VERSION, "sequence": sequence, "release": release}
-        write_whole(store.path("sequence.json"), _json(value))
+        _write_sequence(store, sequence, release)
     orders = [store.good(other) or 0 for other in store.releases()]
     value = {"order": max(orders) + 1, "tested": tested, "at": int(store.world.clock())}
     write_whole(store.release(release) + ".good", _json(value))
@@ -1915,6 +1951,7 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
             bad += _quarantine(store, name)
         for release in store.releases():
             bad += _foreign_files(store, release)
+        bad += _mend_sequence(store)
         if bad:
             store.note("fsck", bad=[entry["path"] for entry in bad])
         if options.repair_from is not None:
@@ -1940,6 +1977,16 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         "mended": mended,
         "missing": lacking,
     }
+
+
+def _mend_sequence(store: Store) -> List[Dict[str, Any]]:
+    """Writes sequence.json anew where it cannot be read."""
+    content = read_whole(store.path("sequence.json"))
+    if content is None or _sequence(content) is not None:
+        return []
+    number, release = store.sequence()
+    _write_sequence(store, number, release)
+    return [{"digest": None, "bytes": len(content), "path": "sequence.json", "quarantined": False}]
 
 
 def _quarantine(store: Store, name: str) -> List[Dict[str, Any]]:

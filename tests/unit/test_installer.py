@@ -1368,3 +1368,39 @@ def test_it_is_python_3_8_and_needs_the_standard_library_alone() -> None:
             found.add(node.module.split(".")[0])
 
     assert found - {"edgepack"} <= sys.stdlib_module_names
+
+
+# ── a disk that lied ──
+
+
+@pytest.mark.parametrize("left", [b"", b"\0\0\0", b"{}", b'{"sequence": "9", "release": 9}'])
+def test_a_sequence_that_cannot_be_read_is_that_of_the_best_release_that_was_good(
+    device: Device, first: Path, second: Path, left: bytes
+) -> None:
+    for path in (first, second):
+        assert device.run("install", path).status == 0
+    (device.root / "sequence.json").write_bytes(left)
+
+    downgrade = device.run("install", first)
+    mended = device.run("fsck").document
+
+    assert downgrade.status == 6
+    assert "below 2" in downgrade.said
+    assert [entry["path"] for entry in mended["bad"]] == ["sequence.json"]
+    assert json.loads((device.root / "sequence.json").read_bytes())["sequence"] == 2
+    assert device.run("fsck").document["bad"] == []
+
+
+def test_a_release_whose_head_is_damaged_is_offered_and_received_again(device: Device, first: Path) -> None:
+    assert device.run("install", first).status == 0
+    release = releases.release_of(first)
+    for part in sorted((device.root / "releases" / release / ".release").iterdir()):
+        part.unlink()
+        part.write_bytes(b"")
+
+    offered = device.run("offer", stdin=releases.offer_frames(first))
+    received = device.run(
+        "receive", release, stdin=b"".join(releases.blob_frames(first, offered.document["missing"]))
+    )
+
+    assert (offered.status, received.status) == (0, 0)
