@@ -810,6 +810,13 @@ def flash(
     ]
     if len(alone) > 1 or (alone and (enrolls or dry_run)):
         raise BadInput(f"{alone[0]} goes alone")
+    if enrolls and dry_run:
+        raise BadInput(
+            "--dry-run changes nothing, and --enroll does", hint="enroll first, then try the flash"
+        )
+    if not enrolls and (server is not None or replace_signers):
+        given = "--server" if server is not None else "--replace-signers"
+        raise BadInput(f"{given} says how a device is enrolled", hint="edgepack flash --enroll HOST …")
     if len(named) > 1:
         raise BadInput(f"{len(named)} bundles for one host, {host}", hint="a host takes one bundle at a time")
     if named and alone and not fsck:

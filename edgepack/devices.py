@@ -272,10 +272,12 @@ class Status:
 
 
 def _status(document: Mapping[str, Any], host: str) -> Status:
-    journal = document.get("journal", ())
+    journal = document.get("journal")
     return Status(
         store=_of(Store, document.get("store"), host, releases=Release),
-        journal=tuple(line for line in journal if isinstance(line, dict)),
+        journal=tuple(line for line in journal if isinstance(line, dict))
+        if isinstance(journal, list)
+        else (),
     )
 
 
@@ -338,6 +340,8 @@ def failure(host: str, answer: Answer) -> EdgepackError:
                 f"sudo on {host} asks for a password",
                 hint="let this user run python3 without one, log in as root, or use --mode user",
             )
+    if answer.status == 127 and "sudo" in text:
+        return MissingTool(f"{host}: {text}", hint="install sudo there, log in as root, or use --mode user")
     if answer.status == 127:
         return MissingTool(f"{host}: {text}", hint="install python3 there, 3.8 or newer")
     raises, hint = _RAISES.get(answer.status, (EdgepackError, None))
@@ -348,6 +352,17 @@ def failure(host: str, answer: Answer) -> EdgepackError:
     return raises(f"{host}: {text}", hint=hint)
 
 
+def _printable(value: Any) -> Any:
+    """A document without characters that would make a terminal do something."""
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in value)
+    if isinstance(value, list):
+        return [_printable(inner) for inner in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(inner) for name, inner in value.items()}
+    return value
+
+
 def _document(host: str, answer: Answer) -> dict[str, Any]:
     try:
         found = agent.parse_json(answer.stdout, "the answer")
@@ -355,6 +370,7 @@ def _document(host: str, answer: Answer) -> dict[str, Any]:
         raise EdgepackError(f"{host} answered what is no document: {error}") from error
     if not isinstance(found, dict):
         raise EdgepackError(f"{host} answered what is no document")
+    found = {str(name): value for name, value in _printable(found).items()}
     version = found.get("schema_version", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise Unsupported(
@@ -488,7 +504,8 @@ def enroll(
             hint="--mode none installs and tests releases, and leaves starting them to you",
         )
     place = seen.stores[0]  # the one that was named, or the system's
-    root = seen.home if _named(connection, where) is None and mode == "user" else place.root
+    own = mode == "user" or (mode == "none" and not seen.administrator)
+    root = seen.home if _named(connection, where) is None and own else place.root
     if not given and not any(one.enrolled for one in seen.stores if one.root == root):
         raise BadInput(
             f"{connection.name} is not enrolled yet: say who may sign",
@@ -506,7 +523,8 @@ def enroll(
     if answer.status != 0:
         raise failure(connection.name, answer)
     document = _document(connection.name, answer)
-    for note in document.get("notes", ()):
+    notes = document.get("notes")
+    for note in notes if isinstance(notes, list) else ():
         progress.step(str(note))
     return _status(document, connection.name)
 

@@ -21,6 +21,7 @@ from edgepack import devices, enrolled, serde, shell
 from edgepack.bundle.render import environment, templates
 from edgepack.errors import BadInput, CheckFailed, MissingTool, NotFound
 from edgepack.flash import Asked, Cargo, load
+from edgepack.profile import NAME
 from edgepack.progress import Progress
 from edgepack.units import show
 from edgepack.workspace import require_space, whole_dir
@@ -155,7 +156,15 @@ def _loaded(bundles: Sequence[Path], signers: Path | None, progress: Progress) -
 
 
 def _lay_out(folder: Path, cargos: Sequence[Cargo], paths: Sequence[str]) -> None:
-    """The project in a folder; ``paths``: where it finds each bundle."""
+    """The project in a folder; ``paths``: where it finds each bundle. Raises BadInput.
+
+    Ansible takes what stands in its files for templates, which run programs here; a bundle's words stay words.
+    """
+    for cargo, place in zip(cargos, paths, strict=True):
+        if not NAME.fullmatch(cargo.plan.profile.name):
+            raise BadInput(f"{cargo.path} is for a device whose name is none: {cargo.plan.profile.name!r}")
+        if re.search(r"\{[{%#]|[\r\n]", f"{place} {cargo.path.name}"):
+            raise BadInput(f"{place!r} holds what Ansible would take for a template", hint="rename it")
     rows = [
         {
             "file": cargo.path.name,

@@ -215,7 +215,7 @@ def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
 
 # ── profiles on disk ─────────────────────────────────────────────────────────────────────────────────
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*\Z")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _NOT_INHERITED = ("extends", "aliases")
 
@@ -341,7 +341,7 @@ def _over(base: Mapping[str, object], own: Mapping[str, object]) -> dict[str, ob
 def _rule(loaded: Mapping[str, object]) -> Iterator[tuple[serde.Place, str]]:
     """What the types cannot say about a profile."""
     name = loaded.get("name")
-    if isinstance(name, str) and not _NAME.match(name):
+    if isinstance(name, str) and not NAME.match(name):
         yield ("name",), f"{name!r} must be lower-case letters, digits, dots and dashes"
     if loaded.get("memory") == 0:
         yield ("memory",), "must be more than 0"

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,7 @@ SOCKET_PATH = 80
 """Longest path of a control socket: 104 bytes on BSD, less the 17 that ssh adds while it makes one."""
 LOST = 255
 """ssh's own exit status, where others are the program's."""
+_UNREAD = "ssh does not take its command-line, and ended before it opened its log"
 PATIENCE = {"connecttimeout": ("none", "30"), "serveraliveinterval": ("0", "15")}
 """What ssh says (`ssh -G`) of an option nobody set, by which a dead line hangs for ever, and what is set instead."""
 
@@ -120,7 +122,11 @@ class Ssh:
     ) -> Answer:
         place = self._place or self._log_in()
         words = [*self._words(place), "-o", "ControlMaster=no", "-T", "--", self.name, shlex.join(argv)]
-        found = shell.exchange(words, stdin=stdin, on_line=on_line, timeout=timeout)
+        try:
+            found = shell.exchange(words, stdin=stdin, on_line=on_line, timeout=timeout)
+        except shell.TimedOut as late:
+            self.close()
+            raise cut(self.name, (f"it did not answer within {late.timeout:.0f} s",)) from late
         if found.returncode == LOST or found.returncode < 0:
             self.close()
             raise cut(self.name, found.stderr)
@@ -130,7 +136,9 @@ class Ssh:
         place, self._place = self._place, None
         if place is None:
             return
-        shell.exchange([*self._words(place), "-O", "exit", "--", self.name], timeout=30)
+        # Where the line is dead the master ends by itself, with its ServerAliveInterval.
+        with suppress(shell.TimedOut):
+            shell.exchange([*self._words(place), "-O", "exit", "--", self.name], timeout=30)
         shutil.rmtree(place)
 
     def _log_in(self) -> Path:
@@ -142,7 +150,8 @@ class Ssh:
         try:
             status = shell.detach([*self._words(place), *master, *patience, "--", self.name])
             if status != 0:
-                raise refused(self.name, log.read_text(encoding="utf-8", errors="replace").splitlines())
+                said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else _UNREAD
+                raise refused(self.name, said.splitlines())
         except BaseException:
             shutil.rmtree(place)
             raise

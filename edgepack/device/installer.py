@@ -303,6 +303,10 @@ class World(NamedTuple):
 FOLDERS = ("blobs", "blobs/sha256", "incoming", "quarantine", "releases")
 
 
+KEEP = 2
+"""Good releases that stay where nobody said how many."""
+
+
 class Settings(NamedTuple):
     """How a store was enrolled."""
 
@@ -544,11 +548,14 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     os.makedirs(root, mode=0o755, exist_ok=True)
     _own_folder(root)
     with locked(root, "enroll"):
-        before = read_whole(os.path.join(root, "enrolled.json"))
-        if before is not None and _object(before, "enrolled.json").get("mode") != options.mode:
+        content = read_whole(os.path.join(root, "enrolled.json"))
+        before = {} if content is None else _object(content, "enrolled.json")
+        if before.get("mode", "none") not in ("none", options.mode):  # mode none has no units
             raise Refused(
                 "%s is enrolled in another mode, whose units would stay: choose another --root" % root
             )
+        keep = options.keep if options.keep is not None else int(before.get("keep", KEEP))
+        server = options.server if options.server is not None else before.get("server")
         for folder in FOLDERS:
             make_folder(os.path.join(root, folder), 0o700 if folder in ("incoming", "quarantine") else 0o755)
         _require_links(root)
@@ -556,11 +563,11 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
         settings = {
             "schema_version": SCHEMA_VERSION,
             "mode": options.mode,
-            "keep": options.keep,
-            "server": options.server,
+            "keep": keep,
+            "server": server,
             "tries": 3,
         }
-        notes = SERVICES[options.mode](root, options.server, world).enroll()
+        notes = SERVICES[options.mode](root, server, world).enroll()
         write_whole(os.path.join(root, "enrolled.json"), _json(settings))
         store = Store(root, world)
         sweep(store)
@@ -685,6 +692,10 @@ class Service:
     def apply(self, release: Optional[str]) -> None:
         """Makes the service manager know the units of this folder of a release; None: of no release."""
 
+    def differs(self, release: str) -> bool:
+        """Whether the service manager has other units than those of this folder of a release."""
+        return False
+
     def stop(self) -> None:
         """Ends the server. Raises Failed."""
 
@@ -754,6 +765,10 @@ class Systemd(Service):
 
 class SystemService(Systemd):
     """Mode system: the units that the release brings, in /etc/systemd/system."""
+
+    def differs(self, release: str) -> bool:
+        brought = ((name, read_whole(os.path.join(release, name))) for name in UNITS)
+        return any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought)
 
     def apply(self, release: Optional[str]) -> None:
         if release is None:
@@ -830,7 +845,10 @@ def admit(
             "its release sequence %d is below %d, which ran here: --allow-downgrade" % (sequence, highest)
         )
     if not options.allow_downgrade and sequence == highest and release != holder:
-        raise Refused("another release ran here with the sequence %d: build it with a higher one" % sequence)
+        raise Refused(
+            "another release ran here with the sequence %d: edgepack build --release-sequence %d, or --allow-downgrade"
+            % (sequence, highest + 1)
+        )
     plan_file = agent.find_file(bundle, "plan.json")
     if plan_file is None:
         raise Refused("the release has no plan.json")
@@ -1404,7 +1422,7 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     try:
         remember(store, head, plan_json)
         if puncher is not None and not os.path.lexists(mark):
-            write_whole(mark, b"")
+            write_whole(mark, os.fsencode(os.path.abspath(path)))
         say("taking the bundle into the store")
         agent.read_bundle(path, sink=taker)
     finally:
@@ -1528,6 +1546,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
         lay_out(store, head)
         if store.target("current") == release and store.good(release) is not None:
+            settle(store, release)
             told = outcome(store, "current", release)
         elif options.no_switch:
             told = outcome(store, "installed", release)
@@ -1577,7 +1596,9 @@ def _switch(
             reasons = start(service)
         down = round(time.monotonic() - began, 3) if service.runs else None
         if not reasons:
-            approve(store, release, admission.sequence, tested=test is not None)
+            approve(
+                store, release, admission.sequence, tested=test is not None, lower=options.allow_downgrade
+            )
     except BaseException:  # a signal, a full disk, a broken one: what ran before runs again
         go_back(store, service, before if before == store.target("current") else back or before, None)
         raise
@@ -1630,6 +1651,13 @@ def flip(store: Store, release: str, back: Optional[str]) -> None:
         point(store.path("current"), "releases/" + release)
 
 
+def settle(store: Store, current: str) -> None:
+    """The units are those of the current release, also after a cut between the link and them."""
+    service = service_of(store)
+    if service.differs(store.release(current)):
+        service.apply(store.release(current))
+
+
 def start(service: Service) -> List[str]:
     """Starts the server; returns why it did not."""
     try:
@@ -1644,9 +1672,12 @@ def _write_sequence(store: Store, sequence: int, release: Optional[str]) -> None
     write_whole(store.path("sequence.json"), _json(value))
 
 
-def approve(store: Store, release: str, sequence: int, *, tested: bool) -> None:
-    """Marks a release as good. Its sequence is written first: a cut between the two forgets no downgrade."""
-    if sequence > store.sequence()[0]:
+def approve(store: Store, release: str, sequence: int, *, tested: bool, lower: bool = False) -> None:
+    """Marks a release as good. Its sequence is written first: a cut between the two forgets no downgrade.
+
+    ``lower``: a downgrade was asked for, and from its sequence the next ones count.
+    """
+    if sequence > store.sequence()[0] or lower:
         _write_sequence(store, sequence, release)
     orders = [store.good(other) or 0 for other in store.releases()]
     value = {"order": max(orders) + 1, "tested": tested, "at": int(store.world.clock())}
@@ -1872,6 +1903,8 @@ def _boot(store: Store) -> Dict[str, Any]:
     if current is None:
         return dict(answer, outcome="none")
     whole = is_whole_release(store, current)
+    if whole:
+        settle(store, current)
     if whole and store.good(current) is not None:
         return answer
     tries = store.tries(current)
@@ -1879,9 +1912,14 @@ def _boot(store: Store) -> Dict[str, Any]:
     if back is None and not whole:
         return dict(answer, outcome="broken")
     if back is None or (whole and tries < store.settings.tries):
-        write_whole(store.release(current) + ".tries", b"%d\n" % (tries + 1))
-        store.note("started", release=current, tries=tries + 1)
-        return dict(answer, outcome="trying", tries=tries + 1)
+        try:
+            write_whole(store.release(current) + ".tries", b"%d\n" % (tries + 1))
+            store.note("started", release=current, tries=tries + 1)
+            return dict(answer, outcome="trying", tries=tries + 1)
+        except OSError:
+            if back is None:
+                raise
+        # A full disk cannot count the tries, and a release that never was good would be started for ever.
     flip_back(store, back, current)
     service_of(store).apply(store.release(back))
     store.note("went-back", release=current, back=back, tries=tries, whole=whole)
@@ -1910,7 +1948,7 @@ def collect(
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
         if kind == "offer" and release != coming:
-            if not everything and os.path.lexists(store.path("incoming", name, CONSUMED)):
+            if not everything and _is_consumed(store, name):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
                 discard(store.path("incoming", name))
@@ -1929,6 +1967,12 @@ def collect(
     if removed or freed:
         store.note("collected", removed=removed, freed=freed)
     return {"schema_version": SCHEMA_VERSION, "removed": removed, "freed": freed}
+
+
+def _is_consumed(store: Store, offer: str) -> bool:
+    """Whether a bundle on this disk was given up in part for what the store has of it; it can be taken on."""
+    bundle = read_whole(store.path("incoming", offer, CONSUMED))
+    return bundle is not None and os.path.lexists(os.fsdecode(bundle))
 
 
 def gc(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
@@ -2249,7 +2293,9 @@ def _parser() -> argparse.ArgumentParser:
         made[name].set_defaults(act=act, in_store=name not in ("facts", "enroll"))
         made[name].add_argument("--root", metavar="DIR", default=argparse.SUPPRESS)
     made["enroll"].add_argument("--mode", choices=sorted(SERVICES), required=True)
-    made["enroll"].add_argument("--keep", metavar="N", type=_count, default=2, help="good releases that stay")
+    made["enroll"].add_argument(
+        "--keep", metavar="N", type=_count, help="good releases that stay (%d)" % KEEP
+    )
     made["enroll"].add_argument(
         "--server", metavar="PATH", help="llama-server, or a Python, for bundles without"
     )

@@ -150,13 +150,21 @@ def test_signers_are_replaced_only_when_asked(device: Device, signers: str, tmp_
     assert (device.root / "allowed_signers").read_text() == other
 
 
-def test_the_mode_of_a_store_stays(device: Device, signers: str) -> None:
-    answer = device.enroll(signers, mode="user")
+def test_a_mode_whose_units_would_stay_cannot_be_changed(device: Device, signers: str) -> None:
+    assert device.enroll(signers, mode="user").status == 0  # none has no units
+
+    answer = device.enroll(signers, mode="none")
 
     assert answer.status == 6
-    assert device.store.settings.mode == "none"
-    assert device.enroll(signers, "--keep", "3").status == 0
-    assert device.store.settings.keep == 3
+    assert device.store.settings.mode == "user"
+
+
+def test_what_was_enrolled_stays_when_only_the_agent_is_renewed(device: Device, signers: str) -> None:
+    assert device.enroll(signers, "--keep", "3", "--server", sys.executable).status == 0
+
+    assert device.enroll("").status == 0
+
+    assert device.store.settings == installer.Settings("none", 3, sys.executable, 3)
 
 
 @pytest.mark.parametrize(
@@ -287,15 +295,16 @@ def test_another_release_of_the_same_sequence_is_refused(
         assert "sequence 1" in answer.said
 
 
-def test_a_downgrade_that_is_allowed_does_not_lower_the_highest_sequence(
-    device: Device, first: Path, second: Path
+def test_after_a_downgrade_that_was_asked_for_the_next_releases_count_from_it(
+    device: Device, first: Path, second: Path, resigned: Callable[..., Path]
 ) -> None:
-    device.run("install", second)
+    device.run("install", resigned(sequence=70))  # 7 was meant
 
+    assert device.run("install", first).status == 6
     assert device.run("install", first, "--allow-downgrade").document["outcome"] == "good"
+    assert device.store.sequence() == (1, releases.release_of(first))
 
-    assert device.current() == releases.release_of(first)
-    assert device.store.sequence() == (2, releases.release_of(second))
+    assert device.run("install", second).document["outcome"] == "good"
 
 
 def test_a_release_that_failed_does_not_raise_the_highest_sequence(
@@ -771,6 +780,24 @@ def test_half_a_consumed_bundle_is_not_collected_by_another_install(
     device.run("install", first)
 
     assert device.run("install", path, "--consume").document["outcome"] == "good"
+
+
+def test_a_consumed_bundle_that_is_gone_holds_no_disk(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path], first: Path, second: Path
+) -> None:
+    failed = {**releases.passing(), "failure": {"kind": "crashed", "stage": "run", "message": "it ended"}}
+    facts = iter([releases.passing(), failed, releases.passing()])
+    device = Device(tmp_path / "store", check=lambda _: next(facts))
+    device.enroll(signers)
+    device.run("install", first)
+    path = resigned(weights=BIG, sequence=2)
+    assert device.run("install", path, "--consume").document["outcome"] == "rolled-back"
+    path.unlink(missing_ok=True)  # as SWUpdate does with what it had streamed
+
+    device.run("install", second)
+
+    sizes = [blob.stat().st_size for blob in (device.root / "blobs/sha256").iterdir()]
+    assert max(sizes) < len(BIG)
 
 
 def test_without_holes_nothing_is_consumed(
@@ -1278,6 +1305,42 @@ def test_boot_goes_back_with_the_units_too(
 
     assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
     assert device.ran[-2:] == ["systemctl daemon-reload", "systemctl enable edgepack.service"]
+
+
+@pytest.mark.parametrize("words", [("boot",), ("install",)])
+def test_units_of_another_release_than_the_current_one_do_not_stay(
+    tmp_path: Path, signers: str, first: Path, words: tuple[str, ...]
+) -> None:
+    device = enrolled(tmp_path, signers, "system")
+    device.run("install", first)
+    unit = tmp_path / "units/edgepack.service"
+    unit.write_text("# of a release whose installation was cut\n")
+    device.ran.clear()
+
+    answer = device.run(*words, *([first] if words == ("install",) else []))
+
+    assert answer.status == 0
+    assert unit.read_text() == "# edgepack.service\n"
+    assert device.ran[-2:] == ["systemctl daemon-reload", "systemctl enable edgepack.service"]
+
+
+def test_a_full_disk_does_not_start_a_release_for_ever_that_never_was_good(
+    device: Device, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    device.run("install", second)
+    (device.root / "releases" / (releases.release_of(second) + ".good")).unlink()
+    write = installer.write_whole
+
+    def full(path: str, content: bytes, *more: Any, **named: Any) -> None:
+        if path.endswith(".tries"):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+        write(path, content, *more, **named)
+
+    monkeypatch.setattr(installer, "write_whole", full)
+
+    assert device.run("boot").document["outcome"] == "went-back"
+    assert device.current() == releases.release_of(first)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SYSTEM_ROOT = "/var/lib/edgepack"
 PIECE = 1 << 18
-PATIENCE = (1, 2, 4, 8, 15, 30, 30)
+PATIENCE = (1, 2, 4, 8, 15, 30, 60, 60)
 """Seconds to wait before each further try to reach a device; they count anew whenever something arrived."""
 LOST = 255
 """ssh's own exit status, where others are the program's."""
