@@ -155,6 +155,10 @@ def _loaded(bundles: Sequence[Path], signers: Path | None, progress: Progress) -
     return tuple(found)
 
 
+_ALONE = ("-P",) if sys.version_info >= (3, 11) else ()
+"""Without the folder that one happens to stand in among Python's modules; older ones cannot leave it out."""
+
+
 def _lay_out(folder: Path, cargos: Sequence[Cargo], paths: Sequence[str]) -> None:
     """The project in a folder; ``paths``: where it finds each bundle. Raises BadInput.
 
@@ -217,7 +221,7 @@ def _settings(where: devices.Where, asked: Asked) -> Mapping[str, object]:
         *([] if asked.self_test else ["--no-self-test"]),
     ]
     return {
-        "edgepack_program": [sys.executable, "-m", "edgepack", "--quiet", "flash"],
+        "edgepack_program": [sys.executable, *_ALONE, "-m", "edgepack", "--quiet", "flash"],
         **({"edgepack_options": options} if options else {}),
         **({"edgepack_root": where.root} if where.root is not None else {}),
         **({"edgepack_sudo": True} if where.sudo else {}),

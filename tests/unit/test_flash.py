@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -614,6 +614,28 @@ def test_a_private_key_never_travels(key: Path, tmp_path: Path) -> None:
         enroll(target, Where(), tmp_path / "none")
 
     assert target.asked == []
+
+
+BARE: Mapping[str, object] = {
+    "enrolled": True, "mode": "none", "current": None, "previous": None, "sequence": 0, "free": 1, "agent": None,
+    "releases": [],
+}  # fmt: skip
+
+
+def test_what_a_device_says_does_nothing_to_a_terminal() -> None:
+    journal = [{"at": 10**12, "event": "\x1b[2Jgone", "who\x07": "\x1b]0;x\x07"}]
+    target = device(status=says({"store": BARE, "journal": journal}))
+
+    shown = flash.status_table(target.status(), "kiosk")
+
+    assert shown.splitlines()[-1] == "-  ?[2Jgone  who? ?]0;x?"
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+
+
+def test_a_journal_that_is_none_is_empty() -> None:
+    target = device(status=says({"store": BARE, "journal": None}))
+
+    assert target.status().journal == ()
 
 
 # ── for real, in a folder ──

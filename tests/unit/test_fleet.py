@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,25 @@ def test_a_project_holds_all_that_flashing_takes(
     assert rows[0]["release"] == releases.release_of(bundles[0])
     assert "`bundles/jetson.tar` | `jetson-orin-nano-8gb` | 7" in found["README.md"].decode()
     assert "[raspberry-pi-5-8gb]" in found["inventory.ini"].decode()
+
+
+@pytest.mark.parametrize("name", ["{{ lookup('pipe', 'id -un') }}", "two\nlines", "{% raw %}"])
+def test_words_of_a_bundle_are_no_templates(key: Path, tmp_path: Path, name: str) -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+    plan = replace(plan, profile=replace(plan.profile, name=name))
+    path = releases.bundle(tmp_path / "any.tar", key, sequence=1, plan=plan)
+
+    with pytest.raises(BadInput, match="whose name is none"):
+        fleet.emit([path], tmp_path / "fleet", signers=signers(key), progress=Silent())
+    assert not (tmp_path / "fleet").exists()
+
+
+def test_a_file_s_name_is_no_template(bundles: tuple[Path, Path], key: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "{{ odd }}.tar"
+    odd.write_bytes(bundles[0].read_bytes())
+
+    with pytest.raises(BadInput, match="take for a template"):
+        fleet.emit([odd], tmp_path / "fleet", signers=signers(key), progress=Silent())
 
 
 def test_the_same_bundles_make_the_same_project(
