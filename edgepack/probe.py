@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from edgepack import l4t, serde, shell
 from edgepack import profile as profiles
@@ -520,7 +520,7 @@ def _nvidia() -> _Card | None:
             major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
             clock = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM)  # MHz; two transfers a tick
             width = nvml.nvmlDeviceGetMemoryBusWidth(handle)  # bits
-            cores = int(nvml.nvmlDeviceGetNumGpuCores(handle))  # of FP32: an addition and a product a tick
+            cores = _cuda_cores(nvml, handle)
             ticks = nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM) * 1e6
             return _Card(
                 name=str(nvml.nvmlDeviceGetName(handle)),
@@ -529,14 +529,23 @@ def _nvidia() -> _Card | None:
                 used=int(memory.used),
                 compute_capability=f"{major}.{minor}",
                 bandwidth_gbs=clock * 2 * width / 8 / 1000,
-                multiprocessors=cores // _lanes(major, minor),
-                fp32_tflops=round(cores * 2 * ticks / 1e12, 1),
+                multiprocessors=None if cores is None else cores // _lanes(major, minor),
+                # An addition and a product a tick.
+                fp32_tflops=None if cores is None else round(cores * 2 * ticks / 1e12, 1),
             )
     except nvml.NVMLError:  # an integrated GPU: NVML has no memory of its own to tell of
         return None
     finally:
         nvml.nvmlShutdown()
     return None
+
+
+def _cuda_cores(nvml: Any, handle: Any) -> int | None:
+    """None where the driver is older than this question (R510)."""
+    try:
+        return int(nvml.nvmlDeviceGetNumGpuCores(handle))
+    except nvml.NVMLError:
+        return None
 
 
 def _lanes(major: int, minor: int) -> int:

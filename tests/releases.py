@@ -32,6 +32,7 @@ def bundle(
     files: Mapping[str, str] | None = None,
     plan: Plan | None = None,
     annotations: Mapping[str, str] | None = None,
+    server: bytes = SERVER,
 ) -> Path:
     """A bundle as `edgepack build` writes them, small; without ``key`` unsigned."""
     model = out.with_suffix(".weights")
@@ -39,7 +40,7 @@ def bundle(
     plan_json = serde.to_json(plan or example_plan(PROFILE))
     texts = {"plan.json": plan_json, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
     layers = [oci.text_layer(name, "code", text) for name, text in texts.items()]
-    layers.append(oci.text_layer(agent.SERVER, "code", SERVER.decode()))
+    layers.append(oci.text_layer(agent.SERVER, "code", server.decode()))
     layers.append(
         oci.Layer(
             filepath=agent.WEIGHTS,

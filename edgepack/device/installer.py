@@ -858,9 +858,21 @@ def admit(
     with plan_read():
         match = agent.match_device(plan["profile"], machine)
         memory = memory_need(bundle, plan, machine, store.root)
+        _is_tested_here(plan)
     if not options.force_device:
         _fits_this_machine(match, memory)
     return Admission(bundle, plan, sequence, match, memory)
+
+
+def _is_tested_here(plan: Dict[str, Any]) -> None:
+    """Refuses what the self-test could not begin with: it is not to be found out after the switch."""
+    runtime = plan["runtime"]
+    if runtime not in agent.RUNTIMES:
+        raise Refused("plan.json is for the runtime %s, which is unknown here" % agent._shown(repr(runtime)))
+    for name in ("context", "slots"):
+        value = plan["settings"][name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise Refused("plan.json has the %s %s" % (name, agent._shown(repr(value))))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -160,11 +161,20 @@ def test_the_script_takes_exactly_what_the_probe_reads_and_nothing_that_names_th
     assert "deadbeef" not in "".join(path.read_text() for path in device.rglob("*") if path.is_file())
 
 
-def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def unknown(handle: int) -> int:
+    raise RuntimeError("Function Not Found")
+
+
+@pytest.mark.parametrize("cores", [lambda handle: 3072, unknown], ids=["R510", "an older driver"])
+def test_a_gpu_is_described_by_its_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cores: Callable[[int], int]
+) -> None:
     nvml = types.ModuleType("pynvml")
     facts = {
         "NVMLError": RuntimeError,
         "NVML_CLOCK_MEM": 2,
+        "NVML_CLOCK_SM": 1,
+        "nvmlDeviceGetNumGpuCores": cores,
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 1,
@@ -188,3 +198,29 @@ def test_a_gpu_is_described_by_its_driver(monkeypatch: pytest.MonkeyPatch, tmp_p
     path = tmp_path / "this.yaml"
     path.write_text(probes.to_yaml(probed), encoding="utf-8")
     assert profile.load(str(path)) == found
+
+
+def test_a_card_that_nobody_knows_has_the_rate_and_the_context_of_its_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As NVML says it of an H200."""
+    nvml = types.ModuleType("pynvml")
+    vars(nvml).update(
+        {
+            "NVMLError": RuntimeError, "NVML_CLOCK_MEM": 2, "NVML_CLOCK_SM": 1, "nvmlInit": lambda: None,
+            "nvmlShutdown": lambda: None, "nvmlDeviceGetCount": lambda: 1,
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=143771 * MIB, used=0),
+            "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+            "nvmlDeviceGetMaxClockInfo": lambda handle, which: 3201 if which == 2 else 1980,
+            "nvmlDeviceGetMemoryBusWidth": lambda handle: 6016,
+            "nvmlDeviceGetNumGpuCores": lambda handle: 16896,
+            "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
+        }
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+    found = probes.probe().profile
+
+    assert found.mode().fp32_tflops == 66.9
+    assert found.reserves.accelerator_context == 660 * MIB
