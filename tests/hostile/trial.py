@@ -99,7 +99,10 @@ def given(on: Stage, case: Case) -> Iterator[tuple[str, int, str | None]]:
     if case.offer is not None:
         # What an offer refuses leaves nothing; of what it takes, the files are asked for and none is installed here.
         yield answered(
-            on, "offer", stdin=case.offer, refused=case.kind.startswith(("signed", "downgrade", "a stranger"))
+            on,
+            "offer",
+            stdin=case.offer,
+            refused=case.kind.startswith(("signed", "downgrade", "a stranger", "another", "unsigned")),
         )
     if case.receive is not None:
         yield answered(on, "offer", stdin=b"".join(cases.offered(on.bundle)), refused=False)
