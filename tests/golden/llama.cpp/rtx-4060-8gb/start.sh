@@ -178,6 +178,7 @@ find_server
 preflight
 make_key
 # A thread for each connection: without one to be had it hangs for good, without a file the connection waits.
+# shellcheck disable=SC3045
 ulimit -n 293
 exec "$server" \
     --model "$here/model.gguf" \
