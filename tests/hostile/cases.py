@@ -247,8 +247,9 @@ def lying(bundle: Bundle, chance: random.Random) -> Case:
     layer = chance.choice(layers)
     change = chance.randrange(9)
     if change == 0:
+        own = layer["annotations"][agent.FILEPATH]  # below its own name it would be alone
         layer["annotations"][agent.FILEPATH] = chance.choice(
-            [p for p in PATHS if p != layer["annotations"][agent.FILEPATH]]
+            [p for p in PATHS if not p.startswith(f"{own}/")]
         )
     elif change == 1:
         other = chance.choice([one for one in layers if one is not layer])
