@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 import click
 
 from edgepack import __version__
-from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, NotFound
+from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, NotFound, NothingFits
 from edgepack.progress import Progress, Silent, Terminal
 
 if TYPE_CHECKING:
@@ -261,6 +261,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 def fit(progress: Progress, /, **options: Any) -> None:
     """Does it fit? Exact memory arithmetic; needs no weights, no device and no torch.
 
+    Exits with 4 when it does not fit the profile.
+
     \b
     Examples:
       edgepack fit --model Qwen2.5-1.5B-Instruct --profile jetson-orin --scheme Q4_K_M --context 8192
@@ -275,6 +277,8 @@ def fit(progress: Progress, /, **options: Any) -> None:
         from edgepack import tables
 
         click.echo(tables.fit(document), nl=False)
+    if document["fits"] is False:
+        raise NothingFits(f"{document['model']} at {document['scheme']} does not fit {options['profile']}")
 
 
 @cli.command()

@@ -127,7 +127,7 @@ def fit(
         binding=f"context: the model was trained for {limit} tokens"
         if beyond
         else binding(estimate, case.room),
-        hint="" if fits else change.words if change else NO_HELP,
+        hint="" if fits else change.words if change else _no_help(case),
         change=change,
         runtime=runtime,
         start_up=start_up,
@@ -303,7 +303,16 @@ class _Case:
 
 
 WITHOUT_DESKTOP = "leave out --desktop"
-NO_HELP = "no scheme of this model fits at any context; use a smaller model"
+NO_HELP = "use a smaller model"
+"""How the hint begins where no change was found."""
+
+
+def _no_help(case: _Case) -> str:
+    """What was tried: schemes that want calibration are smaller still, and are not proposed."""
+    tried = _smaller(case)
+    if not tried:
+        return f"{NO_HELP}: {case.scheme} of this one fits at no context"
+    return f"{NO_HELP}: of this one no scheme down to {tried[-1]} fits at any context"
 
 
 def _cheapest(case: _Case, limit: int) -> Change | None:

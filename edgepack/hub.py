@@ -265,7 +265,8 @@ class _Hub:
             return _listing(json.loads(raw))
         except (OSError, HTTPException) as error:
             raise Offline(
-                f"{self.endpoint} could not be reached for {repo} at revision {revision}: {_said(error)}",
+                f"{self.endpoint} could not be reached for {repo} at revision {revision}: {_said(error)}"
+                f"{_near(repo)}",
                 hint=_way_around(repo, revision),
             ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -540,6 +541,12 @@ def _way_around(repo: str, revision: str) -> str:
     return f"download {repo}{at} elsewhere and give its folder instead of the name, or set HF_ENDPOINT to a mirror"
 
 
+def _near(repo: str) -> str:
+    """A repository of the catalog that may have been meant; nothing for one that is in it."""
+    known = [model.repo for model in catalog.models()]
+    return "" if repo in known else serde.did_you_mean(repo, known)
+
+
 def _refusal(status: int, code: str, repo: str, revision: str) -> NotFound:
     if code == "GatedRepo" or (status == 403 and not code):
         return NotFound(
@@ -553,7 +560,7 @@ def _refusal(status: int, code: str, repo: str, revision: str) -> NotFound:
     if code == "EntryNotFound":
         return NotFound(f"{repo} at {revision} lost a file that it listed", hint="run again")
     return NotFound(
-        f"the Hub has no repository {repo}, or it is private ({status})",
+        f"the Hub has no repository {repo}, or it is private ({status}){_near(repo)}",
         hint="check the spelling; a private repository needs HF_TOKEN",
     )
 

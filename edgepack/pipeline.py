@@ -121,9 +121,10 @@ def named(
         return _from_catalog(entry, revision=revision)
     if not path.exists():
         if model.count("/") != 1 or model.startswith((".", "/", "~")):
-            known = ", ".join(m.id for m in catalog.models())
+            known = [m.id for m in catalog.models()]
             raise NotFound(
-                f"no model {model!r}", hint=f"a folder, config.json, .gguf, Hub id, or one of: {known}"
+                f"there is no model {model!r}, as a file or in the catalog{serde.did_you_mean(model, known)}",
+                hint=f"a folder, config.json, .gguf, Hub id (org/name), or one of: {', '.join(known)}",
             )
         return _from_hub(model, revision=revision, offline=offline, converted=converted)
     from edgepack import hub
@@ -226,6 +227,11 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
+    # Its small files first: a hub that cannot be reached, or has no such model, is told before minutes of compiling.
+    source, revision = chosen.model.source, chosen.model.revision
+    if chosen.model.lesson is not None:
+        source, revision = chosen.model.lesson.teacher, chosen.model.lesson.revision
+    hub.resolve(source, revision=revision, offline=options.offline, weights=False, progress=progress)
     program = toolchain.install(progress).server if is_gguf else _python(chosen.runtime, progress)
     if chosen.model.lesson is not None:
         checkpoint = _student(chosen, options, progress)
@@ -283,7 +289,11 @@ def request_from(options: Mapping[str, Any]) -> Request:
     """The planner's question out of the command line's words; a profile is required."""
     name = options.get("profile")
     if not name:
-        raise BadInput("no device is named", hint=f"--profile NAME; known: {', '.join(profile.names())}")
+        raise BadInput(
+            "no device is named",
+            hint="--profile NAME, or --profile FILE of one that `edgepack probe -o FILE` wrote on the device; "
+            f"built in are {', '.join(profile.names())}",
+        )
     floor = options.get("min_decode")
     if floor is not None and not math.isfinite(floor):
         raise BadInput(f"--min-tokens-per-second {floor} is no speed", hint="0 switches the floor off")

@@ -226,6 +226,7 @@ def install(progress: Progress) -> Toolchain:
         if home.is_dir():
             return toolchain
         require_space(home.parent, 700 * MIB)
+        _require_compiler()
         source = _source(progress)
         tree = _compile(source, home, _options(machine), TARGETS, progress)
         progress.step("linking libllama.so")

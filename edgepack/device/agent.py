@@ -884,7 +884,8 @@ def match_device(profile: Dict[str, Any], machine: Dict[str, Any]) -> List[Dict[
     low = match.get("memory_min") or int(profile["memory"] * 0.94)
     high = match.get("memory_max") or int(profile["memory"] * 1.06)
     holds = None if total is None else low <= total <= high
-    rows.append(_row("memory", "%d to %d bytes" % (low, high), "%s bytes" % total, holds))
+    measured = "unknown" if total is None else _gib(total)
+    rows.append(_row("memory", "%s to %s" % (_gib(low), _gib(high)), measured, holds))
     wanted = match.get("device_tree") or []
     if wanted:
         found = machine["device_tree"]
@@ -900,13 +901,17 @@ def match_device(profile: Dict[str, Any], machine: Dict[str, Any]) -> List[Dict[
     if l4t:
         major = machine["l4t"].split(".")[0] if machine["l4t"] else None
         known = None if major is None and _looks_like_jetson(machine) else major in l4t
-        rows.append(_row("L4T", " or ".join(l4t), str(machine["l4t"]), known))
+        rows.append(_row("L4T", " or ".join(l4t), machine["l4t"] or "none", known))
     return rows
 
 
 def _row(fact: str, expected: str, measured: str, holds: Optional[bool]) -> Dict[str, str]:
     status = "unknown" if holds is None else "pass" if holds else "fail"
     return {"fact": fact, "status": status, "expected": expected, "measured": measured}
+
+
+def _gib(count: int) -> str:
+    return "%.2f GiB" % (count / 2**30)
 
 
 def _looks_like_jetson(machine: Dict[str, Any]) -> bool:

@@ -217,6 +217,16 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:
     assert "hint:" in said
 
 
+def test_a_model_that_cannot_be_had_is_told_before_anything_is_compiled(tmp_path: Path) -> None:
+    done = edgepack(
+        "build", "--profile", "jetson-orin", "--model", "qwen2.5-1.5b-instruct", "--offline",
+        cache=tmp_path / "cache", env={"HF_HOME": str(tmp_path / "hf")}, cwd=tmp_path,
+    )  # fmt: skip
+
+    assert "Qwen/Qwen2.5-1.5B-Instruct" in refused(done, 8)
+    assert not (tmp_path / "cache" / "toolchain").exists()
+
+
 def test_offline_the_plan_and_the_repository_are_named(cache: Path) -> None:
     done = edgepack(
         "build", "--profile", "jetson-orin", "--offline", cache=cache, env={"HF_HOME": str(cache / "hf")}

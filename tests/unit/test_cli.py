@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from edgepack import profile
 from edgepack.cli import cli
+from edgepack.errors import NothingFits
 
 FIT_FIELDS = {
     "model", "runtime", "scheme", "context", "slots", "kv_type", "parts", "total", "weights_bytes", "file_bytes",
@@ -24,9 +25,9 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(cli, [str(word) for word in words])
 
 
-def document(*words: object) -> dict[str, Any]:
+def document(*words: object, code: int = 0) -> dict[str, Any]:
     result = run(*words)
-    assert result.exit_code == 0, result.stderr
+    assert result.exit_code == code, result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
     return found
 
@@ -69,7 +70,7 @@ def test_a_hint_of_fit_applied_fits() -> None:
         "Q8_0",
         "--json",
     )
-    found = document(*words)
+    found = document(*words, code=NothingFits.exit_code)
     assert found["fits"] is False
 
     hint = found["hint"].split()
@@ -210,6 +211,7 @@ def test_fit_and_plan_agree_beyond_the_trained_context() -> None:
         "fit", "--model", "qwen2.5-1.5b-instruct", "--profile", "jetson-agx-orin-64gb", "--context", "65536"
     )
 
+    assert result.exit_code == NothingFits.exit_code
     assert "does NOT fit" in result.stdout
     assert "binding: context: the model was trained for 32768 tokens" in result.stdout
     assert "hint: --context 32768" in result.stdout
@@ -220,3 +222,19 @@ def test_exact_is_of_llama_cpp_alone() -> None:
 
     assert result.exit_code == 11
     assert "--exact asks llama.cpp, and this is for transformers" in result.stderr
+
+
+def test_a_model_that_is_nearly_right_is_named() -> None:
+    result = run("plan", "--profile", "jetson-orin", "--model", "qwen2.5-1.5b-instrct")
+
+    assert result.exit_code == 3
+    assert "did you mean 'qwen2.5-1.5b-instruct'?" in result.stderr
+
+
+def test_a_refused_fit_names_the_smallest_scheme_that_was_tried() -> None:
+    """IQ2_XS would fit, but is nothing without calibration: what was not tried is not said to fail."""
+    words = ("fit", "--model", "qwen2.5-7b-instruct", "--profile", "raspberry-pi-5-4gb", "--scheme")
+
+    assert "no scheme down to Q2_K fits" in run(*words, "Q8_0").stdout
+    assert "Q2_K of this one fits at no context" in run(*words, "Q2_K").stdout
+    assert run(*words, "IQ2_XS").exit_code == 0

@@ -76,7 +76,7 @@ def test_a_card_of_its_own_has_two_budgets() -> None:
     [
         (100 * MIB, "--kv-type q8_0"),
         (240 * MIB, "--kv-type q8_0 --ubatch 128"),
-        (1300 * MIB, "no scheme of this model fits at any context; use a smaller model"),
+        (1300 * MIB, "use a smaller model: of this one no scheme down to Q2_K fits at any context"),
     ],
 )
 def test_the_hint_is_the_cheapest_change_that_fits(missing: int, hint: str) -> None:

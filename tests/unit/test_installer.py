@@ -332,7 +332,7 @@ def fails(_: argparse.Namespace) -> dict[str, Any]:
     ("change", "told"),
     [
         ({"arch": "x86_64"}, "architecture is x86_64, not aarch64"),
-        ({"memory_total": 2 << 30}, "memory is 2147483648 bytes"),
+        ({"memory_total": 2 << 30}, "memory is 2.00 GiB, not"),
         ({"device_tree": ["Toaster"]}, "device tree"),
     ],
 )

@@ -242,7 +242,7 @@ def test_every_refusal_names_a_change_that_applied_fits(
         assert refused.hint == ""
         return
 
-    if refused.hint == NO_HELP:
+    if refused.hint.startswith(NO_HELP):
         # Not even the least that these flags allow, at any scheme a hint may name, without a desktop.
         least = replace(
             asked, context=256, ubatch=min(ubatch, 128), kv_type=kv if kv in CACHES[1:] else "q8_0"
