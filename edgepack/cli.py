@@ -826,7 +826,8 @@ def flash(
     if named and alone and not fsck:
         raise BadInput(f"{alone[0]} takes a host alone, not {named[0]} too")
     if not named and not alone and not enrolls:
-        raise BadInput(f"no bundle for {host}", hint="edgepack flash BUNDLE HOST, or --status, --enroll …")
+        lacks = f"no device is named for {host}" if Path(host).is_file() else f"no bundle for {host}"
+        raise BadInput(lacks, hint="edgepack flash BUNDLE HOST, or --status, --enroll …")
     cargo = None
     if named:
         progress.step(f"verifying {named[0]}")

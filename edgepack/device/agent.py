@@ -445,6 +445,8 @@ class _Tar:
         found = self.peek()
         header = self._header or b""
         at = self.offset - BLOCK
+        if found != name and at == 0:
+            raise Refused("it is no bundle: it does not begin with %s, but with %r" % (name, _shown(found)))
         if found != name:
             raise Refused("expected entry %s at offset %d, found %r" % (name, at, _shown(found)))
         stated = _header_size(header)

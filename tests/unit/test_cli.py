@@ -238,3 +238,14 @@ def test_a_refused_fit_names_the_smallest_scheme_that_was_tried() -> None:
     assert "no scheme down to Q2_K fits" in run(*words, "Q8_0").stdout
     assert "Q2_K of this one fits at no context" in run(*words, "Q2_K").stdout
     assert run(*words, "IQ2_XS").exit_code == 0
+
+
+def test_a_file_that_is_no_bundle_and_a_flash_without_a_device_are_called_so(tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("not a tar", encoding="utf-8")
+
+    inspected, flashed = run("inspect", file), run("flash", file)
+
+    assert (inspected.exit_code, flashed.exit_code) == (6, 2)
+    assert "it is no bundle" in inspected.stderr
+    assert f"no device is named for {file}" in flashed.stderr
