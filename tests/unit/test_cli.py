@@ -242,7 +242,7 @@ def test_a_refused_fit_names_the_smallest_scheme_that_was_tried() -> None:
 
 def test_a_file_that_is_no_bundle_and_a_flash_without_a_device_are_called_so(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
-    file.write_text("not a tar", encoding="utf-8")
+    file.write_text("not a tar\n" * 200, encoding="utf-8")
 
     inspected, flashed = run("inspect", file), run("flash", file)
 
