@@ -221,7 +221,6 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "front_modules": " ".join(FRONT_MODULES),
         "front_lines": _lines(front(plan.settings)),
         "release": RELEASE,
-        "server": f"{RELEASE}/bin/llama-server" if with_runtime else "llama-server",
         "with_runtime": with_runtime,
         "image": reference,
         "image_tag": image.reference if image else None,

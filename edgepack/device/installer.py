@@ -535,6 +535,8 @@ def sweep(store: Store) -> None:
 SIGNERS_LIMIT = 1 << 16
 _SIGNER = re.compile(r"^[^#\s]\S*\s.*?\b(?:ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/]{40,}={0,3}", re.M)
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]*\Z")
+HIDDEN = re.compile(r"/(?:home|root|run/user|tmp|var/tmp)/")
+"""What ProtectHome= and PrivateTmp= of a release's unit hide from its server (systemd.exec)."""
 
 
 def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
@@ -586,6 +588,14 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("--server %s is not a whole path" % options.server)
     if options.server is not None and not os.access(options.server, os.X_OK):
         raise MissingProgram("--server %s cannot be run" % options.server)
+    if options.server is not None and options.mode != "none" and not _PLAIN_PATH.match(options.server):
+        raise BadUsage("--server %s has characters that a unit cannot name" % options.server)
+    places = [] if options.server is None else [options.server, os.path.realpath(options.server)]
+    if options.mode == "system" and any(HIDDEN.match(place) for place in places):
+        raise BadUsage(
+            "--server %s lies where the units of a release cannot look: put it into /usr/local/bin or /opt"
+            % options.server
+        )
     ours = {"agent.pyz", "allowed_signers", "enrolled.json", "lock", "journal.jsonl", "sequence.json"}
     ours |= {"blobs", "incoming", "quarantine", "releases", "current", "previous", "lost+found"}
     names = os.listdir(root) if os.path.isdir(root) else []
@@ -664,7 +674,8 @@ StartLimitBurst=5
 
 [Service]
 Type=exec
-ExecStart=/bin/sh {root}/current/start.sh
+# A release that carries a server was tested with that; the enrolled one is for those that carry none.
+ExecStart=/bin/sh -c 'test -e {root}/current/{server} && unset EDGEPACK_LLAMA_SERVER; exec sh {root}/current/start.sh'
 ExecStartPost=/bin/sh {root}/current/start.sh ready
 TimeoutStartSec=3600
 Restart=on-failure
@@ -750,8 +761,6 @@ class Systemd(Service):
     def _environment(self) -> str:
         if self.server is None:
             return ""
-        if not _PLAIN_PATH.match(self.server):
-            raise BadUsage("--server %s has characters that a unit cannot name" % self.server)
         python = os.path.basename(self.server).startswith("python")
         return "Environment=%s=%s\n" % ("EDGEPACK_PYTHON" if python else "EDGEPACK_LLAMA_SERVER", self.server)
 
@@ -796,7 +805,7 @@ class UserService(Systemd):
 
     def enroll(self) -> List[str]:
         os.makedirs(self.units(), mode=0o755, exist_ok=True)
-        unit = USER_UNIT.format(root=self.root).encode("ascii")
+        unit = USER_UNIT.format(root=self.root, server=agent.SERVER).encode("ascii")
         write_whole(os.path.join(self.units(), "edgepack.service"), unit)
         super().enroll()
         self._systemctl("enable", "edgepack.service")

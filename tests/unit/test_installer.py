@@ -11,7 +11,10 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -175,6 +178,32 @@ def test_what_names_no_signer_is_refused(tmp_path: Path, text: str) -> None:
 
     assert device.enroll(text).status == 2
     assert not (device.root / "enrolled.json").exists()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_server_that_the_units_of_a_release_would_not_see_is_refused(
+    tmp_path: Path, signers: str, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(installer, "SYSTEM_ROOT", str(tmp_path / "store"))
+    server = tmp_path / "llama-server"
+    server.symlink_to(sys.executable)
+    monkeypatch.setattr(
+        installer, "HIDDEN", re.compile(re.escape(os.path.realpath(server) if link else str(server)))
+    )
+
+    answer = Device(tmp_path / "store").enroll(signers, "--server", str(server), mode="system")
+
+    assert answer.status == 2
+    assert "cannot look" in answer.said
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_a_unit_hides_is_not_taken_for_what_it_shows() -> None:
+    hidden = ["/home/pi/llama-server", "/root/bin/x", "/tmp/x", "/var/tmp/x", "/run/user/0/x"]
+    seen = ["/usr/local/bin/llama-server", "/opt/home/x", "/homes/x", "/run/x", "/rootfs/x"]
+
+    assert [bool(installer.HIDDEN.match(path)) for path in hidden + seen] == [True] * 5 + [False] * 5
 
 
 def test_a_folder_with_other_things_in_it_is_no_root(tmp_path: Path, signers: str) -> None:
@@ -1219,7 +1248,28 @@ def test_mode_user_runs_one_unit_of_its_own(tmp_path: Path, signers: str, first:
 
     assert device.ran[-1] == "systemctl --user start edgepack.service"
     unit = (tmp_path / "units/edgepack.service").read_text()
-    assert f"ExecStart=/bin/sh {device.root}/current/start.sh\n" in unit
+    assert f"ExecStartPost=/bin/sh {device.root}/current/start.sh ready\n" in unit
+
+
+@pytest.mark.parametrize(("carried", "started"), [(True, "the release's"), (False, "/opt/server")])
+def test_mode_user_starts_the_server_that_was_tested(
+    tmp_path: Path, signers: str, first: Path, carried: bool, started: str
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    start = device.root / "current/start.sh"
+    start.unlink()
+    start.write_text("echo ${EDGEPACK_LLAMA_SERVER:-the release\\'s}\n")
+    if not carried:
+        (device.root / "current" / agent.SERVER).unlink()
+    lines = (tmp_path / "units/edgepack.service").read_text().splitlines()
+    (command,) = (line.partition("=")[2] for line in lines if line.startswith("ExecStart="))
+
+    done = subprocess.run(
+        shlex.split(command), env={"EDGEPACK_LLAMA_SERVER": "/opt/server"}, capture_output=True, check=True
+    )
+
+    assert done.stdout.decode() == started + "\n"
 
 
 def test_a_release_whose_server_does_not_start_goes_back_with_its_units(
