@@ -408,29 +408,19 @@ json.dump(
 """Runs on every Python 3: an old one is to be named, not to break on the agent's syntax."""
 
 ENROLL = """\
-import base64, os, subprocess, sys
+import base64, os, subprocess, sys, tempfile
 AGENT = base64.b64decode({agent!r})
 SIGNERS = base64.b64decode({signers!r})
-root, words = sys.argv[1], sys.argv[2:]
-os.umask(0o022)
-os.makedirs(root, exist_ok=True)
-path, new = os.path.join(root, "agent.pyz"), os.path.join(root, ".new-agent.pyz")
-if os.path.lexists(new):
-    os.unlink(new)
-handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-with os.fdopen(handle, "wb") as out:
-    out.write(AGENT)
-    out.flush()
-    os.fsync(out.fileno())
-os.rename(new, path)
-folder = os.open(root, os.O_RDONLY)
-os.fsync(folder)
-os.close(folder)
-words = [sys.executable, "-I", path, "--root", root, "enroll"] + words
-with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
-    process.communicate(SIGNERS)
+with tempfile.TemporaryDirectory(prefix="edgepack-enroll-") as folder:
+    path = os.path.join(folder, "agent.pyz")
+    with open(path, "wb") as out:
+        out.write(AGENT)
+    words = [sys.executable, "-I", path, "--root", sys.argv[1], "enroll", "--agent", path] + sys.argv[2:]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        process.communicate(SIGNERS)
 sys.exit(process.returncode)
 """
+"""Runs the agent from a folder that nobody else uses; the agent puts itself into the store, under its lock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -533,6 +533,7 @@ def sweep(store: Store) -> None:
 # ── enrolling ────────────────────────────────────────────────────────────────────────────────────────
 
 SIGNERS_LIMIT = 1 << 16
+AGENT_LIMIT = 16 * agent.MIB
 _SIGNER = re.compile(r"^[^#\s]\S*\s.*?\b(?:ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/]{40,}={0,3}", re.M)
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]*\Z")
 HIDDEN = re.compile(r"/(?:home|root|run/user|tmp|var/tmp)/")
@@ -542,8 +543,12 @@ HIDDEN = re.compile(r"/(?:home|root|run/user|tmp|var/tmp)/")
 def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     """Makes the store and says who may sign; from then on nothing else can be installed.
 
+    The agent that was brought is the store's own when all else is done: whatever is refused, the one before stays.
     Raises Refused when others are named than those before, BadUsage for a root that cannot be one.
     """
+    brought = None if options.agent is None else read_whole(options.agent, AGENT_LIMIT)
+    if options.agent is not None and not brought:
+        raise BadUsage("--agent %s is no file with an agent in it" % options.agent)
     given = options.input.read(SIGNERS_LIMIT + 1)
     root = os.path.realpath(options.root)
     _may_enroll(root, options)
@@ -570,6 +575,8 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
             "tries": 3,
         }
         notes = SERVICES[options.mode](root, server, world).enroll()
+        if brought is not None:
+            write_whole(os.path.join(root, "agent.pyz"), brought)
         write_whole(os.path.join(root, "enrolled.json"), _json(settings))
         store = Store(root, world)
         sweep(store)
@@ -2321,6 +2328,7 @@ def _parser() -> argparse.ArgumentParser:
         "--server", metavar="PATH", help="llama-server, or a Python, for bundles without"
     )
     made["enroll"].add_argument("--replace-signers", action="store_true")
+    made["enroll"].add_argument("--agent", metavar="FILE", help="what becomes the store's agent.pyz")
     made["receive"].add_argument("release", metavar="RELEASE")
     made["install"].add_argument("release", metavar="RELEASE|BUNDLE")
     made["install"].add_argument("--consume", action="store_true", help="free the bundle's file on the way")

@@ -665,6 +665,23 @@ def test_a_folder_is_enrolled_flashed_and_rolled_back(tmp_path: Path, key: Path,
     assert (found.bad, found.missing) == ((), ())
 
 
+def test_an_enrolling_while_another_installer_is_at_work_changes_nothing(
+    tmp_path: Path, signers: Path
+) -> None:
+    connection = remote.connect(f"{tmp_path}/store")
+    enroll(connection, Where(), signers)
+    kept = tmp_path / "store/agent.pyz"
+    ours = kept.read_bytes()
+    kept.write_bytes(b"older")
+
+    with installer.locked(str(tmp_path / "store"), "install"), pytest.raises(Busy, match="install"):
+        enroll(connection, Where(), None)
+
+    assert kept.read_bytes() == b"older"
+    enroll(connection, Where(), None)
+    assert kept.read_bytes() == ours
+
+
 def test_an_older_release_is_refused_and_says_what_would_let_it(
     tmp_path: Path, key: Path, signers: Path
 ) -> None:

@@ -180,6 +180,32 @@ def test_what_names_no_signer_is_refused(tmp_path: Path, text: str) -> None:
     assert not (device.root / "enrolled.json").exists()
 
 
+def test_an_agent_is_replaced_by_an_enrolling_that_succeeds_alone(tmp_path: Path, signers: str) -> None:
+    sign.new_key(tmp_path / "other")
+    device = enrolled(tmp_path, signers, "user")
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(name.encode())
+    kept = device.root / "agent.pyz"
+    assert device.enroll("", "--agent", str(tmp_path / "old"), mode="user").status == 0
+
+    with installer.locked(str(device.root), "install"):
+        busy = device.enroll("", "--agent", str(tmp_path / "new"), mode="user")
+    bring = ("--agent", str(tmp_path / "new"))
+    statuses = [
+        busy.status,
+        device.enroll(sign.allowed_signer(tmp_path / "other"), *bring, mode="user").status,
+        device.enroll("", *bring, mode="none").status,
+        device.enroll("", *bring, "--server", "relative", mode="user").status,
+        Device(device.root, status=lambda _: (1, "no bus")).enroll("", *bring, mode="user").status,
+        device.enroll("", "--agent", str(tmp_path / "none"), mode="user").status,
+    ]
+
+    assert statuses == [11, 6, 6, 2, 5, 2]
+    assert kept.read_bytes() == b"old"
+    assert device.enroll("", *bring, mode="user").status == 0
+    assert kept.read_bytes() == b"new"
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_a_server_that_the_units_of_a_release_would_not_see_is_refused(
     tmp_path: Path, signers: str, monkeypatch: pytest.MonkeyPatch, link: bool
