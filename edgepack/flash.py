@@ -433,7 +433,8 @@ def unstarted(back: Installed, host: str) -> CheckFailed | None:
         return None
     return CheckFailed(
         f"{host} went back to release {(back.current or '?')[:12]}, which does not start: {'; '.join(back.reasons)}",
-        hint=f"edgepack flash --fsck {host} says whether it is damaged",
+        hint=f"edgepack flash BUNDLE {host} makes another run there, the one that was left too; "
+        f"edgepack flash --fsck {host} says whether this one is damaged",
     )
 
 

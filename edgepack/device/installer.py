@@ -1891,23 +1891,28 @@ def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, An
 
 
 def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
-    """Makes the previous release the current one; what was current is then the previous one. Raises Refused."""
+    """Makes the previous release the current one, for good: what was current counts as good no more. Raises Refused.
+
+    Rolled back once more, the device goes to the good release before that, never to one that it was taken from; to run
+    such a one again it is installed, and tested, again.
+    """
     with locked(store.root, "rollback"):
         sweep(store)
         current, previous = store.target("current"), store.target("previous")
         if previous is None:
-            raise Refused("there is no release to go back to")
+            raise Refused(
+                "there is no other good release here; one that was rolled back from is flashed again"
+            )
         if not is_whole_release(store, previous):
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])
         service = service_of(store)
         began = time.monotonic()
         with service.resting():
-            if previous != current:  # they are the same where a rollback was cut off, which then goes on here
-                point(store.path("current"), "releases/" + previous)
-            others = [current, *good_releases(store)]
-            other = next((name for name in others if name not in (None, previous)), None)
-            if other is not None and is_whole_release(store, other):
-                point(store.path("previous"), "releases/" + other)
+            if current is not None and current != previous:  # the same: a rollback that was cut off goes on
+                remove(
+                    store.release(current) + ".good"
+                )  # first, so that after a cut it is not what to go back to
+            flip_back(store, previous, None)
             service.apply(store.release(previous))
             seconds = round(time.monotonic() - began, 3)
             store.note("rolled-back", release=current, back=previous)

@@ -1031,24 +1031,42 @@ def test_a_release_that_lost_or_changed_a_file_is_refused(device: Device, first:
 # ── back again: rollback, boot ──
 
 
-def test_rollback_swaps_current_and_previous(device: Device, first: Path, second: Path) -> None:
+def test_a_rollback_never_returns_to_what_was_rolled_back_from(
+    device: Device, first: Path, second: Path, resigned: Callable[..., Path]
+) -> None:
+    third = resigned(sequence=3, files={"notes.txt": "a third"})
+    assert device.enroll("", "--keep", "3").status == 0
     device.run("install", first)
     assert device.run("rollback").status == 6
     device.run("install", second)
+    device.run("install", third)
+    names = [releases.release_of(path) for path in (first, second, third)]
 
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+    assert (device.current(), device.previous()) == (names[1], names[0])
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(second), releases.release_of(first))
+    assert (device.current(), device.previous()) == (names[0], None)
+    refused = device.run("rollback")
+
+    assert (refused.status, device.current()) == (6, names[0])
+    assert "no other good release" in refused.said
+    again = device.run("install", third).document
+    assert (again["outcome"], again["previous"]) == ("good", names[0])
 
 
-def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second: Path) -> None:
+@pytest.mark.parametrize("cut", ["good", "current"])
+def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second: Path, cut: str) -> None:
+    """After the mark of the release is gone, or after the link too."""
     device.run("install", first)
     device.run("install", second)
-    installer.point(str(device.root / "current"), "releases/" + releases.release_of(first))
+    names = [releases.release_of(path) for path in (first, second)]
+    installer.remove(device.store.release(names[1]) + ".good")
+    if cut == "current":
+        installer.point(str(device.root / "current"), "releases/" + names[0])
 
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+    assert (device.current(), device.previous()) == (names[0], None)
+    assert device.run("rollback").status == 6
 
 
 def interrupted(device: Device, path: Path) -> None:
@@ -1209,7 +1227,7 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
     assert sorted(device.store.releases()) == sorted(names[-2:])
     device.run("rollback")
     device.run("gc", "--keep", "1")
-    assert sorted(device.store.releases()) == sorted(names[-2:])
+    assert device.store.releases() == [names[-2]]
     linked = {path.stat().st_nlink for path in (device.root / "blobs/sha256").iterdir()}
     assert 1 not in linked
 

@@ -155,7 +155,7 @@ def fsck(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
 
 
 ENDS: dict[Act, tuple[int, int, int | None]] = {
-    install: (0, 2, 1), received: (0, 2, 1), consumed: (0, 2, 1), fails: (5, 1, 0), rollback: (0, 0, 1),
+    install: (0, 2, 1), received: (0, 2, 1), consumed: (0, 2, 1), fails: (5, 1, 0), rollback: (0, 0, None),
     gc: (0, 1, None), boot: (0, 0, None), fsck: (0, 1, 0),
 }  # fmt: skip
 """What each comes to: exit status, and which of the three releases are current and previous then."""
