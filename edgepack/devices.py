@@ -261,6 +261,10 @@ class Fsck:
     mended: int
     """Files that were put back from what the store has."""
     missing: tuple[Damage, ...]
+    restarts: bool = True
+    """Whether the current release has all its files; one that has not runs on, and does not start again."""
+    back: str | None = None
+    """The release that its next start goes back to by itself; None where nothing does, or none is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1638,7 +1638,7 @@ def _switch(
     return dict(outcome(store, "rolled-back", release), reasons=reasons + trouble, **told)
 
 
-def way_back(store: Store, release: str) -> Optional[str]:
+def way_back(store: Store, release: Optional[str]) -> Optional[str]:
     """The release to return to: the current one if it is good, else the newest good one, else the current one."""
     current = store.target("current")
     others = [
@@ -2019,7 +2019,10 @@ def gc(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
 
 
 def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
-    """Hashes every blob again, sets bad ones aside, mends what can be mended, and says which releases lack what."""
+    """Hashes every blob again, sets bad ones aside, mends what can be mended, and says which releases lack what.
+
+    The server is left alone: it has its files open and goes on. What its next start comes to is told.
+    """
     with locked(store.root, "fsck"):
         sweep(store)
         bad: List[Dict[str, Any]] = []
@@ -2046,8 +2049,17 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
                 for f in agent.head_of(head)["files"]
                 if not is_whole(store, f["digest"], f["size"])
             ]
+        current = store.target("current")
+        restarts = current is None or is_whole_release(store, current)
+        back = None if restarts or not service_of(store).runs else way_back(store, current)
+        if not restarts:
+            say("release %s lacks files and does not start again until they are back" % current[:12])
+            store.note("current-damaged", release=current, back=back)
     return {
         "schema_version": SCHEMA_VERSION,
+        "current": current,
+        "restarts": restarts,
+        "back": back,
         "checked": len(blobs),
         "bad": bad,
         "quarantined": sum(entry["quarantined"] for entry in bad),

@@ -469,6 +469,30 @@ def test_damage_is_mended_from_the_bundle(big: Cargo) -> None:
     assert flash.damage(replace(found, missing=()), "pi") is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "set aside"),
+        ({"restarts": True}, "set aside"),
+        ({"restarts": False}, "does not start again before they are back"),
+        ({"restarts": False, "back": "b" * 64}, "what runs there runs on, and starts bbbbbbbbbbbb next"),
+    ],
+)
+def test_damage_to_what_runs_is_told(changes: dict[str, object], told: str) -> None:
+    missing = [{"release": "c" * 64, "path": "model.gguf", "digest": None, "bytes": None}]
+    report = {"checked": 9, "bad": [], "mended": 0, "quarantined": 1, "missing": missing, **changes}
+
+    found = device(fsck=says(report)).fsck(lambda _: None)
+
+    failure = flash.damage(found, "pi")
+    assert isinstance(failure, Untrusted)
+    assert failure.message.endswith(told)
+    assert "edgepack flash --fsck BUNDLE pi" in str(failure.hint)
+    assert (
+        flash.fsck_table(found).rstrip().endswith(told if "runs" in told or "again" in told else "model.gguf")
+    )
+
+
 def test_a_rollback_to_what_does_not_start_is_a_failure() -> None:
     answer = installed("rolled-back", current="b" * 64, reasons=["systemctl start edgepack.service: failed"])
 

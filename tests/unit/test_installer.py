@@ -907,6 +907,37 @@ def test_a_flipped_byte_is_found_set_aside_and_only_its_blob_comes_again(
     assert (device.root / "previous/model.gguf").read_bytes() == good
 
 
+@pytest.mark.parametrize(("mode", "shared"), [("user", False), ("user", True), ("none", False)])
+def test_damage_to_what_runs_leaves_it_running_and_says_what_its_next_start_comes_to(
+    tmp_path: Path,
+    signers: str,
+    first: Path,
+    second: Path,
+    resigned: Callable[..., Path],
+    mode: str,
+    shared: bool,
+) -> None:
+    """Where the weights are another release's too, neither starts; else the device goes back by itself."""
+    device = enrolled(tmp_path, signers, mode)
+    newer = second if shared else resigned(sequence=2, weights=b"GGUF" + b"2" * 6000)
+    for path in (first, newer):
+        device.run("install", path)
+    before, now = releases.release_of(first), releases.release_of(newer)
+    well = device.run("fsck").document
+    flip(device.root / "current/model.gguf")
+    device.ran.clear()
+
+    answer = device.run("fsck")
+
+    found = answer.document
+    back = before if mode == "user" and not shared else None
+    assert (well["current"], well["restarts"], well["back"]) == (now, True, None)
+    assert (found["current"], found["restarts"], found["back"]) == (now, False, back)
+    assert (device.ran, device.current()) == ([], now)
+    assert f"release {now[:12]} lacks files" in answer.said
+    assert device.run("boot").document["outcome"] == ("broken" if shared else "went-back")
+
+
 def test_a_bundle_repairs_what_fsck_found(device: Device, first: Path, second: Path) -> None:
     device.run("install", first)
     flip(device.root / "current/model.gguf")
