@@ -18,6 +18,7 @@ it named before or the new one, both whole: bytes are on the disk before a name 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import errno
@@ -518,16 +519,27 @@ def locked(root: str, command: str) -> Iterator[None]:
 
 
 def sweep(store: Store) -> None:
-    """Removes what a killed installer left: everything that was being made, and markers of releases that are gone."""
-    for folder in (".", "blobs/sha256", "incoming", "quarantine", "releases"):
-        for name in os.listdir(store.path(folder)):
-            if name.startswith((".new-", "edgepack-sig-")) or (folder, name) == ("incoming", "self-test"):
-                clear(store.path(folder, name))
+    """Removes what a killed installer left: everything that was being made, and markers of releases that are gone.
+
+    Only under the lock, like all that makes such things: what another installer is making looks the same.
+    """
+    for path in leftovers(store):
+        clear(path)
     there = set(store.releases())
     for name in os.listdir(store.path("releases")):
         owner, _, kind = name.partition(".")
         if kind in ("good", "tries") and owner not in there:
             remove(store.path("releases", name))
+
+
+def leftovers(store: Store) -> List[str]:
+    """What was being made."""
+    return [
+        store.path(folder, name)
+        for folder in (".", "blobs/sha256", "incoming", "quarantine", "releases")
+        for name in os.listdir(store.path(folder))
+        if name.startswith((".new-", "edgepack-sig-")) or (folder, name) == ("incoming", "self-test")
+    ]
 
 
 # ── enrolling ────────────────────────────────────────────────────────────────────────────────────────
@@ -981,9 +993,23 @@ def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = No
     if found["free"] < need:
         collect(store, store.settings.keep, beside=bundle)
         found = room(store, bundle)
-    if found["free"] < need:
-        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, found["free"], need))
+    _enough(store, found["free"], need)
     return found
+
+
+def could_have_space(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
+    """What `require_space` would find, without making any. Raises NoSpace as that would."""
+    found = room(store, bundle)
+    need = MARGIN + found["needed"]
+    if found["free"] < need:
+        found["free"] += surplus(store, store.settings.keep, beside=bundle).bytes
+    _enough(store, found["free"], need)
+    return found
+
+
+def _enough(store: Store, free: int, need: int) -> None:
+    if free < need:
+        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, free, need))
 
 
 # ── blobs: part, flush, hash, name ───────────────────────────────────────────────────────────────────
@@ -1214,12 +1240,16 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
-    if is_folder(store.release(_hex(bundle["manifest_digest"]))):  # nothing new comes in: it may be mended
-        options.allow_downgrade = True
-    admission = admit(store, bundle, plan_json, options, store.world.machine())
-    if options.dry_run:
-        return offer_document(store, admission, room(store, bundle))
-    with locked(store.root, "offer"):
+    with locked(
+        store.root, "offer"
+    ):  # also dry: another's sweep would take the signature away while it is verified
+        if is_folder(
+            store.release(_hex(bundle["manifest_digest"]))
+        ):  # nothing new comes in: it may be mended
+            options.allow_downgrade = True
+        admission = admit(store, bundle, plan_json, options, store.world.machine())
+        if options.dry_run:
+            return offer_document(store, admission, could_have_space(store, bundle))
         sweep(store)
         found = require_space(store, bundle)
         remember(store, head, plan_json)
@@ -1638,7 +1668,7 @@ def _switch(
     return dict(outcome(store, "rolled-back", release), reasons=reasons + trouble, **told)
 
 
-def way_back(store: Store, release: Optional[str]) -> Optional[str]:
+def way_back(store: Store, release: str) -> Optional[str]:
     """The release to return to: the current one if it is good, else the newest good one, else the current one."""
     current = store.target("current")
     others = [
@@ -1962,44 +1992,78 @@ def _boot(store: Store) -> Dict[str, Any]:
 # ── room: what nothing needs any more ────────────────────────────────────────────────────────────────
 
 
-def collect(
+class Surplus(NamedTuple):
+    """What nothing needs any more: releases, offers that were not taken up, files, and the bytes of these."""
+
+    releases: List[str]
+    offers: List[str]
+    files: List[str]
+    bytes: int
+
+
+def surplus(
     store: Store, keep: int, *, beside: Optional[agent.Bundle] = None, everything: bool = False
-) -> Dict[str, Any]:
-    """Removes releases but the current, the previous and the ``keep`` newest good ones, and blobs of none.
+) -> Surplus:
+    """All but the current, the previous and the ``keep`` newest good releases, and what only the others need.
 
     ``beside``: a release that is on its way; what came of it stays. ``everything``: bundles that were consumed half
-    go too, and what fsck set aside.
+    go too, and what fsck set aside. Nothing is written.
     """
     coming = None if beside is None else _hex(beside["manifest_digest"])
     kept = {store.target("current"), store.target("previous"), coming, *good_releases(store)[:keep]}
-    removed = [release for release in store.releases() if release not in kept]
-    for release in removed:
-        remove(store.release(release) + ".good")
-        remove(store.release(release) + ".tries")
-        discard(store.release(release))
+    releases = [release for release in store.releases() if release not in kept]
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
+    offers = []
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
         if kind == "offer" and release != coming:
             if not everything and _is_consumed(store, name):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
-                discard(store.path("incoming", name))
-    freed = 0
+                offers.append(name)
+    links = _links([store.release(release) for release in releases] + leftovers(store))
+    files: List[str] = []
+    size = 0
     for folder, named in (("incoming", ".part"), ("blobs/sha256", "")):
         for name in os.listdir(store.path(folder)):
             path = store.path(folder, name)
             found = os.lstat(path)
             digest = name[: -len(named)] if named and name.endswith(named) else name
-            if HEX.match(digest) and digest not in needed and found.st_nlink == 1:
-                clear(path)
-                freed += found.st_size
+            if HEX.match(digest) and digest not in needed and found.st_nlink == 1 + links[found.st_ino]:
+                files.append(path)
+                size += found.st_size
     for name in os.listdir(store.path("quarantine")) if everything else ():
-        freed += file_size(store.path("quarantine", name)) or 0
-        clear(store.path("quarantine", name))
-    if removed or freed:
-        store.note("collected", removed=removed, freed=freed)
-    return {"schema_version": SCHEMA_VERSION, "removed": removed, "freed": freed}
+        files.append(store.path("quarantine", name))
+        size += file_size(store.path("quarantine", name)) or 0
+    return Surplus(releases, offers, files, size)
+
+
+def _links(folders: List[str]) -> Dict[int, int]:
+    """How many names each file has in these folders of one disk, by its inode; 0 for others."""
+    found: Dict[int, int] = collections.Counter()
+    for folder in folders:
+        for inside, _, names in os.walk(folder):
+            for name in names:
+                found[os.lstat(os.path.join(inside, name)).st_ino] += 1
+    return found
+
+
+def collect(
+    store: Store, keep: int, *, beside: Optional[agent.Bundle] = None, everything: bool = False
+) -> Dict[str, Any]:
+    """Removes what is `surplus`."""
+    found = surplus(store, keep, beside=beside, everything=everything)
+    for release in found.releases:
+        remove(store.release(release) + ".good")
+        remove(store.release(release) + ".tries")
+        discard(store.release(release))
+    for name in found.offers:
+        discard(store.path("incoming", name))
+    for path in found.files:
+        clear(path)
+    if found.releases or found.bytes:
+        store.note("collected", removed=found.releases, freed=found.bytes)
+    return {"schema_version": SCHEMA_VERSION, "removed": found.releases, "freed": found.bytes}
 
 
 def _is_consumed(store: Store, offer: str) -> bool:
@@ -2050,9 +2114,9 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
                 if not is_whole(store, f["digest"], f["size"])
             ]
         current = store.target("current")
-        restarts = current is None or is_whole_release(store, current)
-        back = None if restarts or not service_of(store).runs else way_back(store, current)
-        if not restarts:
+        restarts, back = True, None
+        if current is not None and not is_whole_release(store, current):
+            restarts, back = False, way_back(store, current) if service_of(store).runs else None
             say("release %s lacks files and does not start again until they are back" % current[:12])
             store.note("current-damaged", release=current, back=back)
     return {

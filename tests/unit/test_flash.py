@@ -391,6 +391,17 @@ def test_a_dry_run_says_all_and_changes_nothing(big: Cargo) -> None:
     assert "would send" in flash.table(done)
 
 
+def test_a_dry_run_ends_as_the_flash_would_where_the_disk_is_full(big: Cargo) -> None:
+    full = fails(10, "no space: /var/lib/edgepack has 5 bytes free and 9 must be written")
+    target = device(facts=facts(), offer=full)
+
+    with pytest.raises(NoSpace, match="9 must be written") as failure:
+        flash.flash(big, target, Asked(), progress=Silent(), dry_run=True)
+
+    assert failure.value.exit_code == 10
+    assert said(target).commands() == ["facts", "offer"]
+
+
 def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:
     answer = installed(
         "rolled-back", current="b" * 64, reasons=["oom-killed (run): the kernel killed it"],

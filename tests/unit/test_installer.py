@@ -455,9 +455,61 @@ def test_too_little_disk_refuses_before_anything_is_written(
     monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN)
 
     answers = refusals(device, first)
+    dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(first))
 
-    assert [answer.status for answer in answers] == [10, 10]
+    assert [answer.status for answer in (*answers, dry)] == [10, 10, 10]
+    assert dry.said == answers[0].said
     assert list((device.root / "incoming").iterdir()) == []
+
+
+def test_a_dry_offer_counts_on_what_a_real_one_would_remove(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two releases with a file of their own are surplus, and one file is both theirs; a third shares another."""
+    for number in (1, 2, 3, 4):
+        theirs = {"both.txt": "b" * 300 if number < 3 else "", "kept.txt": "k" * 500 if number > 1 else ""}
+        device.run(
+            "install",
+            resigned(sequence=number, files={**theirs, "n.txt": str(number) * 100}),
+            "--no-self-test",
+        )
+        assert device.enroll("", "--keep", "9").status == 0
+    assert device.enroll("", "--keep", "2").status == 0
+    coming = resigned(sequence=5, weights=b"GGUF" + b"5" * 3000)
+    abandoned = device.root / "blobs/sha256/.new-x"
+    installer.hard_link(str(device.root / "previous/n.txt"), str(abandoned))
+
+    expected = installer.surplus(device.store, 2).bytes
+    short = 0
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN + 3004 - expected + short)
+    enough = device.run("offer", "--dry-run", stdin=releases.offer_frames(coming))
+    short = -1
+    lacking = device.run("offer", "--dry-run", stdin=releases.offer_frames(coming))
+
+    assert expected == 300 + 2 * 100
+    assert (enough.status, lacking.status) == (0, 10)
+    assert len(device.store.releases()) == 4
+    assert device.run("gc").document["freed"] == expected
+    assert installer.surplus(device.store, 2) == ([], [], [], 0)
+
+
+def test_no_other_installer_sweeps_while_a_signature_is_verified(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = agent._ssh_keygen
+    others: list[int] = []
+
+    def verified(argv: list[str], text: str | None) -> str | None:
+        others.append(device.run("gc").status)
+        return real(argv, text)
+
+    monkeypatch.setattr(agent, "_ssh_keygen", verified)
+
+    dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(first))
+    offered = device.run("offer", stdin=releases.offer_frames(first))
+
+    assert (dry.status, offered.status) == (0, 0)
+    assert set(others) == {11}
 
 
 def test_what_nothing_needs_makes_room(
