@@ -236,7 +236,7 @@ def flash(
     Raises what the agent refuses as BadInput, Untrusted, NoSpace, MissingTool and Busy, and Offline when the line
     stays cut. A release that failed its test there is a value: its outcome is "rolled-back".
     """
-    _, store = device.facts()
+    store = device.status().store
     facts = Facts(store=store, offer=_offered(cargo, device, asked, dry_run=dry_run))
     other = f"{device.name} has another edgepack's agent: `edgepack flash --enroll {device.name}` brings this one's"
     begun = Flashed(
