@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgepack import enrolled, serde
-from edgepack.check import MachineFacts, MatchFact
-from edgepack.device import agent
+from edgepack.device import agent, installer
 from edgepack.errors import (
     BadInput,
     Busy,
@@ -43,7 +42,7 @@ SCHEMA_VERSION = 1
 """Of the agent's documents that are understood here."""
 PYTHON = (3, 8)
 """Oldest Python that the agent runs on."""
-SYSTEM_ROOT = "/var/lib/edgepack"
+SYSTEM_ROOT = installer.SYSTEM_ROOT
 LOOK_SECONDS = 120.0
 
 
@@ -70,12 +69,6 @@ class Device:
     @property
     def name(self) -> str:
         return self.connection.name
-
-    def facts(self) -> tuple[MachineFacts, Store]:
-        """The machine, and what its store holds. Raises Unsupported for an agent that speaks another language."""
-        found = self._ask("facts")
-        machine = serde.load(MachineFacts, found.get("machine"), source=f"{self.name}: machine")
-        return machine, _of(Store, found.get("store"), self.name, releases=Release)
 
     def offer(self, head: Iterable[bytes], allowances: Sequence[str], *, dry_run: bool = False) -> Offer:
         """What it says to the head of a bundle, which it remembers unless ``dry_run``."""
@@ -107,7 +100,7 @@ class Device:
         self._ask("gc", "--keep", str(keep))
 
     def status(self) -> Status:
-        """Its store and the last lines of its journal."""
+        """Its store and the last lines of its journal. Raises Unsupported for an agent that speaks another language."""
         return _status(self._ask("status"), self.name)
 
     def fsck(self, on_line: Callable[[str], None]) -> Fsck:
@@ -213,7 +206,6 @@ class Offer:
     missing: tuple[Missing, ...]
     good: bool
     """Whether its self-test passed there."""
-    match: tuple[MatchFact, ...]
 
     @property
     def left(self) -> int:
@@ -261,6 +253,10 @@ class Fsck:
     mended: int
     """Files that were put back from what the store has."""
     missing: tuple[Damage, ...]
+    restarts: bool = True
+    """Whether the current release has all its files; one that has not runs on, and does not start again."""
+    back: str | None = None
+    """The release that its next start goes back to by itself; None where nothing does, or none is whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -388,7 +384,7 @@ def _sudo(yes: bool) -> tuple[str, ...]:
 
 LOOK = """\
 import json, os, sys
-home = os.path.join(os.path.expanduser("~"), ".local", "share", "edgepack")
+home = os.path.expanduser({user!r})
 roots = [os.path.abspath(os.path.expanduser(root)) for root in sys.argv[1:]] or [{system!r}, home]
 json.dump(
     {{
@@ -408,29 +404,19 @@ json.dump(
 """Runs on every Python 3: an old one is to be named, not to break on the agent's syntax."""
 
 ENROLL = """\
-import base64, os, subprocess, sys
+import base64, os, subprocess, sys, tempfile
 AGENT = base64.b64decode({agent!r})
 SIGNERS = base64.b64decode({signers!r})
-root, words = sys.argv[1], sys.argv[2:]
-os.umask(0o022)
-os.makedirs(root, exist_ok=True)
-path, new = os.path.join(root, "agent.pyz"), os.path.join(root, ".new-agent.pyz")
-if os.path.lexists(new):
-    os.unlink(new)
-handle = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-with os.fdopen(handle, "wb") as out:
-    out.write(AGENT)
-    out.flush()
-    os.fsync(out.fileno())
-os.rename(new, path)
-folder = os.open(root, os.O_RDONLY)
-os.fsync(folder)
-os.close(folder)
-words = [sys.executable, "-I", path, "--root", root, "enroll"] + words
-with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
-    process.communicate(SIGNERS)
+with tempfile.TemporaryDirectory(prefix="edgepack-enroll-") as folder:
+    path = os.path.join(folder, "agent.pyz")
+    with open(path, "wb") as out:
+        out.write(AGENT)
+    words = [sys.executable, "-I", path, "--root", sys.argv[1], "enroll", "--agent", path] + sys.argv[2:]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as process:
+        process.communicate(SIGNERS)
 sys.exit(process.returncode)
 """
+"""Runs the agent from a folder that nobody else uses; the agent puts itself into the store, under its lock."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -457,7 +443,7 @@ class Seen:
 def look(connection: Connection, where: Where) -> Seen:
     """Logs in and looks. Raises what logging in raises, MissingTool without a Python, Unsupported for an old one."""
     roots = () if (root := _named(connection, where)) is None else (root,)
-    program = LOOK.format(system=SYSTEM_ROOT).encode()
+    program = LOOK.format(system=SYSTEM_ROOT, user=installer.USER_ROOT).encode()
     argv = [*_sudo(where.sudo), "python3", "-I", "-", *roots]
     answer = connection.run(argv, stdin=(program,), timeout=LOOK_SECONDS)
     if answer.status != 0:

@@ -236,7 +236,7 @@ def flash(
     Raises what the agent refuses as BadInput, Untrusted, NoSpace, MissingTool and Busy, and Offline when the line
     stays cut. A release that failed its test there is a value: its outcome is "rolled-back".
     """
-    _, store = device.facts()
+    store = device.status().store
     facts = Facts(store=store, offer=_offered(cargo, device, asked, dry_run=dry_run))
     other = f"{device.name} has another edgepack's agent: `edgepack flash --enroll {device.name}` brings this one's"
     begun = Flashed(
@@ -433,7 +433,8 @@ def unstarted(back: Installed, host: str) -> CheckFailed | None:
         return None
     return CheckFailed(
         f"{host} went back to release {(back.current or '?')[:12]}, which does not start: {'; '.join(back.reasons)}",
-        hint=f"edgepack flash --fsck {host} says whether it is damaged",
+        hint=f"edgepack flash BUNDLE {host} makes another run there, the one that was left too; "
+        f"edgepack flash --fsck {host} says whether this one is damaged",
     )
 
 
@@ -442,10 +443,21 @@ def damage(found: Fsck, host: str) -> Untrusted | None:
     if not found.missing:
         return None
     releases = sorted({one.release[:12] for one in found.missing})
+    told = f"{len(found.missing)} files of {', '.join(releases)} on {host} were damaged and are set aside"
     return Untrusted(
-        f"{len(found.missing)} files of {', '.join(releases)} on {host} were damaged and are set aside",
+        told if found.restarts else f"{told}; {_next_start(found)}",
         hint=f"edgepack flash --fsck BUNDLE {host} sends what is missing of a release",
     )
+
+
+def _next_start(found: Fsck) -> str:
+    """What becomes of a current release that lost files."""
+    then = (
+        "does not start again before they are back"
+        if found.back is None
+        else f"starts {found.back[:12]} next"
+    )
+    return f"what runs there runs on, and {then}"
 
 
 def to_document(done: Flashed) -> dict[str, object]:
@@ -512,6 +524,7 @@ def fsck_table(found: Fsck) -> str:
     ]
     lines += [f"bad      {show(one.bytes):>10}  {one.path}" for one in found.bad]
     lines += [f"missing  {one.release[:12]}/{one.path}" for one in found.missing]
+    lines += [] if found.restarts else [_next_start(found)]
     return _text(lines)
 
 

@@ -140,6 +140,22 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signer:
+    """A key, and the file that devices know it by."""
+
+    key: Path
+    signers: Path
+
+
+def signer(folder: Path) -> Signer:
+    """A new key of its own."""
+    made = Signer(key=folder / "key", signers=folder / "key.allowed_signers")
+    sign.new_key(made.key)
+    made.signers.write_text(sign.allowed_signer(made.key), encoding="utf-8")
+    return made
+
+
 Check = Callable[[argparse.Namespace], dict[str, Any]]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgepack import runtimes
+from edgepack.device import installer
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
@@ -20,7 +21,7 @@ from edgepack.settings import Settings
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-RELEASE = "/var/lib/edgepack/current"
+RELEASE = f"{installer.SYSTEM_ROOT}/current"
 """Where the bundle's files lie on a device; the units name them there."""
 CONTAINER_UID = 10001
 STOP_SECONDS = 45
@@ -221,7 +222,6 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "front_modules": " ".join(FRONT_MODULES),
         "front_lines": _lines(front(plan.settings)),
         "release": RELEASE,
-        "server": f"{RELEASE}/bin/llama-server" if with_runtime else "llama-server",
         "with_runtime": with_runtime,
         "image": reference,
         "image_tag": image.reference if image else None,

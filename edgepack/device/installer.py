@@ -18,6 +18,7 @@ it named before or the new one, both whole: bytes are on the disk before a name 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import ctypes
 import errno
@@ -518,11 +519,12 @@ def locked(root: str, command: str) -> Iterator[None]:
 
 
 def sweep(store: Store) -> None:
-    """Removes what a killed installer left: everything that was being made, and markers of releases that are gone."""
-    for folder in (".", "blobs/sha256", "incoming", "quarantine", "releases"):
-        for name in os.listdir(store.path(folder)):
-            if name.startswith((".new-", "edgepack-sig-")) or (folder, name) == ("incoming", "self-test"):
-                clear(store.path(folder, name))
+    """Removes what a killed installer left: everything that was being made, and markers of releases that are gone.
+
+    Only under the lock, like all that makes such things: what another installer is making looks the same.
+    """
+    for path in leftovers(store):
+        clear(path)
     there = set(store.releases())
     for name in os.listdir(store.path("releases")):
         owner, _, kind = name.partition(".")
@@ -530,18 +532,35 @@ def sweep(store: Store) -> None:
             remove(store.path("releases", name))
 
 
+def leftovers(store: Store) -> List[str]:
+    """What was being made."""
+    return [
+        store.path(folder, name)
+        for folder in (".", "blobs/sha256", "incoming", "quarantine", "releases")
+        for name in os.listdir(store.path(folder))
+        if name.startswith((".new-", "edgepack-sig-")) or (folder, name) == ("incoming", "self-test")
+    ]
+
+
 # ── enrolling ────────────────────────────────────────────────────────────────────────────────────────
 
 SIGNERS_LIMIT = 1 << 16
+AGENT_LIMIT = 16 * agent.MIB
 _SIGNER = re.compile(r"^[^#\s]\S*\s.*?\b(?:ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/]{40,}={0,3}", re.M)
 _PLAIN_PATH = re.compile(r"/[A-Za-z0-9_./@+-]*\Z")
+HIDDEN = re.compile(r"/(?:home|root|run/user|tmp|var/tmp)/")
+"""What ProtectHome= and PrivateTmp= of a release's unit hide from its server (systemd.exec)."""
 
 
 def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     """Makes the store and says who may sign; from then on nothing else can be installed.
 
+    The agent that was brought is the store's own when all else is done: whatever is refused, the one before stays.
     Raises Refused when others are named than those before, BadUsage for a root that cannot be one.
     """
+    brought = None if options.agent is None else read_whole(options.agent, AGENT_LIMIT)
+    if options.agent is not None and not brought:
+        raise BadUsage("--agent %s is no file with an agent in it" % options.agent)
     given = options.input.read(SIGNERS_LIMIT + 1)
     root = os.path.realpath(options.root)
     _may_enroll(root, options)
@@ -568,6 +587,8 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
             "tries": 3,
         }
         notes = SERVICES[options.mode](root, server, world).enroll()
+        if brought is not None:
+            write_whole(os.path.join(root, "agent.pyz"), brought)
         write_whole(os.path.join(root, "enrolled.json"), _json(settings))
         store = Store(root, world)
         sweep(store)
@@ -586,6 +607,14 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("--server %s is not a whole path" % options.server)
     if options.server is not None and not os.access(options.server, os.X_OK):
         raise MissingProgram("--server %s cannot be run" % options.server)
+    if options.server is not None and options.mode != "none" and not _PLAIN_PATH.match(options.server):
+        raise BadUsage("--server %s has characters that a unit cannot name" % options.server)
+    places = [] if options.server is None else [options.server, os.path.realpath(options.server)]
+    if options.mode == "system" and any(HIDDEN.match(place) for place in places):
+        raise BadUsage(
+            "--server %s lies where the units of a release cannot look: put it into /usr/local/bin or /opt"
+            % options.server
+        )
     ours = {"agent.pyz", "allowed_signers", "enrolled.json", "lock", "journal.jsonl", "sequence.json"}
     ours |= {"blobs", "incoming", "quarantine", "releases", "current", "previous", "lost+found"}
     names = os.listdir(root) if os.path.isdir(root) else []
@@ -664,7 +693,8 @@ StartLimitBurst=5
 
 [Service]
 Type=exec
-ExecStart=/bin/sh {root}/current/start.sh
+# A release that carries a server was tested with that; the enrolled one is for those that carry none.
+ExecStart=/bin/sh -c 'test -e {root}/current/{server} && unset EDGEPACK_LLAMA_SERVER; exec sh {root}/current/start.sh'
 ExecStartPost=/bin/sh {root}/current/start.sh ready
 TimeoutStartSec=3600
 Restart=on-failure
@@ -750,8 +780,6 @@ class Systemd(Service):
     def _environment(self) -> str:
         if self.server is None:
             return ""
-        if not _PLAIN_PATH.match(self.server):
-            raise BadUsage("--server %s has characters that a unit cannot name" % self.server)
         python = os.path.basename(self.server).startswith("python")
         return "Environment=%s=%s\n" % ("EDGEPACK_PYTHON" if python else "EDGEPACK_LLAMA_SERVER", self.server)
 
@@ -796,7 +824,7 @@ class UserService(Systemd):
 
     def enroll(self) -> List[str]:
         os.makedirs(self.units(), mode=0o755, exist_ok=True)
-        unit = USER_UNIT.format(root=self.root).encode("ascii")
+        unit = USER_UNIT.format(root=self.root, server=agent.SERVER).encode("ascii")
         write_whole(os.path.join(self.units(), "edgepack.service"), unit)
         super().enroll()
         self._systemctl("enable", "edgepack.service")
@@ -965,9 +993,23 @@ def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = No
     if found["free"] < need:
         collect(store, store.settings.keep, beside=bundle)
         found = room(store, bundle)
-    if found["free"] < need:
-        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, found["free"], need))
+    _enough(store, found["free"], need)
     return found
+
+
+def could_have_space(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
+    """What `require_space` would find, without making any. Raises NoSpace as that would."""
+    found = room(store, bundle)
+    need = MARGIN + found["needed"]
+    if found["free"] < need:
+        found["free"] += surplus(store, store.settings.keep, beside=bundle).bytes
+    _enough(store, found["free"], need)
+    return found
+
+
+def _enough(store: Store, free: int, need: int) -> None:
+    if free < need:
+        raise NoSpace("%s has %d bytes free and %d must be written" % (store.root, free, need))
 
 
 # ── blobs: part, flush, hash, name ───────────────────────────────────────────────────────────────────
@@ -1198,12 +1240,16 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
-    if is_folder(store.release(_hex(bundle["manifest_digest"]))):  # nothing new comes in: it may be mended
-        options.allow_downgrade = True
-    admission = admit(store, bundle, plan_json, options, store.world.machine())
-    if options.dry_run:
-        return offer_document(store, admission, room(store, bundle))
-    with locked(store.root, "offer"):
+    with locked(
+        store.root, "offer"
+    ):  # also dry: another's sweep would take the signature away while it is verified
+        if is_folder(
+            store.release(_hex(bundle["manifest_digest"]))
+        ):  # nothing new comes in: it may be mended
+            options.allow_downgrade = True
+        admission = admit(store, bundle, plan_json, options, store.world.machine())
+        if options.dry_run:
+            return offer_document(store, admission, could_have_space(store, bundle))
         sweep(store)
         found = require_space(store, bundle)
         remember(store, head, plan_json)
@@ -1875,23 +1921,28 @@ def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, An
 
 
 def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
-    """Makes the previous release the current one; what was current is then the previous one. Raises Refused."""
+    """Makes the previous release the current one, for good: what was current counts as good no more. Raises Refused.
+
+    Rolled back once more, the device goes to the good release before that, never to one that it was taken from; to run
+    such a one again it is installed, and tested, again.
+    """
     with locked(store.root, "rollback"):
         sweep(store)
         current, previous = store.target("current"), store.target("previous")
         if previous is None:
-            raise Refused("there is no release to go back to")
+            raise Refused(
+                "there is no other good release here; one that was rolled back from is flashed again"
+            )
         if not is_whole_release(store, previous):
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])
         service = service_of(store)
         began = time.monotonic()
         with service.resting():
-            if previous != current:  # they are the same where a rollback was cut off, which then goes on here
-                point(store.path("current"), "releases/" + previous)
-            others = [current, *good_releases(store)]
-            other = next((name for name in others if name not in (None, previous)), None)
-            if other is not None and is_whole_release(store, other):
-                point(store.path("previous"), "releases/" + other)
+            if current is not None and current != previous:  # the same: a rollback that was cut off goes on
+                remove(
+                    store.release(current) + ".good"
+                )  # first, so that after a cut it is not what to go back to
+            flip_back(store, previous, None)
             service.apply(store.release(previous))
             seconds = round(time.monotonic() - began, 3)
             store.note("rolled-back", release=current, back=previous)
@@ -1941,44 +1992,78 @@ def _boot(store: Store) -> Dict[str, Any]:
 # ── room: what nothing needs any more ────────────────────────────────────────────────────────────────
 
 
-def collect(
+class Surplus(NamedTuple):
+    """What nothing needs any more: releases, offers that were not taken up, files, and the bytes of these."""
+
+    releases: List[str]
+    offers: List[str]
+    files: List[str]
+    bytes: int
+
+
+def surplus(
     store: Store, keep: int, *, beside: Optional[agent.Bundle] = None, everything: bool = False
-) -> Dict[str, Any]:
-    """Removes releases but the current, the previous and the ``keep`` newest good ones, and blobs of none.
+) -> Surplus:
+    """All but the current, the previous and the ``keep`` newest good releases, and what only the others need.
 
     ``beside``: a release that is on its way; what came of it stays. ``everything``: bundles that were consumed half
-    go too, and what fsck set aside.
+    go too, and what fsck set aside. Nothing is written.
     """
     coming = None if beside is None else _hex(beside["manifest_digest"])
     kept = {store.target("current"), store.target("previous"), coming, *good_releases(store)[:keep]}
-    removed = [release for release in store.releases() if release not in kept]
-    for release in removed:
-        remove(store.release(release) + ".good")
-        remove(store.release(release) + ".tries")
-        discard(store.release(release))
+    releases = [release for release in store.releases() if release not in kept]
     needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
+    offers = []
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
         if kind == "offer" and release != coming:
             if not everything and _is_consumed(store, name):
                 needed |= {_hex(d) for d in blobs_of(agent.head_of(known_head(store, release)))}
             else:
-                discard(store.path("incoming", name))
-    freed = 0
+                offers.append(name)
+    links = _links([store.release(release) for release in releases] + leftovers(store))
+    files: List[str] = []
+    size = 0
     for folder, named in (("incoming", ".part"), ("blobs/sha256", "")):
         for name in os.listdir(store.path(folder)):
             path = store.path(folder, name)
             found = os.lstat(path)
             digest = name[: -len(named)] if named and name.endswith(named) else name
-            if HEX.match(digest) and digest not in needed and found.st_nlink == 1:
-                clear(path)
-                freed += found.st_size
+            if HEX.match(digest) and digest not in needed and found.st_nlink == 1 + links[found.st_ino]:
+                files.append(path)
+                size += found.st_size
     for name in os.listdir(store.path("quarantine")) if everything else ():
-        freed += file_size(store.path("quarantine", name)) or 0
-        clear(store.path("quarantine", name))
-    if removed or freed:
-        store.note("collected", removed=removed, freed=freed)
-    return {"schema_version": SCHEMA_VERSION, "removed": removed, "freed": freed}
+        files.append(store.path("quarantine", name))
+        size += file_size(store.path("quarantine", name)) or 0
+    return Surplus(releases, offers, files, size)
+
+
+def _links(folders: List[str]) -> Dict[int, int]:
+    """How many names each file has in these folders of one disk, by its inode; 0 for others."""
+    found: Dict[int, int] = collections.Counter()
+    for folder in folders:
+        for inside, _, names in os.walk(folder):
+            for name in names:
+                found[os.lstat(os.path.join(inside, name)).st_ino] += 1
+    return found
+
+
+def collect(
+    store: Store, keep: int, *, beside: Optional[agent.Bundle] = None, everything: bool = False
+) -> Dict[str, Any]:
+    """Removes what is `surplus`."""
+    found = surplus(store, keep, beside=beside, everything=everything)
+    for release in found.releases:
+        remove(store.release(release) + ".good")
+        remove(store.release(release) + ".tries")
+        discard(store.release(release))
+    for name in found.offers:
+        discard(store.path("incoming", name))
+    for path in found.files:
+        clear(path)
+    if found.releases or found.bytes:
+        store.note("collected", removed=found.releases, freed=found.bytes)
+    return {"schema_version": SCHEMA_VERSION, "removed": found.releases, "freed": found.bytes}
 
 
 def _is_consumed(store: Store, offer: str) -> bool:
@@ -1998,7 +2083,10 @@ def gc(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
 
 
 def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
-    """Hashes every blob again, sets bad ones aside, mends what can be mended, and says which releases lack what."""
+    """Hashes every blob again, sets bad ones aside, mends what can be mended, and says which releases lack what.
+
+    The server is left alone: it has its files open and goes on. What its next start comes to is told.
+    """
     with locked(store.root, "fsck"):
         sweep(store)
         bad: List[Dict[str, Any]] = []
@@ -2025,8 +2113,17 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
                 for f in agent.head_of(head)["files"]
                 if not is_whole(store, f["digest"], f["size"])
             ]
+        current = store.target("current")
+        restarts, back = True, None
+        if current is not None and not is_whole_release(store, current):
+            restarts, back = False, way_back(store, current) if service_of(store).runs else None
+            say("release %s lacks files and does not start again until they are back" % current[:12])
+            store.note("current-damaged", release=current, back=back)
     return {
         "schema_version": SCHEMA_VERSION,
+        "current": current,
+        "restarts": restarts,
+        "back": back,
         "checked": len(blobs),
         "bad": bad,
         "quarantined": sum(entry["quarantined"] for entry in bad),
@@ -2312,6 +2409,7 @@ def _parser() -> argparse.ArgumentParser:
         "--server", metavar="PATH", help="llama-server, or a Python, for bundles without"
     )
     made["enroll"].add_argument("--replace-signers", action="store_true")
+    made["enroll"].add_argument("--agent", metavar="FILE", help="what becomes the store's agent.pyz")
     made["receive"].add_argument("release", metavar="RELEASE")
     made["install"].add_argument("release", metavar="RELEASE|BUNDLE")
     made["install"].add_argument("--consume", action="store_true", help="free the bundle's file on the way")

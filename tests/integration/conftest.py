@@ -1,8 +1,8 @@
-"""Checkpoints and artifacts that several tests share; each is made once."""
+"""Checkpoints, artifacts, a signer and an sshd that several tests share; each is made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,27 @@ from edgepack.artifact import Artifact
 from edgepack.builders import quantizers
 from edgepack.builders.quantizers import Job
 from edgepack.progress import Silent
+from tests import releases
+from tests.releases import Signer
+from tests.sshd import Sshd, serving
 
 
 @pytest.fixture
 def own_directory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantizer works in a folder of its own (quantizers.Quantizer.quantize)."""
     monkeypatch.chdir(tmp_path_factory.mktemp("working"))
+
+
+@pytest.fixture(scope="session")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    """Who signs what devices are flashed with."""
+    return releases.signer(tmp_path_factory.mktemp("signer"))
+
+
+@pytest.fixture(scope="module")
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    with serving(tmp_path_factory.mktemp("sshd") / "of") as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepack import devices, flash, probe, remote, workspace
-from edgepack.bundle import sign
 from edgepack.cli import cli
 from edgepack.devices import Where
 from edgepack.errors import MissingTool, Offline, Untrusted
@@ -25,32 +24,12 @@ from edgepack.progress import Silent
 from edgepack.remote import Answer, Dropped
 from edgepack.units import KIB, MIB
 from tests import releases
+from tests.releases import Signer
 from tests.sshd import HOST, Line, Sshd, serving
 
 pytestmark = pytest.mark.integration
 
 CUTS = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signed:
-    key: Path
-    signers: Path
-
-
-@pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
-    key = tmp_path_factory.mktemp("key") / "key"
-    sign.new_key(key)
-    signers = key.with_suffix(".allowed_signers")
-    signers.write_text(sign.allowed_signer(key), encoding="utf-8")
-    return Signed(key=key, signers=signers)
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with serving(tmp_path_factory.mktemp("sshd") / "of") as found:
-        yield found
 
 
 def enrolled(connection: remote.Connection, signers: Path, root: Path) -> devices.Device:
@@ -118,17 +97,17 @@ class Watched:
 
 
 def test_twenty_cuts_at_random_offsets_cost_little_and_lose_nothing(
-    sshd: Sshd, signed: Signed, tmp_path: Path
+    sshd: Sshd, signer: Signer, tmp_path: Path
 ) -> None:
     """Every other cut ends the line, the others kill every ssh of this login with SIGKILL."""
     weights = os.urandom(40 * MIB)
-    cargo = flash.load(releases.bundle(tmp_path / "big.tar", signed.key, weights=weights), None)
+    cargo = flash.load(releases.bundle(tmp_path / "big.tar", signer.key, weights=weights), None)
     chance = random.Random(7)
     with Line(sshd.port) as line:
         link = remote.connect(HOST, ssh=sshd.through(line.port), interactive=False)
         assert isinstance(link, remote.Ssh)
         watched = Watched(link)
-        target = enrolled(watched, signed.signers, tmp_path / "store")
+        target = enrolled(watched, signer.signers, tmp_path / "store")
         told = [-1]
 
         def aim(_: float = 0.0) -> None:
@@ -180,14 +159,14 @@ class Built:
 
 
 @pytest.fixture(scope="module")
-def built(signed: Signed, tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(signer: Signer, tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("built")
     here = folder / "here.yaml"
     here.write_text(probe.to_yaml(probe.probe(Path("/"))), encoding="utf-8")
     made = []
     for sequence, context in ((1, 512), (2, 384)):
         done = command(
-            "build", "--profile", here, "--model", "demo", "--with-runtime", "--context", context, "--key", signed.key,
+            "build", "--profile", here, "--model", "demo", "--with-runtime", "--context", context, "--key", signer.key,
             "--release-sequence", sequence, "-o", folder / str(context), "--json",
         )  # fmt: skip
         made.append(Path(json.loads(done.stdout)["path"]))
@@ -201,13 +180,13 @@ def command(*words: object, status: int = 0) -> Result:
 
 
 def test_a_device_is_flashed_updated_checked_and_mended(
-    sshd: Sshd, signed: Signed, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sshd: Sshd, signer: Signer, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "store"
     where = ("--root", root)
     with Line(sshd.port) as line:
         monkeypatch.setenv("EDGEPACK_SSH", " ".join(sshd.through(line.port)))
-        command("flash", "--enroll", "--mode", "none", "--signers", signed.signers, *where, HOST)
+        command("flash", "--enroll", "--mode", "none", "--signers", signer.signers, *where, HOST)
         first = json.loads(command("flash", built.first, HOST, *where, "--json").stdout)
 
         assert (first["outcome"], first["report"]["verdict"]) == ("good", "passed")

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +22,10 @@ from edgepack.devices import Where
 from edgepack.progress import Silent
 from tests import hawkbit, releases
 from tests.plans import example_plan
-from tests.sshd import HOST, Sshd, serving
+from tests.releases import Signer
+from tests.sshd import HOST, Sshd
 
 pytestmark = pytest.mark.integration
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signed:
-    key: Path
-    signers: Path
-
-
-@pytest.fixture(scope="module")
-def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
-    key = tmp_path_factory.mktemp("key") / "key"
-    sign.new_key(key)
-    signers = key.with_suffix(".allowed_signers")
-    signers.write_text(sign.allowed_signer(key), encoding="utf-8")
-    return Signed(key=key, signers=signers)
-
-
-@pytest.fixture(scope="module")
-def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    with serving(tmp_path_factory.mktemp("sshd") / "of") as found:
-        yield found
 
 
 def this_machine(folder: Path, name: str) -> Path:
@@ -76,17 +55,17 @@ def inventory(path: Path, sshd: Sshd, groups: dict[str, dict[str, Path]]) -> Pat
 
 
 def test_the_canary_fails_goes_back_and_no_other_host_is_touched(
-    sshd: Sshd, signed: Signed, tmp_path: Path
+    sshd: Sshd, signer: Signer, tmp_path: Path
 ) -> None:
     plan = example_plan(str(this_machine(tmp_path, "kiosk")))
-    good = releases.bundle(tmp_path / "good.tar", signed.key, sequence=1, plan=plan)
-    bad = releases.bundle(tmp_path / "bad.tar", signed.key, sequence=2, plan=plan)
+    good = releases.bundle(tmp_path / "good.tar", signer.key, sequence=1, plan=plan)
+    bad = releases.bundle(tmp_path / "bad.tar", signer.key, sequence=2, plan=plan)
     roots = {name: tmp_path / name for name in ("first", "second", "third")}
     with closing(remote.connect(HOST, ssh=sshd.ssh, interactive=False)) as line:
         for root in roots.values():
             where = Where(root=str(root), mode="none")
             devices.enroll(
-                line, where, signers=signed.signers, server=None, keep=None, replace_signers=False, progress=Silent()
+                line, where, signers=signer.signers, server=None, keep=None, replace_signers=False, progress=Silent()
             )  # fmt: skip
             releases.Device(root).run("install", good, "--force-device")
     before = releases.release_of(good)
@@ -125,18 +104,18 @@ def playbook(project: Path, name: str, *words: str) -> subprocess.CompletedProce
 
 
 def test_a_project_flashes_two_kinds_of_hosts_without_edgepack_and_stops_in_the_middle(
-    sshd: Sshd, signed: Signed, tmp_path: Path
+    sshd: Sshd, signer: Signer, tmp_path: Path
 ) -> None:
     """One canary of each kind, then half of five; one of that half is not enrolled, so the last host stays as it is."""
     kinds = ("kiosk", "robot")
     bundles = [
         releases.bundle(
-            tmp_path / f"{kind}.tar", signed.key, plan=example_plan(str(this_machine(tmp_path, kind)))
+            tmp_path / f"{kind}.tar", signer.key, plan=example_plan(str(this_machine(tmp_path, kind)))
         )
         for kind in kinds
     ]
     project = tmp_path / "fleet"
-    fleet.emit(bundles, project, signers=signed.signers, progress=Silent())
+    fleet.emit(bundles, project, signers=signer.signers, progress=Silent())
     roots = {name: tmp_path / name for name in ("k1", "k2", "k3", "r1", "r2")}
     groups = {
         "kiosk": {n: roots[n] for n in ("k1", "k2", "k3")},
@@ -168,10 +147,10 @@ def test_a_project_flashes_two_kinds_of_hosts_without_edgepack_and_stops_in_the_
     assert events(roots["r2"]) == ["enrolled"]
 
 
-def test_a_host_without_a_bundle_ends_it_before_it_begins(sshd: Sshd, signed: Signed, tmp_path: Path) -> None:
+def test_a_host_without_a_bundle_ends_it_before_it_begins(sshd: Sshd, signer: Signer, tmp_path: Path) -> None:
     plans = {name: example_plan(name) for name in ("raspberry-pi-5-8gb", "jetson-orin-nano-8gb")}
     bundles = [
-        releases.bundle(tmp_path / f"{name}.tar", signed.key, plan=plan) for name, plan in plans.items()
+        releases.bundle(tmp_path / f"{name}.tar", signer.key, plan=plan) for name, plan in plans.items()
     ]
     hosts = inventory(
         tmp_path / "hosts.ini",
@@ -187,12 +166,12 @@ def test_a_host_without_a_bundle_ends_it_before_it_begins(sshd: Sshd, signed: Si
 
 
 def test_what_a_device_says_is_text_and_what_the_inventory_says_of_devices_is_not_done_here(
-    signed: Signed, tmp_path: Path
+    signer: Signer, tmp_path: Path
 ) -> None:
     """A device's words that Ansible would take for a template, and connection variables that fail on this machine."""
     project = tmp_path / "fleet"
-    bundle = releases.bundle(tmp_path / "b.tar", signed.key)
-    fleet.emit((bundle,), project, signers=signed.signers, progress=Silent())
+    bundle = releases.bundle(tmp_path / "b.tar", signer.key)
+    fleet.emit((bundle,), project, signers=signer.signers, progress=Silent())
     mark = tmp_path / "ran"
     evil = f"{{{{ lookup('pipe', 'touch {mark}') }}}}"
     answer = {
@@ -243,12 +222,12 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certified:
 
 
 @pytest.fixture(scope="module")
-def demo(signed: Signed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(signer: Signer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model with its server, for this machine."""
     folder = tmp_path_factory.mktemp("demo")
     words = [
         "-q", "build", "--profile", this_machine(folder, "kiosk"), "--model", "demo", "--with-runtime", "--context",
-        256, "--no-quality", "--key", signed.key, "-o", folder, "--json",
+        256, "--no-quality", "--key", signer.key, "-o", folder, "--json",
     ]  # fmt: skip
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output
@@ -295,10 +274,10 @@ def swupdate(
 
 
 def test_swupdate_installs_an_image_by_the_agent_that_is_enrolled(
-    signed: Signed, certified: Certified, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signer: Signer, certified: Certified, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(swu, "PART", 8 << 20)  # so that it comes in parts, as a bundle above 3.5 GiB does
-    root = store(tmp_path / "store", signed.signers)
+    root = store(tmp_path / "store", signer.signers)
     made = image(demo, tmp_path / "x.swu", certified, root)
 
     again = image(demo, tmp_path / "y.swu", certified, root)
@@ -315,11 +294,11 @@ def test_swupdate_installs_an_image_by_the_agent_that_is_enrolled(
 
 
 def test_swupdate_refuses_what_was_changed_and_other_hardware(
-    signed: Signed, certified: Certified, tmp_path: Path
+    signer: Signer, certified: Certified, tmp_path: Path
 ) -> None:
     plan = example_plan(str(this_machine(tmp_path, "kiosk")))
-    bundle = releases.bundle(tmp_path / "b.tar", signed.key, plan=plan, weights=WEIGHTS)
-    root = store(tmp_path / "store", signed.signers)
+    bundle = releases.bundle(tmp_path / "b.tar", signer.key, plan=plan, weights=WEIGHTS)
+    root = store(tmp_path / "store", signer.signers)
     made = image(bundle, tmp_path / "x.swu", certified, root)
     content = made.read_bytes()
     damaged: dict[str, Path] = {}
@@ -342,14 +321,14 @@ def test_swupdate_refuses_what_was_changed_and_other_hardware(
 
 
 def test_the_agent_refuses_a_stranger_before_the_weights_come(
-    signed: Signed, certified: Certified, tmp_path: Path
+    signer: Signer, certified: Certified, tmp_path: Path
 ) -> None:
     """SWUpdate's own signature is right; that of the bundle is not one that the device knows."""
     other = tmp_path / "other"
     sign.new_key(other)
     plan = example_plan(str(this_machine(tmp_path, "kiosk")))
     bundle = releases.bundle(tmp_path / "b.tar", other, plan=plan, weights=WEIGHTS)
-    root = store(tmp_path / "store", signed.signers)
+    root = store(tmp_path / "store", signer.signers)
 
     done = swupdate(image(bundle, tmp_path / "x.swu", certified, root), certified)
 
@@ -360,12 +339,12 @@ def test_the_agent_refuses_a_stranger_before_the_weights_come(
 
 
 def test_an_image_that_fails_its_test_fails_the_update_and_goes_back(
-    signed: Signed, certified: Certified, tmp_path: Path
+    signer: Signer, certified: Certified, tmp_path: Path
 ) -> None:
     plan = example_plan(str(this_machine(tmp_path, "kiosk")))
-    good = releases.bundle(tmp_path / "good.tar", signed.key, sequence=1, plan=plan)
-    bad = releases.bundle(tmp_path / "bad.tar", signed.key, sequence=2, plan=plan, weights=WEIGHTS)
-    root = store(tmp_path / "store", signed.signers)
+    good = releases.bundle(tmp_path / "good.tar", signer.key, sequence=1, plan=plan)
+    bad = releases.bundle(tmp_path / "bad.tar", signer.key, sequence=2, plan=plan, weights=WEIGHTS)
+    root = store(tmp_path / "store", signer.signers)
     releases.Device(root).run("install", good, "--force-device")
 
     done = swupdate(image(bad, tmp_path / "x.swu", certified, root), certified)
@@ -377,15 +356,15 @@ def test_an_image_that_fails_its_test_fails_the_update_and_goes_back(
 
 
 def test_devices_behind_nat_fetch_images_and_hawkbit_learns_what_came_of_them(
-    signed: Signed, certified: Certified, tmp_path: Path
+    signer: Signer, certified: Certified, tmp_path: Path
 ) -> None:
     """SWUpdate's own client, as docs/fleet.md sets it up: `-p` after an update, `-c 2` at the start that follows."""
     plan = example_plan(str(this_machine(tmp_path, "kiosk")))
-    root = store(tmp_path / "store", signed.signers)
+    root = store(tmp_path / "store", signer.signers)
     images = []
     for sequence in (1, 2):
         bundle = releases.bundle(
-            tmp_path / f"{sequence}.tar", signed.key, sequence=sequence, plan=plan, weights=WEIGHTS
+            tmp_path / f"{sequence}.tar", signer.key, sequence=sequence, plan=plan, weights=WEIGHTS
         )
         images.append(image(bundle, tmp_path / f"{sequence}.swu", certified, root))
     good = releases.release_of(tmp_path / "1.tar")

@@ -38,14 +38,14 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path, name: str, w
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
 
     # The server is on the device, not here: the one thing that may be missing.
-    server = re.escape(f"{RELEASE}/bin/llama-server" if with_runtime else "llama-server")
+    server = re.escape(f"{RELEASE}/bin/llama-server")
     absent = rf"edgepack\.service: Command {server} is not executable: No such file or directory"
     assert [line for line in done.stderr.splitlines() if not re.fullmatch(absent, line)] == []
 
 
 @pytest.mark.parametrize("model", ['50% "off" $HOME \\', "%n %i ${X} ' ;", "-x é😀"])
 def test_systemd_reads_units_with_any_model_name(tmp_path: Path, model: str) -> None:
-    rendered_into(tmp_path, "jetson-orin-nano-8gb", model=model)
+    rendered_into(tmp_path, "jetson-orin-nano-8gb", model=model, with_runtime=True)
 
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / "edgepack.service")],
@@ -162,6 +162,14 @@ def test_the_server_gets_the_flags_as_they_are(installed: Path) -> None:
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert words[words.index("--port") + 1] == "9000"
     assert words[words.index("--api-key-file") + 1] == str(installed / "state" / "api-key")
+
+
+def test_a_device_s_own_server_is_started_where_it_is_named(installed: Path) -> None:
+    mine = installed / "mine"
+    mine.write_text('#!/bin/sh\nprintf "mine\\n"\n')
+    mine.chmod(0o755)
+
+    assert start(installed, "run", EDGEPACK_LLAMA_SERVER=str(mine)).stdout == "mine\n"
 
 
 def test_too_little_free_memory_is_refused_before_the_start(installed: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from edgepack import devices, flash, remote
-from edgepack.bundle import sign
 from edgepack.cli import cli
 from edgepack.device import agent, installer
 from edgepack.devices import Device, Missing, Offer, Release, State, Store, Where
@@ -35,6 +34,7 @@ from edgepack.progress import Silent
 from edgepack.remote import Answer, Dropped
 from tests import releases
 from tests.plans import example_plan
+from tests.releases import Signer
 
 RECORDED = json.loads(
     (Path(__file__).parents[1] / "cases" / "check" / "qwen2.5-0.5b-q8_0.facts.json").read_text(
@@ -110,8 +110,8 @@ def store(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def facts(**changes: Any) -> Answer:
-    return says({"schema_version": 1, "machine": releases.machine(), "store": store(**changes)})
+def status(**changes: Any) -> Answer:
+    return says({"schema_version": 1, "store": store(**changes), "journal": []})
 
 
 def offer(cargo: Cargo, state: str, missing: Sequence[Missing] = (), *, good: bool = False) -> dict[str, Any]:
@@ -130,17 +130,18 @@ def installed(outcome: str, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def key(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("key") / "key"
-    sign.new_key(path)
-    return path
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
+    return releases.signer(tmp_path_factory.mktemp("signer"))
 
 
 @pytest.fixture(scope="module")
-def signers(key: Path) -> Path:
-    path = key.with_suffix(".allowed_signers")
-    path.write_text(sign.allowed_signer(key), encoding="utf-8")
-    return path
+def key(signer: Signer) -> Path:
+    return signer.key
+
+
+@pytest.fixture(scope="module")
+def signers(signer: Signer) -> Path:
+    return signer.signers
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,13 @@ def big(tmp_path_factory: pytest.TempPathFactory, key: Path) -> Cargo:
 
 def all_of(cargo: Cargo) -> list[Missing]:
     return [Missing(digest=digest, bytes=size, have=0) for digest, (_, size) in cargo.files.items()]
+
+
+def wanting(cargo: Cargo, missing: Iterable[Missing]) -> Offer:
+    """A device's answer to a bundle that it has not, or not all of."""
+    return Offer(
+        release=cargo.release, name=cargo.name, sequence=1, state="new", missing=tuple(missing), good=False
+    )
 
 
 def device(**replies: Reply | list[Reply]) -> Device:
@@ -176,10 +184,7 @@ def steps(
             enrolled=True, mode="system", current=None, previous=None, sequence=0, free=1, agent=None,
             releases=changes.get("releases", ()),
         ),
-        offer=Offer(
-            release=cargo.release, name=cargo.name, sequence=1, state=state, missing=tuple(missing), good=good,
-            match=(),
-        ),
+        offer=replace(wanting(cargo, missing), state=state, good=good),
     )  # fmt: skip
     return [step.text for step in flash.steps(known, cargo, asked)]
 
@@ -306,9 +311,7 @@ def test_a_line_that_is_cut_is_taken_up_where_it_stopped(big: Cargo) -> None:
         offer=[fails(11, "busy: another installer is at work here"),
                says(offer(big, "new", [replace(weights, have=came)]))],
     )  # fmt: skip
-    first = Offer(
-        release=big.release, name=big.name, sequence=1, state="new", missing=(weights,), good=False, match=()
-    )
+    first = wanting(big, [weights])
 
     total = flash.send(first, big, target, Asked(), progress=Silent(), sleep=waits.append)
 
@@ -323,15 +326,7 @@ def test_a_line_that_is_cut_is_taken_up_where_it_stopped(big: Cargo) -> None:
 def test_a_line_that_stays_cut_is_given_up(big: Cargo) -> None:
     target = device(receive=Dropped("lost"), offer=Dropped("unreachable"))
     waits: list[float] = []
-    first = Offer(
-        release=big.release,
-        name=big.name,
-        sequence=1,
-        state="new",
-        missing=tuple(all_of(big)),
-        good=False,
-        match=(),
-    )
+    first = wanting(big, all_of(big))
 
     with pytest.raises(Dropped, match="unreachable"):
         flash.send(first, big, target, Asked(), progress=Silent(), sleep=waits.append)
@@ -341,15 +336,7 @@ def test_a_line_that_stays_cut_is_given_up(big: Cargo) -> None:
 
 def test_another_installer_is_not_waited_for(big: Cargo) -> None:
     target = device(receive=fails(11, "busy: another installer is at work here: process 7"))
-    first = Offer(
-        release=big.release,
-        name=big.name,
-        sequence=1,
-        state="new",
-        missing=tuple(all_of(big)),
-        good=False,
-        match=(),
-    )
+    first = wanting(big, all_of(big))
 
     with pytest.raises(Busy, match="pi: another installer is at work here: process 7"):
         flash.send(first, big, target, Asked(), progress=Silent(), sleep=lambda _: None)
@@ -357,15 +344,7 @@ def test_another_installer_is_not_waited_for(big: Cargo) -> None:
 
 def test_a_device_that_takes_nothing_is_not_sent_to_for_ever(big: Cargo) -> None:
     target = device(receive=says(offer(big, "new", all_of(big))))
-    first = Offer(
-        release=big.release,
-        name=big.name,
-        sequence=1,
-        state="new",
-        missing=tuple(all_of(big)),
-        good=False,
-        match=(),
-    )
+    first = wanting(big, all_of(big))
 
     with pytest.raises(EdgepackError, match="took nothing"):
         flash.send(first, big, target, Asked(), progress=Silent(), sleep=lambda _: None)
@@ -381,14 +360,25 @@ def test_a_device_gets_nothing_but_the_bundle(big: Cargo) -> None:
 
 
 def test_a_dry_run_says_all_and_changes_nothing(big: Cargo) -> None:
-    target = device(facts=facts(), offer=says(offer(big, "new", all_of(big))))
+    target = device(status=status(), offer=says(offer(big, "new", all_of(big))))
 
     done = flash.flash(big, target, Asked(), progress=Silent(), dry_run=True)
 
-    assert said(target).commands() == ["facts", "offer"]
+    assert said(target).commands() == ["status", "offer"]
     assert "--dry-run" in said(target).asked[-1]
     assert (done.outcome, [step.action for step in done.steps]) == ("planned", ["send", "install"])
     assert "would send" in flash.table(done)
+
+
+def test_a_dry_run_ends_as_the_flash_would_where_the_disk_is_full(big: Cargo) -> None:
+    full = fails(10, "no space: /var/lib/edgepack has 5 bytes free and 9 must be written")
+    target = device(status=status(), offer=full)
+
+    with pytest.raises(NoSpace, match="9 must be written") as failure:
+        flash.flash(big, target, Asked(), progress=Silent(), dry_run=True)
+
+    assert failure.value.exit_code == 10
+    assert said(target).commands() == ["status", "offer"]
 
 
 def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:
@@ -396,7 +386,7 @@ def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:
         "rolled-back", current="b" * 64, reasons=["oom-killed (run): the kernel killed it"],
         selftest={"verdict": {"passed": False, "reasons": ["oom-killed"]}},
     )  # fmt: skip
-    target = device(facts=facts(), offer=says(offer(big, "received")), install=says(answer, 5))
+    target = device(status=status(), offer=says(offer(big, "received")), install=says(answer, 5))
 
     done = flash.flash(big, target, Asked(force=True, allow_downgrade=True), progress=Silent())
 
@@ -411,7 +401,7 @@ def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:
 def test_a_self_test_comes_home_and_is_judged_by_the_plan(big: Cargo) -> None:
     passing = {**RECORDED, "verdict": {"passed": True, "reasons": []}}
     target = device(
-        facts=facts(), offer=says(offer(big, "received")), install=says(installed("good", selftest=passing))
+        status=status(), offer=says(offer(big, "received")), install=says(installed("good", selftest=passing))
     )
 
     done = flash.flash(big, target, Asked(), progress=Silent())
@@ -424,7 +414,7 @@ def test_a_self_test_comes_home_and_is_judged_by_the_plan(big: Cargo) -> None:
 
 def test_an_agent_of_another_edgepack_is_told_and_works(big: Cargo) -> None:
     done = flash.flash(
-        big, device(facts=facts(), offer=says(offer(big, "current", good=True))), Asked(), progress=Silent()
+        big, device(status=status(), offer=says(offer(big, "current", good=True))), Asked(), progress=Silent()
     )
 
     assert done.outcome == "current"
@@ -433,11 +423,11 @@ def test_an_agent_of_another_edgepack_is_told_and_works(big: Cargo) -> None:
 
 def test_an_agent_that_speaks_another_language_is_refused(big: Cargo) -> None:
     with pytest.raises(Unsupported, match="speaks version 2"):
-        flash.flash(big, device(facts=says({"schema_version": 2})), Asked(), progress=Silent())
+        flash.flash(big, device(status=says({"schema_version": 2})), Asked(), progress=Silent())
 
 
 def test_fields_that_a_newer_agent_adds_do_no_harm(big: Cargo) -> None:
-    target = device(facts=facts(moon="full"), offer=says({**offer(big, "current", good=True), "tide": 3}))
+    target = device(status=status(moon="full"), offer=says({**offer(big, "current", good=True), "tide": 3}))
 
     assert flash.flash(big, target, Asked(), progress=Silent()).outcome == "current"
 
@@ -467,6 +457,30 @@ def test_damage_is_mended_from_the_bundle(big: Cargo) -> None:
     )
     assert isinstance(flash.damage(found, "pi"), Untrusted)
     assert flash.damage(replace(found, missing=()), "pi") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "set aside"),
+        ({"restarts": True}, "set aside"),
+        ({"restarts": False}, "does not start again before they are back"),
+        ({"restarts": False, "back": "b" * 64}, "what runs there runs on, and starts bbbbbbbbbbbb next"),
+    ],
+)
+def test_damage_to_what_runs_is_told(changes: dict[str, object], told: str) -> None:
+    missing = [{"release": "c" * 64, "path": "model.gguf", "digest": None, "bytes": None}]
+    report = {"checked": 9, "bad": [], "mended": 0, "quarantined": 1, "missing": missing, **changes}
+
+    found = device(fsck=says(report)).fsck(lambda _: None)
+
+    failure = flash.damage(found, "pi")
+    assert isinstance(failure, Untrusted)
+    assert failure.message.endswith(told)
+    assert "edgepack flash --fsck BUNDLE pi" in str(failure.hint)
+    assert (
+        flash.fsck_table(found).rstrip().endswith(told if "runs" in told or "again" in told else "model.gguf")
+    )
 
 
 def test_a_rollback_to_what_does_not_start_is_a_failure() -> None:
@@ -665,6 +679,23 @@ def test_a_folder_is_enrolled_flashed_and_rolled_back(tmp_path: Path, key: Path,
     assert (found.bad, found.missing) == ((), ())
 
 
+def test_an_enrolling_while_another_installer_is_at_work_changes_nothing(
+    tmp_path: Path, signers: Path
+) -> None:
+    connection = remote.connect(f"{tmp_path}/store")
+    enroll(connection, Where(), signers)
+    kept = tmp_path / "store/agent.pyz"
+    ours = kept.read_bytes()
+    kept.write_bytes(b"older")
+
+    with installer.locked(str(tmp_path / "store"), "install"), pytest.raises(Busy, match="install"):
+        enroll(connection, Where(), None)
+
+    assert kept.read_bytes() == b"older"
+    enroll(connection, Where(), None)
+    assert kept.read_bytes() == ours
+
+
 def test_an_older_release_is_refused_and_says_what_would_let_it(
     tmp_path: Path, key: Path, signers: Path
 ) -> None:
@@ -785,7 +816,7 @@ def test_a_device_is_calibrated_by_the_checks_of_bundles_on_it(
     }  # fmt: skip
     target = Scripted(
         look=says(SEEN),
-        facts=facts(),
+        status=status(),
         offer=says(state),
         self_test=says({**facts_there, "verdict": {"passed": True}}),
     )

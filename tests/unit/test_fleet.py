@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgepack import devices, enrolled, flash, fleet, swu
+from edgepack import devices, enrolled, flash, fleet, remote, swu
 from edgepack.bundle import sign
 from edgepack.cli import cli
+from edgepack.device import installer
 from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
 from edgepack.flash import Asked, Cargo
 from edgepack.fleet import FleetReport, HostReport
@@ -191,6 +193,14 @@ def test_the_script_enrolls_and_flashes_without_edgepack(project: Path, tmp_path
     assert document["sent"] > 5000
     assert json.loads(again.stdout)["outcome"] == "current"
     assert json.loads(again.stdout)["sent"] == 0
+
+
+def test_the_script_knows_what_edgepack_knows(project: Path) -> None:
+    told = runpy.run_path(str(project / "roles/edgepack/files/push.py"))
+
+    assert (told["SYSTEM_ROOT"], told["USER_ROOT"]) == (installer.SYSTEM_ROOT, installer.USER_ROOT)
+    assert (told["PATIENCE"], told["LOST"]) == (flash.PATIENCE, remote.LOST)
+    assert told["BUSY"] == installer.STATUS[installer.Busy]
 
 
 def test_the_script_ends_with_the_agents_own_status_and_reason(project: Path, tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -175,6 +178,58 @@ def test_what_names_no_signer_is_refused(tmp_path: Path, text: str) -> None:
 
     assert device.enroll(text).status == 2
     assert not (device.root / "enrolled.json").exists()
+
+
+def test_an_agent_is_replaced_by_an_enrolling_that_succeeds_alone(tmp_path: Path, signers: str) -> None:
+    sign.new_key(tmp_path / "other")
+    device = enrolled(tmp_path, signers, "user")
+    for name in ("old", "new"):
+        (tmp_path / name).write_bytes(name.encode())
+    kept = device.root / "agent.pyz"
+    assert device.enroll("", "--agent", str(tmp_path / "old"), mode="user").status == 0
+
+    with installer.locked(str(device.root), "install"):
+        busy = device.enroll("", "--agent", str(tmp_path / "new"), mode="user")
+    bring = ("--agent", str(tmp_path / "new"))
+    statuses = [
+        busy.status,
+        device.enroll(sign.allowed_signer(tmp_path / "other"), *bring, mode="user").status,
+        device.enroll("", *bring, mode="none").status,
+        device.enroll("", *bring, "--server", "relative", mode="user").status,
+        Device(device.root, status=lambda _: (1, "no bus")).enroll("", *bring, mode="user").status,
+        device.enroll("", "--agent", str(tmp_path / "none"), mode="user").status,
+    ]
+
+    assert statuses == [11, 6, 6, 2, 5, 2]
+    assert kept.read_bytes() == b"old"
+    assert device.enroll("", *bring, mode="user").status == 0
+    assert kept.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_server_that_the_units_of_a_release_would_not_see_is_refused(
+    tmp_path: Path, signers: str, monkeypatch: pytest.MonkeyPatch, link: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(installer, "SYSTEM_ROOT", str(tmp_path / "store"))
+    server = tmp_path / "llama-server"
+    server.symlink_to(sys.executable)
+    monkeypatch.setattr(
+        installer, "HIDDEN", re.compile(re.escape(os.path.realpath(server) if link else str(server)))
+    )
+
+    answer = Device(tmp_path / "store").enroll(signers, "--server", str(server), mode="system")
+
+    assert answer.status == 2
+    assert "cannot look" in answer.said
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_a_unit_hides_is_not_taken_for_what_it_shows() -> None:
+    hidden = ["/home/pi/llama-server", "/root/bin/x", "/tmp/x", "/var/tmp/x", "/run/user/0/x"]
+    seen = ["/usr/local/bin/llama-server", "/opt/home/x", "/homes/x", "/run/x", "/rootfs/x"]
+
+    assert [bool(installer.HIDDEN.match(path)) for path in hidden + seen] == [True] * 5 + [False] * 5
 
 
 def test_a_folder_with_other_things_in_it_is_no_root(tmp_path: Path, signers: str) -> None:
@@ -400,9 +455,61 @@ def test_too_little_disk_refuses_before_anything_is_written(
     monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN)
 
     answers = refusals(device, first)
+    dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(first))
 
-    assert [answer.status for answer in answers] == [10, 10]
+    assert [answer.status for answer in (*answers, dry)] == [10, 10, 10]
+    assert dry.said == answers[0].said
     assert list((device.root / "incoming").iterdir()) == []
+
+
+def test_a_dry_offer_counts_on_what_a_real_one_would_remove(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two releases with a file of their own are surplus, and one file is both theirs; a third shares another."""
+    for number in (1, 2, 3, 4):
+        theirs = {"both.txt": "b" * 300 if number < 3 else "", "kept.txt": "k" * 500 if number > 1 else ""}
+        device.run(
+            "install",
+            resigned(sequence=number, files={**theirs, "n.txt": str(number) * 100}),
+            "--no-self-test",
+        )
+        assert device.enroll("", "--keep", "9").status == 0
+    assert device.enroll("", "--keep", "2").status == 0
+    coming = resigned(sequence=5, weights=b"GGUF" + b"5" * 3000)
+    abandoned = device.root / "blobs/sha256/.new-x"
+    installer.hard_link(str(device.root / "previous/n.txt"), str(abandoned))
+
+    expected = installer.surplus(device.store, 2).bytes
+    short = 0
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN + 3004 - expected + short)
+    enough = device.run("offer", "--dry-run", stdin=releases.offer_frames(coming))
+    short = -1
+    lacking = device.run("offer", "--dry-run", stdin=releases.offer_frames(coming))
+
+    assert expected == 300 + 2 * 100
+    assert (enough.status, lacking.status) == (0, 10)
+    assert len(device.store.releases()) == 4
+    assert device.run("gc").document["freed"] == expected
+    assert installer.surplus(device.store, 2) == ([], [], [], 0)
+
+
+def test_no_other_installer_sweeps_while_a_signature_is_verified(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = agent._ssh_keygen
+    others: list[int] = []
+
+    def verified(argv: list[str], text: str | None) -> str | None:
+        others.append(device.run("gc").status)
+        return real(argv, text)
+
+    monkeypatch.setattr(agent, "_ssh_keygen", verified)
+
+    dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(first))
+    offered = device.run("offer", stdin=releases.offer_frames(first))
+
+    assert (dry.status, offered.status) == (0, 0)
+    assert set(others) == {11}
 
 
 def test_what_nothing_needs_makes_room(
@@ -852,6 +959,37 @@ def test_a_flipped_byte_is_found_set_aside_and_only_its_blob_comes_again(
     assert (device.root / "previous/model.gguf").read_bytes() == good
 
 
+@pytest.mark.parametrize(("mode", "shared"), [("user", False), ("user", True), ("none", False)])
+def test_damage_to_what_runs_leaves_it_running_and_says_what_its_next_start_comes_to(
+    tmp_path: Path,
+    signers: str,
+    first: Path,
+    second: Path,
+    resigned: Callable[..., Path],
+    mode: str,
+    shared: bool,
+) -> None:
+    """Where the weights are another release's too, neither starts; else the device goes back by itself."""
+    device = enrolled(tmp_path, signers, mode)
+    newer = second if shared else resigned(sequence=2, weights=b"GGUF" + b"2" * 6000)
+    for path in (first, newer):
+        device.run("install", path)
+    before, now = releases.release_of(first), releases.release_of(newer)
+    well = device.run("fsck").document
+    flip(device.root / "current/model.gguf")
+    device.ran.clear()
+
+    answer = device.run("fsck")
+
+    found = answer.document
+    back = before if mode == "user" and not shared else None
+    assert (well["current"], well["restarts"], well["back"]) == (now, True, None)
+    assert (found["current"], found["restarts"], found["back"]) == (now, False, back)
+    assert (device.ran, device.current()) == ([], now)
+    assert f"release {now[:12]} lacks files" in answer.said
+    assert device.run("boot").document["outcome"] == ("broken" if shared else "went-back")
+
+
 def test_a_bundle_repairs_what_fsck_found(device: Device, first: Path, second: Path) -> None:
     device.run("install", first)
     flip(device.root / "current/model.gguf")
@@ -976,24 +1114,42 @@ def test_a_release_that_lost_or_changed_a_file_is_refused(device: Device, first:
 # ── back again: rollback, boot ──
 
 
-def test_rollback_swaps_current_and_previous(device: Device, first: Path, second: Path) -> None:
+def test_a_rollback_never_returns_to_what_was_rolled_back_from(
+    device: Device, first: Path, second: Path, resigned: Callable[..., Path]
+) -> None:
+    third = resigned(sequence=3, files={"notes.txt": "a third"})
+    assert device.enroll("", "--keep", "3").status == 0
     device.run("install", first)
     assert device.run("rollback").status == 6
     device.run("install", second)
+    device.run("install", third)
+    names = [releases.release_of(path) for path in (first, second, third)]
 
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+    assert (device.current(), device.previous()) == (names[1], names[0])
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(second), releases.release_of(first))
+    assert (device.current(), device.previous()) == (names[0], None)
+    refused = device.run("rollback")
+
+    assert (refused.status, device.current()) == (6, names[0])
+    assert "no other good release" in refused.said
+    again = device.run("install", third).document
+    assert (again["outcome"], again["previous"]) == ("good", names[0])
 
 
-def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second: Path) -> None:
+@pytest.mark.parametrize("cut", ["good", "current"])
+def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second: Path, cut: str) -> None:
+    """After the mark of the release is gone, or after the link too."""
     device.run("install", first)
     device.run("install", second)
-    installer.point(str(device.root / "current"), "releases/" + releases.release_of(first))
+    names = [releases.release_of(path) for path in (first, second)]
+    installer.remove(device.store.release(names[1]) + ".good")
+    if cut == "current":
+        installer.point(str(device.root / "current"), "releases/" + names[0])
 
     assert device.run("rollback").status == 0
-    assert (device.current(), device.previous()) == (releases.release_of(first), releases.release_of(second))
+    assert (device.current(), device.previous()) == (names[0], None)
+    assert device.run("rollback").status == 6
 
 
 def interrupted(device: Device, path: Path) -> None:
@@ -1154,7 +1310,7 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
     assert sorted(device.store.releases()) == sorted(names[-2:])
     device.run("rollback")
     device.run("gc", "--keep", "1")
-    assert sorted(device.store.releases()) == sorted(names[-2:])
+    assert device.store.releases() == [names[-2]]
     linked = {path.stat().st_nlink for path in (device.root / "blobs/sha256").iterdir()}
     assert 1 not in linked
 
@@ -1219,7 +1375,28 @@ def test_mode_user_runs_one_unit_of_its_own(tmp_path: Path, signers: str, first:
 
     assert device.ran[-1] == "systemctl --user start edgepack.service"
     unit = (tmp_path / "units/edgepack.service").read_text()
-    assert f"ExecStart=/bin/sh {device.root}/current/start.sh\n" in unit
+    assert f"ExecStartPost=/bin/sh {device.root}/current/start.sh ready\n" in unit
+
+
+@pytest.mark.parametrize(("carried", "started"), [(True, "the release's"), (False, "/opt/server")])
+def test_mode_user_starts_the_server_that_was_tested(
+    tmp_path: Path, signers: str, first: Path, carried: bool, started: str
+) -> None:
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    start = device.root / "current/start.sh"
+    start.unlink()
+    start.write_text("echo ${EDGEPACK_LLAMA_SERVER:-the release\\'s}\n")
+    if not carried:
+        (device.root / "current" / agent.SERVER).unlink()
+    lines = (tmp_path / "units/edgepack.service").read_text().splitlines()
+    (command,) = (line.partition("=")[2] for line in lines if line.startswith("ExecStart="))
+
+    done = subprocess.run(
+        shlex.split(command), env={"EDGEPACK_LLAMA_SERVER": "/opt/server"}, capture_output=True, check=True
+    )
+
+    assert done.stdout.decode() == started + "\n"
 
 
 def test_a_release_whose_server_does_not_start_goes_back_with_its_units(

@@ -155,7 +155,7 @@ def fsck(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
 
 
 ENDS: dict[Act, tuple[int, int, int | None]] = {
-    install: (0, 2, 1), received: (0, 2, 1), consumed: (0, 2, 1), fails: (5, 1, 0), rollback: (0, 0, 1),
+    install: (0, 2, 1), received: (0, 2, 1), consumed: (0, 2, 1), fails: (5, 1, 0), rollback: (0, 0, None),
     gc: (0, 1, None), boot: (0, 0, None), fsck: (0, 1, 0),
 }  # fmt: skip
 """What each comes to: exit status, and which of the three releases are current and previous then."""
@@ -245,20 +245,26 @@ def test_enrolling_goes_on_where_it_failed(
     key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None
 ) -> None:
     signers = sign.allowed_signer(key)
+    brought = tmp_path / "agent.pyz"
+    brought.write_bytes(b"agent")
+    words = (signers, "--agent", str(brought))
     for at in itertools.count(1):
         device = Device(tmp_path / str(at))
         with monkeypatch.context() as patched:
             disk = Disk(at, failure)
             patched.setattr(installer, "os", disk)
             try:
-                status = device.enroll(signers).status
+                status = device.enroll(*words).status
             except Killed:
                 status = -1
         if disk.calls < at:
             break
 
         assert status in (-1, 0, 2, 10), at
-        assert device.enroll(signers).status == 0, at
+        kept = device.root / "agent.pyz"
+        assert not kept.exists() or kept.read_bytes() == b"agent", at
+        assert device.enroll(*words).status == 0, at
+        assert kept.read_bytes() == b"agent", at
         assert (device.root / "allowed_signers").read_text() == signers
         assert [path.name for path in device.root.rglob(".new-*")] == [], at
     assert at > 20

@@ -49,7 +49,8 @@ def test_every_profile_renders_and_every_start_file_bounds_memory(name: str) -> 
     rendered = render(plan)
 
     flags = llama_cpp.launch(plan.settings, alias=plan.model.id)
-    service = rendered["edgepack.service"].replace("\\\n", " ").split()
+    carried = render(plan, with_runtime=True)
+    service = carried["edgepack.service"].replace("\\\n", " ").split()
     start = rendered["start.sh"].replace("\\\n", " ").split()
     quadlet = rendered["edgepack.container"].replace("\\\n", " ").split()
     command = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]["command"]
@@ -168,6 +169,13 @@ def test_a_bundled_server_is_the_one_that_is_started() -> None:
     assert service["entrypoint"] == ["/bundle/bin/llama-server"]
 
 
+def test_without_one_the_unit_leaves_it_to_the_start_file_which_knows_the_enrolled_server() -> None:
+    rendered = render(example_plan("raspberry-pi-5-8gb"))
+
+    assert f"ExecStart=/bin/sh {RELEASE}/start.sh run\n" in rendered["edgepack.service"]
+    assert "llama-server \\" not in rendered["edgepack.service"]
+
+
 HOSTILE = ["a b", "$(reboot)", "`reboot`", "'; reboot; '", '"; reboot; "', "%n", "${HOME}", "$HOME",
            "a\nb: c", "\\", "#x", "{{ 1 }}", "é😀", "\x85\x7f\u2028", "*", "-x", "x\\"]  # fmt: skip
 
@@ -177,7 +185,7 @@ def test_a_hostile_model_name_stays_one_word_everywhere(value: str) -> None:
     plan = example_plan("jetson-orin-nano-8gb", model=value)
     plan = replace(plan, profile=replace(plan.profile, title=value))
 
-    rendered = render(plan)
+    rendered = render(plan, with_runtime=True)  # the unit that has the flags
 
     service = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]
     assert service["command"][service["command"].index("--alias") + 1] == value.replace("$", "$$")

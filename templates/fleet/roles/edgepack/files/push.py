@@ -30,6 +30,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 SYSTEM_ROOT = "/var/lib/edgepack"
+USER_ROOT = "~/.local/share/edgepack"
 PIECE = 1 << 18
 PATIENCE = (1, 2, 4, 8, 15, 30, 60, 60)
 """Seconds to wait before each further try to reach a device; they count anew whenever something arrived."""
@@ -39,7 +40,7 @@ BUSY = 11
 
 AGENT = f"""\
 import os, sys
-roots = [sys.argv[1]] if sys.argv[1] else [{SYSTEM_ROOT!r}, os.path.expanduser("~/.local/share/edgepack")]
+roots = [sys.argv[1]] if sys.argv[1] else [{SYSTEM_ROOT!r}, os.path.expanduser({USER_ROOT!r})]
 found = [root for root in roots if os.access(os.path.join(root, "enrolled.json"), os.R_OK)]
 mine = [root for root in found if os.stat(root).st_uid == os.geteuid()] or found
 if not mine:
@@ -241,7 +242,7 @@ def enroll(device: Device, options: argparse.Namespace) -> Any:
     program = (HERE / "enroll.txt").read_text(encoding="utf-8").format(**encoded)
     root = device.root
     if not root:
-        places = {"system": SYSTEM_ROOT, "user": "~/.local/share/edgepack"}
+        places = {"system": SYSTEM_ROOT, "user": USER_ROOT}
         if options.mode not in places:
             raise Failure(2, "mode none has no usual place: --root PATH")
         look = "import os, sys, json; print(json.dumps(os.path.expanduser(sys.argv[1])))"
