@@ -460,6 +460,13 @@ def evaluate(
     )
 
 
+WRITTEN: serde.Also = {
+    CheckReport: {"passed": bool, "verdict": Verdict},
+    Residual: {"bytes": int, "relative": float},
+}
+"""What `to_document` adds to the fields of these."""
+
+
 def to_document(report: CheckReport) -> dict[str, object]:
     """The report as JSON: verdicts, residuals, and the facts they rest on.
 

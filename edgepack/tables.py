@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from edgepack.choice import Explanation
 from edgepack.plan import ModelRef, Plan, beginning, label
@@ -249,6 +249,12 @@ def inspect(document: Mapping[str, Any]) -> str:
     return _text(lines)
 
 
+def schemas(found: Iterable[tuple[str, str, Sequence[str]]]) -> str:
+    """Name, title and writers of each document."""
+    rows = [("name", "document", "written by")]
+    return _text(_columns([*rows, *((name, title, ", ".join(by)) for name, title, by in found)]))
+
+
 def quality(name: str, document: Mapping[str, Any]) -> str:
     """What was measured of an artifact."""
     return _text([f"{name} on {document['runtime']}", "", *quality_lines(document)])
@@ -298,7 +304,30 @@ def profiles(everything: Iterable[DeviceProfile]) -> str:
     return _text(_columns(rows))
 
 
-def profile_row(found: DeviceProfile) -> dict[str, Any]:
+class ProfileRow(TypedDict):
+    name: str
+    aliases: list[str]
+    title: str
+    arch: str
+    memory_bytes: int
+    """Of the accelerator where it has its own, else what the system reports."""
+    budget_bytes: int
+    """What a server may use of it, headless."""
+    bandwidth_gbs: float
+    power_mode: str
+    """The default one, whose bandwidth it is."""
+    deployable: bool
+    """Whether bundles can be built for it; else it is for planning only."""
+
+
+class ProfilesDocument(TypedDict):
+    """The built-in profiles."""
+
+    schema_version: Literal[1]
+    profiles: list[ProfileRow]
+
+
+def profile_row(found: DeviceProfile) -> ProfileRow:
     """A profile's summary, as in `profiles list --json`."""
     mode = found.mode()
     own = found.accelerator.memory if found.accelerator else None

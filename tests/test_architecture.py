@@ -46,6 +46,7 @@ LEVELS = (
     {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
     {"fleet", "swu", "registry"},
+    {"documents"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""
