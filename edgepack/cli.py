@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from click.shell_completion import CompletionItem
 from edgepack import __version__, errors
 from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, NotFound
 from edgepack.progress import Progress, Silent, Terminal
+from edgepack.screen import PLAIN, Screen
 
 if TYPE_CHECKING:
     from edgepack.check import CheckReport
@@ -343,7 +345,7 @@ def fit(progress: Progress, /, **options: Any) -> None:
     else:
         from edgepack import tables
 
-        click.echo(tables.fit(document), nl=False)
+        click.echo(tables.fit(document, _screen()), nl=False)
 
 
 @cli.command()
@@ -392,9 +394,9 @@ def plan(
             document |= {"explanation": serde.dump(explanation)}
         _print_json(document)
     else:
-        click.echo(tables.plan(chosen, explanation), nl=False)
+        click.echo(tables.plan(chosen, explanation, _screen()), nl=False)
         if pareto:
-            click.echo(tables.pareto(chosen), nl=False)
+            click.echo(tables.pareto(chosen, _screen()), nl=False)
 
 
 @cli.command()
@@ -475,7 +477,7 @@ def build(
             hint="leave it out, or have one made: --teacher T --distill",
         )
     if not as_json and not isinstance(progress, Silent):
-        click.echo(tables.plan(chosen, None), nl=False, err=True)
+        click.echo(tables.plan(chosen, None, _screen(err=True)), nl=False, err=True)
     teaching = None if chosen.model.lesson is None else pipeline.distillation_options(options)
     if dry_run:
         _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
@@ -691,7 +693,7 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(document)
     else:
-        click.echo(tables.inspect(document), nl=False)
+        click.echo(tables.inspect(document, _screen()), nl=False)
 
 
 @cli.command()
@@ -775,7 +777,7 @@ def check(
     if as_json:
         _print_json(document)
     else:
-        click.echo(checks.table(report), nl=False)
+        click.echo(checks.table(report, _screen()), nl=False)
     if not report.passed:
         failed = ", ".join(item.name for item in report.items if item.status == "fail")
         raise CheckFailed(
@@ -1257,7 +1259,7 @@ def profiles_list(as_json: bool) -> None:
     if as_json:
         _print_json({"schema_version": 1, "profiles": [tables.profile_row(p) for p in everything]})
     else:
-        click.echo(tables.profiles(everything), nl=False)
+        click.echo(tables.profiles(everything, _screen()), nl=False)
 
 
 @profiles.command("show")
@@ -1277,7 +1279,7 @@ def profiles_show(name: str, as_json: bool) -> None:
     if as_json:
         _print_json(_document(serde.dump(found)))
     else:
-        click.echo(tables.profile(found), nl=False)
+        click.echo(tables.profile(found, _screen()), nl=False)
 
 
 @profiles.command("validate")
@@ -1327,7 +1329,8 @@ def schema_command(name: str | None, as_json: bool) -> None:
     elif as_json:
         _print_json(documents.listing())
     else:
-        click.echo(tables.schemas((d.name, d.title, d.written_by) for d in documents.DOCUMENTS), nl=False)
+        rows = ((d.name, d.title, d.written_by) for d in documents.DOCUMENTS)
+        click.echo(tables.schemas(rows, _screen()), nl=False)
 
 
 @cli.command()
@@ -1501,6 +1504,14 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise NotFound(f"{path} does not exist", hint="check the path")
     return path
+
+
+def _screen(*, err: bool = False) -> Screen:
+    """The terminal that stdout or stderr is; no width and no color where it is none. https://no-color.org"""
+    if not (sys.stderr if err else sys.stdout).isatty():
+        return PLAIN
+    colorless = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return Screen(width=max(40, shutil.get_terminal_size().columns), color=not colorless)
 
 
 def _document(fields: object) -> dict[str, Any]:

@@ -32,6 +32,7 @@ LEVELS = (
         "progress",
         "serde",
         "drawing",
+        "screen",
     },
     {"profile", "modelspec", "l4t"},
     {"layouts", "students"},
