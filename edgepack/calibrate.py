@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from edgepack import catalog, ggufheader, modelspec, schemes, serde, speed
 from edgepack.check import BUSY_LOAD as BUSY_LOAD
@@ -188,9 +188,32 @@ def to_yaml(found: Calibration, *, base: str) -> str:
     return "\n".join(line.replace("\n", " ") for line in lines) + "\n" + serde.to_yaml(document)
 
 
+class ResidualDocument(TypedDict):
+    """A reading, and what the constants make of it, in tokens per second."""
+
+    where: str
+    model: str
+    scheme: str
+    decode: float
+    predicted: float
+    relative: float
+
+
+class CalibrationDocument(TypedDict):
+    """The constants that were fitted on a device's own runs."""
+
+    schema_version: Literal[1]
+    profile: str
+    power_mode: str
+    constants: SpeedConstants
+    residuals: list[ResidualDocument]
+    refused: tuple[Refused, ...]
+    warnings: list[str]
+
+
 def to_document(found: Calibration) -> dict[str, object]:
-    """The result as JSON."""
-    residuals = [
+    """The result as JSON, a CalibrationDocument."""
+    residuals: list[ResidualDocument] = [
         {
             "where": r.where, "model": r.model, "scheme": r.scheme, "decode": r.decode,
             "predicted": round(r.predicted, 3), "relative": round(r.relative, 5),

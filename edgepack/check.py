@@ -22,6 +22,7 @@ from edgepack.plan import Plan
 from edgepack.profile import Arch
 from edgepack.progress import Progress
 from edgepack.runtimes import llama_cpp, vllm
+from edgepack.screen import PLAIN, Screen
 from edgepack.shell import run
 from edgepack.units import GIB, MIB, show
 
@@ -460,6 +461,13 @@ def evaluate(
     )
 
 
+WRITTEN: serde.Also = {
+    CheckReport: {"passed": bool, "verdict": Verdict},
+    Residual: {"bytes": int, "relative": float},
+}
+"""What `to_document` adds to the fields of these."""
+
+
 def to_document(report: CheckReport) -> dict[str, object]:
     """The report as JSON: verdicts, residuals, and the facts they rest on.
 
@@ -474,21 +482,22 @@ def to_document(report: CheckReport) -> dict[str, object]:
     return {**_object(serde.dump(report)), **verdicts, "residuals": residuals}
 
 
-def table(report: CheckReport) -> str:
+def table(report: CheckReport, screen: Screen = PLAIN) -> str:
     """The report for people."""
     signs: dict[Status, str] = {
         "pass": "ok", "warn": "warn", "fail": "FAIL", "note": "-", "not-comparable": "n/c",
     }  # fmt: skip
-    lines = [f"{report.facts.bundle.name}  {report.facts.bundle.manifest_digest}", ""]
-    lines += _columns(
+    lines = [*screen.line(f"{report.facts.bundle.name}  {report.facts.bundle.manifest_digest}", "title"), ""]
+    lines += screen.columns(
         [("", "check", "expected", "measured")]
-        + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items]
+        + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items],
+        styles={"ok": "good", "warn": "warning", "FAIL": "bad", "n/c": "quiet"},
     )
     remarks = [f"{i.name}: {i.message}" for i in report.items if i.message and i.status != "not-comparable"]
     remarks += [f"not comparable: {names}: {why}" for why, names in _not_comparable(report.items).items()]
     if remarks or report.notes:
-        lines += ["", *remarks, *report.notes]
-    lines += ["", _conclusion(report)]
+        lines += ["", *screen.lines((*remarks, *report.notes))]
+    lines += ["", *screen.line(_conclusion(report), "good" if report.passed else "bad")]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -1255,8 +1264,3 @@ def _object(value: object) -> dict[str, object]:
 
 def _short(digest: str) -> str:
     return digest[: len("sha256:") + 12]
-
-
-def _columns(rows: list[tuple[str, str, str, str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
-from edgepack import __version__
+from edgepack import __version__, errors
 from edgepack.errors import BadInput, CheckFailed, EdgepackError, Interrupted, NotFound, NothingFits
 from edgepack.progress import Progress, Silent, Terminal
+from edgepack.screen import PLAIN, Screen
 
 if TYPE_CHECKING:
     from edgepack.check import CheckReport
@@ -42,6 +45,65 @@ PLANNED = (
 TEACHING = {"data_files": "--data", "steps": "--steps", "preset": "--preset"}
 """Options of `build` that only a student that is still to be made has a use for."""
 ANYWHERE = frozenset({"-q", "--quiet", "-v", "--verbose"})
+
+
+Completed = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+SHELLS = ("bash", "zsh", "fish")
+
+
+def _completed(names: Callable[[], Iterable[str]], *, files: bool = False) -> Completed:
+    """What a shell offers for a value: those of ``names`` that begin so, and with ``files`` what lies on the disk."""
+
+    def offered(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        found = [CompletionItem(name) for name in names() if name.lower().startswith(begun.lower())]
+        return found or ([CompletionItem(begun, type="file")] if files else [])
+
+    return offered
+
+
+def _profile_names() -> Iterable[str]:
+    from edgepack import profile
+
+    known = [profile.load(name) for name in profile.names()]
+    return sorted(name for found in known for name in (found.name, *found.aliases))
+
+
+def _model_names() -> Iterable[str]:
+    from edgepack import catalog
+
+    return sorted({*(model.id for model in catalog.models()), *catalog.built_in()})
+
+
+def _runtime_names() -> Iterable[str]:
+    from edgepack import runtimes
+
+    return (runtime.NAME for runtime in runtimes.RUNTIMES)
+
+
+def _scheme_names() -> Iterable[str]:
+    from edgepack import runtimes
+
+    return sorted({scheme for runtime in runtimes.RUNTIMES for scheme in runtime.SCHEMES})
+
+
+def _schema_names() -> Iterable[str]:
+    from edgepack import documents
+
+    return (document.name for document in documents.DOCUMENTS)
+
+
+def _symptom_names() -> Iterable[str]:
+    from edgepack import faults
+
+    return sorted(rule.id for rule in faults.RULES)
+
+
+def _exit_codes() -> str:
+    """The table at the end of `edgepack --help`, out of the errors themselves."""
+    told = {0: "Done, and all that was asked is so.", 1: "Anything without a code of its own."}
+    for kind in errors.EdgepackError.__subclasses__():
+        told[kind.exit_code] = str(kind.__doc__).splitlines()[0]
+    return "\n".join(("\b", "Exit codes:", *(f"  {code:>3}  {text}" for code, text in told.items())))
 
 
 class Group(click.Group):
@@ -95,7 +157,11 @@ def main() -> None:
     cli(standalone_mode=True)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_exit_codes(),
+)
 @click.version_option(__version__, prog_name="edgepack")
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing but results and errors.")
 @click.option("-v", "--verbose", is_flag=True, help="Say more about what is done.")
@@ -122,10 +188,12 @@ def _model_options(command: Command) -> Command:
                      help="Users served at the same time."),
         click.option("--context", type=click.IntRange(1), metavar="N",
                      help="Tokens in all slots together."),
-        click.option("--runtime", metavar="R", help="llama.cpp (the default), vllm, onnx-genai, transformers."),
+        click.option("--runtime", metavar="R", help="llama.cpp (the default), vllm, onnx-genai, transformers.",
+                     shell_complete=_completed(_runtime_names)),
         click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="YAML file of more models, in the form of edgepack/catalog/*.yaml."),
-        click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M, gptq-int4-g128, onnx-int4."),
+        click.option("--scheme", metavar="S", help="Quantization scheme, e.g. Q4_K_M, gptq-int4-g128, onnx-int4.",
+                     shell_complete=_completed(_scheme_names)),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -136,7 +204,8 @@ def _student_options(command: Command) -> Command:
         click.option("--distill", is_flag=True,
                      help="Choose what a student of --teacher begins as: a smaller model of its family, or what "
                           "is kept of itself; a build teaches it."),
-        click.option("--teacher", metavar="T", help="Choose among this teacher's known students."),
+        click.option("--teacher", metavar="T", help="Choose among this teacher's known students.",
+                     shell_complete=_completed(_model_names, files=True)),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -146,8 +215,9 @@ def _device_options(command: Command) -> Command:
     for option in (
         click.option("--power-mode", metavar="NAME", help="Power mode by name, e.g. 25W."),
         click.option("--desktop", is_flag=True, help="A desktop session runs on the device."),
-        click.option("--profile", metavar="P", help="A profile's name, alias, or YAML file."),
-    ):
+        click.option("--profile", metavar="P", help="A profile's name, alias, or YAML file.",
+                     shell_complete=_completed(_profile_names, files=True)),
+    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -251,7 +321,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 @cli.command()
-@click.option("--model", required=True, metavar="M", help="Folder, config.json, .gguf, or catalog id.")
+@click.option("--model", required=True, metavar="M", help="Folder, config.json, .gguf, or catalog id.",
+              shell_complete=_completed(_model_names, files=True))  # fmt: skip
 @_device_options
 @_model_options
 @click.option("--imatrix", is_flag=True, help="Sizes as with an importance matrix.")
@@ -276,14 +347,15 @@ def fit(progress: Progress, /, **options: Any) -> None:
     else:
         from edgepack import tables
 
-        click.echo(tables.fit(document), nl=False)
+        click.echo(tables.fit(document, _screen()), nl=False)
     if document["fits"] is False:
         raise NothingFits(f"{document['model']} at {document['scheme']} does not fit {options['profile']}")
 
 
 @cli.command()
 @_device_options
-@click.option("--model", metavar="M", help="Folder, config.json, .gguf, catalog id, or Hub id.")
+@click.option("--model", metavar="M", help="Folder, config.json, .gguf, catalog id, or Hub id.",
+              shell_complete=_completed(_model_names, files=True))  # fmt: skip
 @_student_options
 @_model_options
 @click.option("--imatrix", is_flag=True, help="An importance matrix will be given to the build.")
@@ -326,14 +398,15 @@ def plan(
             document |= {"explanation": serde.dump(explanation)}
         _print_json(document)
     else:
-        click.echo(tables.plan(chosen, explanation), nl=False)
+        click.echo(tables.plan(chosen, explanation, _screen()), nl=False)
         if pareto:
-            click.echo(tables.pareto(chosen), nl=False)
+            click.echo(tables.pareto(chosen, _screen()), nl=False)
 
 
 @cli.command()
 @_device_options
-@click.option("--model", metavar="M", help="Folder, .gguf, catalog id, or Hub id.")
+@click.option("--model", metavar="M", help="Folder, .gguf, catalog id, or Hub id.",
+              shell_complete=_completed(_model_names, files=True))  # fmt: skip
 @_student_options
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Build exactly this plan.")
 @_model_options
@@ -408,7 +481,7 @@ def build(
             hint="leave it out, or have one made: --teacher T --distill",
         )
     if not as_json and not isinstance(progress, Silent):
-        click.echo(tables.plan(chosen, None), nl=False, err=True)
+        click.echo(tables.plan(chosen, None, _screen(err=True)), nl=False, err=True)
     teaching = None if chosen.model.lesson is None else pipeline.distillation_options(options)
     if dry_run:
         _print_json(serde.dump(chosen)) if as_json else click.echo("dry run: nothing was built", err=True)
@@ -436,15 +509,14 @@ def build(
 
 
 @cli.command()
-@click.option(
-    "--model", required=True, metavar="M", help="Folder, .gguf in full precision, catalog id, or Hub id."
-)
-@click.option("--scheme", metavar="S", help="Quantization scheme, e.g. gptq-int4-g128, Q4_K_M, onnx-int4.")
+@click.option("--model", required=True, metavar="M", shell_complete=_completed(_model_names, files=True),
+              help="Folder, .gguf in full precision, catalog id, or Hub id.")  # fmt: skip
+@click.option("--scheme", metavar="S", help="Quantization scheme, e.g. gptq-int4-g128, Q4_K_M, onnx-int4.",
+              shell_complete=_completed(_scheme_names))  # fmt: skip
 @click.option("--preset", type=click.Choice(["article", "article-better"]),
               help="The article's GPTQ (4 bits, group 128), or its cure (group 64, act order).")  # fmt: skip
-@click.option(
-    "--profile", metavar="P", help="Device that it is for: ONNX graphs differ, gguf-budget fills it."
-)
+@click.option("--profile", metavar="P", shell_complete=_completed(_profile_names, files=True),
+              help="Device that it is for: ONNX graphs differ, gguf-budget fills it.")  # fmt: skip
 @click.option("--context", type=click.IntRange(1), metavar="N",
               help="Tokens of one sequence on the device (default 4096, or all the model was trained on).")  # fmt: skip
 @_calibration_options
@@ -468,26 +540,26 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
       edgepack quantize --model ./my-model --scheme onnx-int4 --profile consumer-8gb --context 8192
       edgepack quantize --model ./my-model --preset article --max-ppl-loss 2%
     """
-    from edgepack import pipeline, tables
+    from edgepack import pipeline, serde, tables
 
-    document = pipeline.quantize(options, output, progress)
+    account = pipeline.quantize(options, output, progress)
     if as_json:
-        _print_json(document)
+        _print_json(serde.dump(account))
     elif isinstance(progress, Silent):
-        click.echo(document["path"])
+        click.echo(str(account.path))
     else:
-        click.echo(tables.quantized(document), nl=False)
+        click.echo(tables.quantized(_document(serde.dump(account))), nl=False)
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="T", help="Folder, catalog id, or Hub id.")
+@click.option("--teacher", required=True, metavar="T", help="Folder, catalog id, or Hub id.",
+              shell_complete=_completed(_model_names, files=True))  # fmt: skip
 @click.option("--student", metavar="S",
               help="Smaller model with the same tokenizer to start from, or an earlier student.")  # fmt: skip
 @click.option("--prune", metavar="SPEC",
               help="Start from what is kept of the teacher: layers=0.5,ffn=1024,heads=…,hidden=….")  # fmt: skip
-@click.option(
-    "--profile", metavar="P", help="Without --student and --prune: the largest student that runs well there."
-)
+@click.option("--profile", metavar="P", shell_complete=_completed(_profile_names, files=True),
+              help="Without --student and --prune: the largest student that runs well there.")  # fmt: skip
 @click.option("--replay", "replay_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="What an earlier student was made with, mixed in so that it is not forgotten.")  # fmt: skip
 @click.option("--replay-share", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="X",
@@ -524,15 +596,15 @@ def distill(progress: Progress, /, output: Path | None, as_json: bool, **options
       edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --preset article
       edgepack distill --teacher ./my-model --student half/ --data new.jsonl --replay chats.jsonl -o half-2/
     """
-    from edgepack import pipeline, tables
+    from edgepack import pipeline, serde, tables
 
-    document = pipeline.distill(options, output, progress)
+    account = pipeline.distill(options, output, progress)
     if as_json:
-        _print_json(document)
+        _print_json(serde.dump(account))
     elif isinstance(progress, Silent):
-        click.echo(document["path"])
+        click.echo(str(account.path))
     else:
-        click.echo(tables.distilled(document), nl=False)
+        click.echo(tables.distilled(_document(serde.dump(account))), nl=False)
 
 
 @cli.command()
@@ -625,7 +697,7 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(document)
     else:
-        click.echo(tables.inspect(document), nl=False)
+        click.echo(tables.inspect(document, _screen()), nl=False)
 
 
 @cli.command()
@@ -709,7 +781,7 @@ def check(
     if as_json:
         _print_json(document)
     else:
-        click.echo(checks.table(report), nl=False)
+        click.echo(checks.table(report, _screen()), nl=False)
     if not report.passed:
         failed = ", ".join(item.name for item in report.items if item.status == "fail")
         raise CheckFailed(
@@ -986,7 +1058,8 @@ def emit(
 
 @cli.command()
 @click.argument("source", required=False, metavar="BUNDLE|CHECK.json|LOG|-")
-@click.option("--symptom", metavar="NAME", help="Answer by name what no log shows (docs/troubleshooting.md).")
+@click.option("--symptom", metavar="NAME", help="Answer by name what no log shows (docs/troubleshooting.md).",
+              shell_complete=_completed(_symptom_names))  # fmt: skip
 @json_option
 def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
     """Name cause and cure of a failed check, of a log, or of a bundle that this machine would not carry.
@@ -1097,7 +1170,8 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
 
 
 @cli.command()
-@click.option("--profile", required=True, metavar="P", help="A profile's name, alias, or YAML file.")
+@click.option("--profile", required=True, metavar="P", help="A profile's name, alias, or YAML file.",
+              shell_complete=_completed(_profile_names, files=True))  # fmt: skip
 @click.option("--power-mode", metavar="NAME", help="Power mode that was measured; default the profile's.")
 @click.option("--from", "files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="llama-bench JSON, a check report, or rows; give it more than once.")  # fmt: skip
@@ -1177,34 +1251,51 @@ def profiles() -> None:
 @profiles.command("list")
 @json_option
 def profiles_list(as_json: bool) -> None:
-    """All built-in profiles with their budgets."""
+    """All built-in profiles with their budgets.
+
+    \b
+    Examples:
+      edgepack profiles list
+      edgepack profiles list --json
+    """
     from edgepack import profile, tables
 
     everything = [profile.load(name) for name in profile.names()]
     if as_json:
         _print_json({"schema_version": 1, "profiles": [tables.profile_row(p) for p in everything]})
     else:
-        click.echo(tables.profiles(everything), nl=False)
+        click.echo(tables.profiles(everything, _screen()), nl=False)
 
 
 @profiles.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=_completed(_profile_names, files=True))
 @json_option
 def profiles_show(name: str, as_json: bool) -> None:
-    """One profile, by name, alias or file, with everything it inherits."""
+    """One profile, by name, alias or file, with everything it inherits.
+
+    \b
+    Examples:
+      edgepack profiles show jetson-orin
+      edgepack profiles show mine.yaml --json
+    """
     from edgepack import profile, serde, tables
 
     found = profile.load(name)
     if as_json:
         _print_json(_document(serde.dump(found)))
     else:
-        click.echo(tables.profile(found), nl=False)
+        click.echo(tables.profile(found, _screen()), nl=False)
 
 
 @profiles.command("validate")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 def profiles_validate(files: tuple[Path, ...]) -> None:
-    """Read profile files and report all their problems at once."""
+    """Read profile files and report all their problems at once.
+
+    \b
+    Examples:
+      edgepack profiles validate mine.yaml
+    """
     from edgepack import profile
 
     for file in files:
@@ -1214,10 +1305,56 @@ def profiles_validate(files: tuple[Path, ...]) -> None:
 
 @profiles.command("schema")
 def profiles_schema() -> None:
-    """JSON Schema of profile files, for editors."""
+    """JSON Schema of profile files, for editors.
+
+    \b
+    Examples:
+      edgepack profiles schema > profile.schema.json
+    """
     from edgepack import profile
 
     _print_json(profile.schema())
+
+
+@cli.command("schema")
+@click.argument("name", required=False, shell_complete=_completed(_schema_names))
+@json_option
+def schema_command(name: str | None, as_json: bool) -> None:
+    """JSON Schema of a document that edgepack writes; without NAME, which there are.
+
+    \b
+    Examples:
+      edgepack schema
+      edgepack schema check > check.schema.json
+    """
+    from edgepack import documents, tables
+
+    if name is not None:
+        _print_json(documents.schema(documents.named(name)))
+    elif as_json:
+        _print_json(documents.listing())
+    else:
+        rows = ((d.name, d.title, d.written_by) for d in documents.DOCUMENTS)
+        click.echo(tables.schemas(rows, _screen()), nl=False)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what teaches a shell edgepack's commands, options and values.
+
+    \b
+    Examples:
+      edgepack completion bash > ~/.local/share/bash-completion/completions/edgepack
+      edgepack completion zsh > ~/.zfunc/_edgepack
+      edgepack completion fish > ~/.config/fish/completions/edgepack.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise BadInput(f"click knows no shell {shell}")
+    click.echo(kind(cli, {}, "edgepack", "_EDGEPACK_COMPLETE").source())
 
 
 @cli.group("toolchain")
@@ -1228,7 +1365,12 @@ def toolchain_group() -> None:
 @toolchain_group.command("install")
 @click.pass_obj
 def toolchain_install(progress: Progress) -> None:
-    """Build llama.cpp (about 9 CPU minutes); resumes, and does nothing when it is there."""
+    """Build llama.cpp (about 9 CPU minutes); resumes, and does nothing when it is there.
+
+    \b
+    Examples:
+      edgepack toolchain install
+    """
     from edgepack import toolchain
 
     click.echo(str(toolchain.install(progress).root))
@@ -1237,7 +1379,12 @@ def toolchain_install(progress: Progress) -> None:
 @toolchain_group.command("status")
 @json_option
 def toolchain_status(as_json: bool) -> None:
-    """Say whether llama.cpp is built, and which."""
+    """Say whether llama.cpp is built, and which.
+
+    \b
+    Examples:
+      edgepack toolchain status
+    """
     from edgepack import serde, toolchain
 
     status = _document(serde.dump(toolchain.status()))
@@ -1256,7 +1403,12 @@ def key_group() -> None:
 @key_group.command("new")
 @click.argument("path", type=click.Path(path_type=Path))
 def key_new(path: Path) -> None:
-    """Make a key pair and the allowed_signers line to enroll on devices."""
+    """Make a key pair and the allowed_signers line to enroll on devices.
+
+    \b
+    Examples:
+      edgepack key new ~/.ssh/edgepack
+    """
     from edgepack import workspace
     from edgepack.bundle import sign
 
@@ -1357,6 +1509,14 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         raise NotFound(f"{path} does not exist", hint="check the path")
     return path
+
+
+def _screen(*, err: bool = False) -> Screen:
+    """The terminal that stdout or stderr is; no width and no color where it is none. https://no-color.org"""
+    if not (sys.stderr if err else sys.stdout).isatty():
+        return PLAIN
+    colorless = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return Screen(width=max(40, shutil.get_terminal_size().columns), color=not colorless)
 
 
 def _document(fields: object) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import edgepack.calibration as calibrations
 from edgepack import __version__, heldout, modelcard, modelspec, quality, serde, students, workspace
@@ -81,6 +82,20 @@ class Expected:
     online: bool
     """Whether the teacher runs beside the student."""
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What `edgepack distill` says of a student that it made, or would make."""
+
+    path: Path
+    report: Report | None = None
+    """None where nothing was made."""
+    expected: Expected | None = None
+    """With --dry-run."""
+    recovery: tuple[str, ...] = ()
+    """How much of the way to the teacher was gone, a sentence for each held-out set of the report."""
+    schema_version: Literal[1] = 1
 
 
 def expected(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal, TypedDict
 
 from edgepack import allocation, memory, runtimes, schemes
 from edgepack.errors import Unsupported
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
+from edgepack.parts import Place, Provenance
 from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.settings import Settings
@@ -204,7 +206,79 @@ def longest(limit: int, fits: Callable[[int], bool]) -> int:
     return low * _STEP
 
 
-def to_document(result: Fit) -> dict[str, object]:
+class PartDocument(TypedDict):
+    """One part of the memory; bytes, and the ends of their interval."""
+
+    name: str
+    bytes: int
+    low: int
+    high: int
+    provenance: Provenance
+    place: Place
+    note: str
+
+
+class TotalDocument(TypedDict):
+    bytes: int
+    low: int
+    high: int
+
+
+class ExactDocument(TypedDict):
+    """What llama.cpp itself says, with --exact."""
+
+    weights_bytes: int
+    file_bytes: int | None
+    kv_cache_bytes: int
+    recurrent_state_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    provenance: Provenance
+    note: str
+
+
+class FitDocument(TypedDict):
+    """The answer of `edgepack fit`: the parts, the whole, and how it lies to a device's budget."""
+
+    schema_version: Literal[1]
+    model: str
+    runtime: str
+    runtime_version: str
+    start_up: dict[str, int | float]
+    """What the runtime is told, or prints, about its memory when it starts."""
+    scheme: str
+    context: int
+    """Tokens in all slots together."""
+    slots: int
+    kv_type: str
+    ubatch: int
+    parts: list[PartDocument]
+    total: TotalDocument
+    weights_bytes: int
+    file_bytes: int
+    file_provenance: Provenance
+    bits_per_weight: float
+    kv_cache_bytes: int
+    compute_bytes: int
+    output_bytes: int
+    recurrent_state_bytes: int
+    host_bytes: int
+    device_bytes: int
+    budget_bytes: int | None
+    """What a server may use of the accelerator's memory, or of the memory that all share; null without a profile."""
+    budget_host_bytes: int | None
+    fits: bool | None
+    """Whether the upper ends fit; null where no device was named."""
+    max_context: int | None
+    """Largest that fits and the model was trained for; else 0."""
+    binding: str
+    """The pool with least room, and the part that takes most of it."""
+    hint: str
+    """The cheapest change that makes it fit; empty when it does."""
+    exact: ExactDocument | None
+
+
+def to_document(result: Fit) -> FitDocument:
     """The JSON document of ``edgepack fit``; bytes are whole numbers."""
     estimate, settings, room = result.estimate, result.settings, result.budget
     return {
@@ -247,6 +321,7 @@ def to_document(result: Fit) -> dict[str, object]:
         "max_context": result.max_context,
         "binding": result.binding,
         "hint": result.hint,
+        "exact": None,
     }
 
 
@@ -446,6 +521,6 @@ def binding(estimate: MemoryEstimate, room: Budget) -> str:
     )
 
 
-def _largest(estimate: MemoryEstimate, place: memory.Place | None = None) -> str:
+def _largest(estimate: MemoryEstimate, place: Place | None = None) -> str:
     parts = [part for part in estimate.parts if place is None or part.place == place]
     return max(parts, key=lambda part: part.high).name

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from edgepack import devices, enrolled, serde, shell
 from edgepack.bundle.render import environment, templates
@@ -291,6 +291,13 @@ def shortfall(done: FleetReport) -> CheckFailed | None:
         f"{len(failed)} of {len(done.hosts)} hosts failed ({told}), and {untouched} were not touched",
         hint="the report above says why; the same command goes on when the cause is gone",
     )
+
+
+class FleetDocument(TypedDict):
+    """Of each host what came of it, and its self-test as `edgepack check` writes it."""
+
+    schema_version: Literal[1]
+    hosts: dict[str, HostReport]
 
 
 def to_document(done: FleetReport) -> dict[str, object]:

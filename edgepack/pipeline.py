@@ -318,8 +318,8 @@ def request_from(options: Mapping[str, Any]) -> Request:
     )
 
 
-def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> dict[str, Any]:
-    """The JSON document of ``edgepack quantize``: the artifact in ``folder``, its record, and where it is."""
+def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> quantization.Account:
+    """Makes the artifact in ``folder``, or says what it would weigh: where it is, and its record."""
     from edgepack import hub, quantization, record
 
     scheme = _scheme_or_preset(options)
@@ -341,15 +341,14 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
         weights = schemes.weights_bytes(model.spec, scheme, imatrix=how.weighted, backend=how.backend)
     stem = f"{model.model.id.rsplit('/', 1)[-1].lower()}-{scheme.lower()}"
     out = folder / (f"{stem}.gguf" if schemes.is_gguf(scheme) else stem)
-    document: dict[str, Any] = {
-        "schema_version": 1,
-        "path": str(out),
-        "scheme": scheme,
-        "predicted_tensor_bytes": weights,
-        "provenance": "fitted" if schemes.is_budget(scheme) else "exact",
-    }
+    account = quantization.Account(
+        path=out,
+        scheme=scheme,
+        predicted_tensor_bytes=weights,
+        provenance="fitted" if schemes.is_budget(scheme) else "exact",
+    )
     if options["dry_run"]:
-        return document | {"record": None, "warnings": []}
+        return account
     _require_writable(out, weights)
     checkpoint = hub.resolve(
         model.model.source,
@@ -366,7 +365,7 @@ def quantize(options: Mapping[str, Any], folder: Path, progress: Progress) -> di
         progress,
     )
     quantization.publish(made, out, progress)
-    return document | {"record": record.shown(made.record), "warnings": list(made.warnings)}
+    return replace(account, record=record.shown(made.record), warnings=made.warnings)
 
 
 FILLS = ("torch", "transformers", "accelerate", "tokenizers", "highspy")
@@ -425,7 +424,7 @@ def quantization_options(options: Mapping[str, Any]) -> quantization.Options:
     )
 
 
-def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def fit_document(options: Mapping[str, Any], progress: Progress) -> fit.FitDocument:
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
     _divisible(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
@@ -453,7 +452,7 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> dict[str, An
         imatrix=bool(options["imatrix"]),
         runtime=runtime.NAME,
     )
-    document: dict[str, Any] = fit.to_document(result)
+    document = fit.to_document(result)
     if options.get("exact"):
         if schemes.is_budget(scheme):
             raise Unsupported(
@@ -782,8 +781,8 @@ def _student(chosen: Plan, options: BuildOptions, progress: Progress) -> Checkpo
     return replace(found, source=model.id, license=made.report.license)
 
 
-def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> dict[str, Any]:
-    """The JSON document of ``edgepack distill``: the student's folder, how it was made and what was measured."""
+def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) -> distillation.Account:
+    """Makes the student's folder, or says what it would be: how it was made and what was measured."""
     from edgepack import distillation, hub, modelcard
 
     asked = distillation_options(options)
@@ -803,7 +802,6 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
     _require_writable(place, 2 * teacher.spec.parameters)
     if place.exists() and not (place / modelcard.NAME).is_file():
         raise BadInput(f"{place} is there already and is no student", hint="choose another -o, or remove it")
-    document: dict[str, Any] = {"schema_version": 1, "path": str(place)}
     parent = hub.resolve(
         teacher.model.source,
         revision=teacher.model.revision,
@@ -815,11 +813,11 @@ def distill(options: Mapping[str, Any], out: Path | None, progress: Progress) ->
     folder = workspace.cache_root() / "distilled"
     if options["dry_run"]:
         expected = distillation.expected(parent, start, asked, folder, progress)
-        return document | {"report": None, "expected": serde.dump(expected)}
+        return distillation.Account(path=place, expected=expected)
     made = distillation.make(parent, start, asked, folder, progress, name=place.name, place=place)
     distillation.publish(made, place, progress)
-    recovery = [modelcard.recovery(held) for held in made.report.held_out]
-    return document | {"report": serde.dump(made.report), "recovery": recovery}
+    recovery = tuple(modelcard.recovery(held) for held in made.report.held_out)
+    return distillation.Account(path=place, report=made.report, recovery=recovery)
 
 
 def distillation_options(options: Mapping[str, Any]) -> distillation.Options:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import edgepack.calibration as calibrations
 from edgepack import degradation, heldout, layouts, quality, record, schemes, toolchain, workspace
@@ -45,6 +46,21 @@ USUAL = (
 
 PRESETS: Mapping[str, str] = {"article": "gptq-int4-g128", "article-better": "gptq-int4-g64-actorder"}
 """The article's GPTQ parameters (bits 4, group 128, desc_act off), and its cure where that loses too much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What `edgepack quantize` says of an artifact that it made, or would make."""
+
+    path: Path
+    scheme: str
+    predicted_tensor_bytes: int
+    provenance: Literal["exact", "fitted"]
+    """How sure the prediction is."""
+    record: Record | None = None
+    """None where nothing was made."""
+    warnings: tuple[str, ...] = ()
+    schema_version: Literal[1] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

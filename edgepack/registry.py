@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from edgepack.bundle import oci
 from edgepack.errors import BadInput, NotFound, Untrusted
@@ -24,6 +24,16 @@ EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 REF_NAME = "org.opencontainers.image.ref.name"
 SMALL = 4 << 20
 """Bytes of a manifest or a config, at most."""
+
+
+class Emitted(TypedDict):
+    schema_version: Literal[1]
+    path: str
+
+
+class Assembled(Emitted):
+    manifest_digest: str
+    bytes: int
 
 
 def signature_layout(cargo: Cargo, out: Path) -> None:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from edgepack import bundle, serde, toolchain, workspace
 from edgepack.artifact import Artifact
@@ -72,6 +73,29 @@ def record(
                 return _document(runtime, {"probes": [], "decode": None}, error.message)
         workspace.write_text(kept, json.dumps(answers))
     return _document(runtime, serde.read_object(kept), None)
+
+
+class ProbeDocument(TypedDict):
+    prompt: str
+    top: list[tuple[int, float]]
+    """The most likely next tokens, id and log-probability."""
+
+
+class ContinuationDocument(TypedDict):
+    prompt: str
+    tokens: list[int]
+    text: str
+
+
+class SelftestDocument(TypedDict):
+    """selftest.json of a bundle: what the artifact answered on the build machine."""
+
+    schema_version: Literal[1]
+    about: str
+    runtime: str
+    probes: list[ProbeDocument]
+    decode: ContinuationDocument | None
+    """A greedy continuation; null when nothing was recorded, and ``about`` says why."""
 
 
 def _document(runtime: str, answers: Mapping[str, object], missing: str | None) -> Mapping[str, object]:

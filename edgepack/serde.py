@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NewType, TypeVar, get_args, get_origin
+from typing import Literal, NewType, TypeVar, get_args, get_origin, is_typeddict
 
 from edgepack.errors import BadInput, NotFound
 from edgepack.units import KIB, MIB, Bytes, parse_bytes
@@ -501,71 +501,106 @@ def _scalar(text: str) -> object:
 # ── JSON Schema ──────────────────────────────────────────────────────────────────────────────────────
 
 
+Also = Mapping[type, Mapping[str, object]]
+"""What a writer adds to the fields of a class, wherever that stands in its document: name -> type."""
+
+
 def json_schema(cls: type) -> dict[str, object]:
-    """JSON Schema 2020-12 of a dataclass's document, with its docstrings and field notes as descriptions."""
-    definitions: dict[str, dict[str, object]] = {}
-    root = _record_schema(cls, definitions)
-    schema: dict[str, object] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **root}
-    if definitions:
-        schema["$defs"] = {name: definitions[name] for name in sorted(definitions)}
-    return schema
+    """JSON Schema 2020-12 of what `load` takes as a dataclass, with its docstrings and field notes as descriptions."""
+    return _Schemas(written=False, also={}).root(cls)
 
 
-def _record_schema(cls: type, definitions: dict[str, dict[str, object]]) -> dict[str, object]:
-    notes = _field_notes(cls)
-    properties: dict[str, object] = {}
-    required: list[str] = []
-    for name, (kind, needed) in _fields(cls).items():
-        schema = _schema(kind, definitions)
-        if name in notes:
-            schema = {**schema, "description": notes[name]}
-        properties[name] = schema
-        if needed:
-            required.append(name)
-    record: dict[str, object] = {"title": cls.__name__, "type": "object", "properties": properties}
-    doc = cls.__doc__ or ""
-    if doc and not doc.startswith(f"{cls.__name__}("):  # dataclass writes that one itself
-        record["description"] = " ".join(doc.split())
-    if required:
-        record["required"] = required
-    record["additionalProperties"] = False
-    return record
+def written_schema(cls: type, also: Also | None = None) -> dict[str, object]:
+    """JSON Schema 2020-12 of what `dump` makes of a dataclass, or of a TypedDict, which is written as it is.
+
+    Stricter than what is read: no field is missing, sizes are whole numbers.
+    """
+    return _Schemas(written=True, also=also or {}).root(cls)
 
 
-def _schema(kind: object, definitions: dict[str, dict[str, object]]) -> dict[str, object]:
-    if kind is Bytes:
-        return {"type": ["integer", "string"], "pattern": r"^\s*\d+(\.\d+)?\s*([KMGT]i?B|B)?\s*$"}
-    if isinstance(kind, NewType):
-        return _schema(kind.__supertype__, definitions)
-    simple = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
-    if isinstance(kind, type) and kind in simple:
-        return {"type": simple[kind]}
-    if kind is None or kind is type(None):
-        return {"type": "null"}
-    if kind is object or kind is typing.Any:
-        return {}
-    if isinstance(kind, type) and is_dataclass(kind):
-        if kind.__name__ not in definitions:
-            definitions[kind.__name__] = {}  # taken, so that a type that holds itself ends
-            definitions[kind.__name__] = _record_schema(kind, definitions)
-        return {"$ref": f"#/$defs/{kind.__name__}"}
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (typing.Union, types.UnionType):
-        return {"anyOf": [_schema(argument, definitions) for argument in arguments]}
-    if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
-        count = len(arguments)
-        items = [_schema(argument, definitions) for argument in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": count, "maxItems": count}
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return {"type": "object", "additionalProperties": _schema(arguments[1], definitions)}
-    if isinstance(origin, type) and issubclass(origin, (tuple, Sequence)):
-        return {"type": "array", "items": _schema(arguments[0], definitions)}
-    raise TypeError(f"serde does not know the type {kind!r}")
+class _Schemas:
+    """The schemas of one document's types; those of records inside it are shared by name."""
+
+    def __init__(self, *, written: bool, also: Also) -> None:
+        self._written = written
+        self._also = also
+        self._names: dict[type, str] = {}
+        self._definitions: dict[str, dict[str, object]] = {}
+
+    def root(self, cls: type) -> dict[str, object]:
+        record = self._record(cls)
+        schema: dict[str, object] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **record}
+        if self._definitions:
+            schema["$defs"] = {name: self._definitions[name] for name in sorted(self._definitions)}
+        return schema
+
+    def _record(self, cls: type) -> dict[str, object]:
+        notes = _field_notes(cls)
+        known = {
+            **self._fields(cls),
+            **{name: (kind, True) for name, kind in self._also.get(cls, {}).items()},
+        }
+        properties: dict[str, object] = {}
+        for name, (kind, _) in known.items():
+            schema = self.of(kind)
+            properties[name] = {**schema, "description": notes[name]} if name in notes else schema
+        record: dict[str, object] = {"title": cls.__name__, "type": "object", "properties": properties}
+        doc = cls.__doc__ or ""
+        if doc and not doc.startswith(f"{cls.__name__}("):  # dataclass writes that one itself
+            record["description"] = " ".join(doc.split())
+        required = [name for name, (_, needed) in known.items() if needed]
+        if required:
+            record["required"] = required
+        record["additionalProperties"] = False
+        return record
+
+    def _fields(self, cls: type) -> Mapping[str, tuple[object, bool]]:
+        if is_typeddict(cls):
+            return {name: (kind, True) for name, kind in typing.get_type_hints(cls).items()}
+        return {name: (kind, needed or self._written) for name, (kind, needed) in _fields(cls).items()}
+
+    def of(self, kind: object) -> dict[str, object]:
+        if kind is Bytes and not self._written:
+            return {"type": ["integer", "string"], "pattern": r"^\s*\d+(\.\d+)?\s*([KMGT]i?B|B)?\s*$"}
+        if isinstance(kind, NewType):
+            return self.of(kind.__supertype__)
+        simple = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string"}
+        if isinstance(kind, type) and kind in simple:
+            return {"type": simple[kind]}
+        if kind is None or kind is type(None):
+            return {"type": "null"}
+        if kind is object or kind is typing.Any:
+            return {}
+        if isinstance(kind, type) and (is_dataclass(kind) or is_typeddict(kind)):
+            return {"$ref": f"#/$defs/{self._defined(kind)}"}
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            return {"enum": list(arguments)}
+        if origin in (typing.Union, types.UnionType):
+            return {"anyOf": [self.of(argument) for argument in arguments]}
+        if origin is tuple and not (len(arguments) == 2 and arguments[1] is Ellipsis):
+            count = len(arguments)
+            items = [self.of(argument) for argument in arguments]
+            return {"type": "array", "prefixItems": items, "minItems": count, "maxItems": count}
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            return {"type": "object", "additionalProperties": self.of(arguments[1])}
+        if isinstance(origin, type) and issubclass(origin, (tuple, Sequence)):
+            return {"type": "array", "items": self.of(arguments[0])}
+        raise TypeError(f"serde does not know the type {kind!r}")
+
+    def _defined(self, cls: type) -> str:
+        """The name of a record's definition; two classes of one name are told apart by their modules."""
+        if cls not in self._names:
+            taken = cls.__name__ in self._definitions
+            name = f"{cls.__module__}.{cls.__name__}" if taken else cls.__name__
+            self._names[cls] = name
+            self._definitions[name] = {}  # taken, so that a type that holds itself ends
+            self._definitions[name] = self._record(cls)
+        return self._names[cls]
 
 
-def _field_notes(cls: type) -> dict[str, str]:
+@cache
+def _field_notes(cls: type) -> Mapping[str, str]:
     """The text under each field, from the source; a class without one (a REPL's) has no notes."""
     import ast
     import inspect

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, Literal, TypedDict
 
 from edgepack.choice import Explanation
 from edgepack.plan import ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
+from edgepack.screen import PLAIN, Screen, Style
 from edgepack.units import show
 
 BAR_WIDTH = 48
+WIDEST_BAR = 72
+SIGNS: Mapping[str, tuple[str, Style]] = {
+    "weights": ("█", "weights"), "host_copy": ("▓", "copy"), "kv_cache": ("▒", "cache"),
+    "recurrent_state": ("▒", "cache"), "compute": ("░", "scratch"), "output": ("░", "scratch"),
+    "rope_cache": ("░", "scratch"), "graphs": ("░", "scratch"), "workspace": ("░", "scratch"),
+    "process": ("·", "process"),
+}  # fmt: skip
+"""How a part is drawn in a bar; the sign says which it is, the color repeats it."""
 
 
-def fit(document: Mapping[str, Any]) -> str:
+def fit(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
     """The answer, the parts, and what would change it."""
     total = document["total"]
     lines = [
@@ -36,14 +47,21 @@ def fit(document: Mapping[str, Any]) -> str:
         lines += [f"{name:<18}{show(value):>12}" for name, value in asked.items()]
     if document["budget_bytes"] is not None:
         verdict = "fits" if document["fits"] else "does NOT fit"
-        lines += [
-            "",
-            *_pools(document["parts"], document["budget_bytes"], document["budget_host_bytes"]),
-            f"{verdict}; largest context {document['max_context']} tokens",
-        ]
-        if not document["fits"]:
-            lines += [f"binding: {document['binding']}", f"hint: {document['hint']}"]
-    return _text(lines)
+        answer = f"{verdict}; largest context {document['max_context']} tokens"
+        more = [] if document["fits"] else [f"binding: {document['binding']}", f"hint: {document['hint']}"]
+        return _text(
+            [
+                *screen.line(lines[0], "title"),
+                *screen.lines(lines[1:]),
+                "",
+                *_pools(
+                    document["parts"], document["budget_bytes"], document["budget_host_bytes"], screen=screen
+                ),
+                *screen.line(answer, "good" if document["fits"] else "bad"),
+                *screen.lines(more),
+            ]
+        )
+    return _text([*screen.line(lines[0], "title"), *screen.lines(lines[1:])])
 
 
 def quantized(document: Mapping[str, Any]) -> str:
@@ -135,7 +153,7 @@ def _estimated(found: Mapping[str, float], form: str) -> str:
     return f"{form.format(found['value'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
 
 
-def plan(chosen: Plan, explanation: Explanation | None) -> str:
+def plan(chosen: Plan, explanation: Explanation | None, screen: Screen = PLAIN) -> str:
     """The choice in one sentence, its memory map, its speed, and what was not chosen; with an explanation, why."""
     settings, pace = chosen.settings, chosen.speed
     parts: list[dict[str, Any]] = [
@@ -143,9 +161,11 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
          "place": p.place}
         for p in chosen.memory.parts
     ]  # fmt: skip
-    lines = [
+    title = (
         f"{chosen.profile.title}: {chosen.model.id} at {chosen.scheme} on {chosen.runtime} "
-        f"{chosen.runtime_version}",
+        f"{chosen.runtime_version}"
+    )
+    memory = [
         f"context {settings.context} in {settings.slots} slot(s), KV cache {settings.kv_type}, "
         f"power mode {chosen.power_mode}, {chosen.session}",
         "",
@@ -153,7 +173,8 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         f"{'total' if chosen.budget.unified else 'card and host':<18}{show(chosen.memory.total):>12}  "
         f"{_interval({'low': chosen.memory.low, 'high': chosen.memory.high})}",
         "",
-        *_pools(parts, chosen.budget.device, None if chosen.budget.unified else chosen.budget.host),
+    ]
+    told = [
         f"budget {show(chosen.budget.device)} = "
         + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip(
             "+ "
@@ -167,21 +188,28 @@ def plan(chosen: Plan, explanation: Explanation | None) -> str:
         f"licence {chosen.model.license}" + _descent(chosen.model),
     ]
     if settings.slots > 1:
-        lines.append(
+        told.append(
             f"throughput {pace.decode_all:.1f} tok/s, at least {pace.decode_all_low:.1f} (fitted), of all "
             f"{settings.slots} slots together, every one full"
         )
-    lines += [f"warning: {text}" for text in chosen.warnings]
+    host = None if chosen.budget.unified else chosen.budget.host
+    lines = [
+        *screen.line(title, "title"),
+        *screen.lines(memory),
+        *_pools(parts, chosen.budget.device, host, screen=screen),
+        *screen.lines(told),
+        *screen.lines((f"warning: {text}" for text in chosen.warnings), "warning"),
+    ]
+    others, heading = chosen.rejected, f"not chosen ({len(chosen.rejected)}):"
     if explanation is not None:
-        lines += ["", f"why      {explanation.why}"]
-        lines += [f"not      {reason}" for reason in explanation.against]
-        lines += [f"binding  {explanation.binding}"]
-        lines += [f"change   {explanation.change or 'none that was tried lets a better candidate in'}"]
-        lines += ["", f"not chosen ({len(chosen.rejected)}):"]
-        lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected]
-    elif chosen.rejected:
-        lines += ["", "runners-up (--explain shows all):"]
-        lines += [f"  {r.candidate:<52} {r.reason}" for r in chosen.rejected[:3]]
+        change = explanation.change or "none that was tried lets a better candidate in"
+        lines += ["", *screen.line(f"why      {explanation.why}")]
+        lines += screen.lines(f"not      {reason}" for reason in explanation.against)
+        lines += screen.lines((f"binding  {explanation.binding}", f"change   {change}"))
+    else:
+        others, heading = others[:3], "runners-up (--explain shows all):"
+    if explanation is not None or others:
+        lines += ["", heading, *screen.pairs([(r.candidate, r.reason) for r in others], least=52)]
     return _text(lines)
 
 
@@ -204,7 +232,7 @@ def _descent(model: ModelRef) -> str:
     return f"; distilled by its makers from {model.teacher}" if model.teacher else ""
 
 
-def pareto(chosen: Plan) -> str:
+def pareto(chosen: Plan, screen: Screen = PLAIN) -> str:
     """The plans of the chosen one's panel that no other equals in sure quality, speed and memory together."""
     quality = chosen.quality
     rows = [
@@ -228,25 +256,56 @@ def pareto(chosen: Plan) -> str:
         (c, f"{low:.1f}", f"{score:.1f}", f"{pace:.1f}", show(memory), mark)
         for c, low, score, pace, memory, mark in rows
     ]
-    return _text(["", *_columns([header, *cells])])
+    return _text(["", *screen.columns([header, *cells], below=(1, 2))])
 
 
-def inspect(document: Mapping[str, Any]) -> str:
-    """What a verified bundle says about itself."""
-    signature = document["signature"]
+def inspect(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
+    """What a verified bundle says about itself; where a screen has no room for whole digests, their beginning."""
+    signature, files = document["signature"], document["files"]
+    state: Style = "good" if signature["state"] == "verified" else "warning"
     lines = [
-        f"{document['name']}",
-        f"manifest   {document['manifest_digest']}",
-        f"signature  {signature['message']}",
-        f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified",
+        *screen.line(f"{document['name']}", "title"),
+        *screen.line(f"manifest   {document['manifest_digest']}"),
+        *screen.line(f"signature  {signature['message']}", state),
+        *screen.line(f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified"),
         "",
-        *(f"{f['path']:<24}{f['bytes']:>14}  {f['digest']}" for f in document["files"]),
-        "",
-        *(f"{name:<44}{value}" for name, value in sorted(document["annotations"].items())),
     ]
+    notes = sorted(document["annotations"].items())
+    if screen.width is None:
+        lines += [f"{f['path']:<24}{f['bytes']:>14}  {f['digest']}" for f in files]
+        lines += ["", *(f"{name:<44}{value}" for name, value in notes)]
+    else:
+        wide = max(len(f["path"]) for f in files) + len("sha256:") + 64 + 16
+        digests = [f["digest"] if wide <= screen.width else f"{f['digest'][:19]}…" for f in files]
+        rows = [(f["path"], f"{f['bytes']:>12}", digest) for f, digest in zip(files, digests, strict=True)]
+        lines += screen.columns([("file", f"{'bytes':>12}", "digest"), *rows])
+        lines += _predicted(document["annotations"], screen)
+        lines += ["", *screen.columns([("annotation", "value"), *notes])]
     if document["quality"] is not None:
-        lines += ["", *quality_lines(document["quality"])]
+        lines += ["", *screen.lines(quality_lines(document["quality"]))]
     return _text(lines)
+
+
+def schemas(found: Iterable[tuple[str, str, Sequence[str]]], screen: Screen = PLAIN) -> str:
+    """Name, title and writers of each document."""
+    rows = [("name", "document", "written by")]
+    return _text(screen.columns([*rows, *((name, title, ", ".join(by)) for name, title, by in found)]))
+
+
+def _predicted(notes: Mapping[str, str], screen: Screen) -> list[str]:
+    """A bar of what the bundle was planned to take, against the most that it may take; for bundles that say it."""
+    names = (("weights", "weights"), ("kv_cache", "kv"), ("compute", "compute"), ("process", "total"))
+    told = {name: notes.get(f"org.edgepack.{key}-bytes", "") for name, key in names}
+    most = notes.get("org.edgepack.required-memory-bytes", "")
+    if not all(value.isdecimal() for value in (*told.values(), most)):
+        return []
+    sizes = {name: int(value) for name, value in told.items()}
+    sizes["process"] -= sizes["weights"] + sizes["kv_cache"] + sizes["compute"]
+    parts = [{"name": name, "bytes": size, "high": size} for name, size in sizes.items()]
+    drawn = bar(parts, int(most), screen)
+    signs = ", ".join(f"{SIGNS[name][0]} {name}" for name in sizes)
+    text = f" predicted {show(int(told['process']))} of memory, up to {show(int(most))}"
+    return ["", drawn, *screen.line(text), *screen.line(f" {signs} and the rest", "quiet")]
 
 
 def quality(name: str, document: Mapping[str, Any]) -> str:
@@ -286,7 +345,7 @@ def quality_lines(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def profiles(everything: Iterable[DeviceProfile]) -> str:
+def profiles(everything: Iterable[DeviceProfile], screen: Screen = PLAIN) -> str:
     """One line per profile."""
     rows = [("profile", "also", "memory", "budget", "GB/s", "mode", "architecture")]
     for p in everything:
@@ -295,10 +354,33 @@ def profiles(everything: Iterable[DeviceProfile]) -> str:
             (p.name, ", ".join(p.aliases), show(row["memory_bytes"]), show(row["budget_bytes"]),
              f"{row['bandwidth_gbs']:g}", row["power_mode"], p.arch if p.deployable else f"{p.arch}, planning only")
         )  # fmt: skip
-    return _text(_columns(rows))
+    return _text(screen.columns(rows, below=(1, 6)))
 
 
-def profile_row(found: DeviceProfile) -> dict[str, Any]:
+class ProfileRow(TypedDict):
+    name: str
+    aliases: list[str]
+    title: str
+    arch: str
+    memory_bytes: int
+    """Of the accelerator where it has its own, else what the system reports."""
+    budget_bytes: int
+    """What a server may use of it, headless."""
+    bandwidth_gbs: float
+    power_mode: str
+    """The default one, whose bandwidth it is."""
+    deployable: bool
+    """Whether bundles can be built for it; else it is for planning only."""
+
+
+class ProfilesDocument(TypedDict):
+    """The built-in profiles."""
+
+    schema_version: Literal[1]
+    profiles: list[ProfileRow]
+
+
+def profile_row(found: DeviceProfile) -> ProfileRow:
     """A profile's summary, as in `profiles list --json`."""
     mode = found.mode()
     own = found.accelerator.memory if found.accelerator else None
@@ -315,7 +397,7 @@ def profile_row(found: DeviceProfile) -> dict[str, Any]:
     }
 
 
-def profile(found: DeviceProfile) -> str:
+def profile(found: DeviceProfile, screen: Screen = PLAIN) -> str:
     """Everything about one profile, with the budget's arithmetic."""
     lines = [
         found.title,
@@ -347,30 +429,49 @@ def profile(found: DeviceProfile) -> str:
         )
     if found.uncertain:
         lines.append(f"estimated  {', '.join(found.uncertain)}")
-    return _text(lines)
+    return _text([*screen.line(lines[0], "title"), *screen.lines(lines[1:])])
 
 
-def bar(parts: Sequence[Mapping[str, Any]], limit: int) -> str:
+def bar(parts: Sequence[Mapping[str, Any]], limit: int, screen: Screen = PLAIN) -> str:
     """The parts against the budget, each with its own sign; ``!`` runs over the edge."""
-    signs = {"weights": "█", "host_copy": "▓", "kv_cache": "▒", "recurrent_state": "▒", "compute": "░",
-             "output": "░", "rope_cache": "░", "graphs": "░", "workspace": "░", "process": "·"}  # fmt: skip
+    room = BAR_WIDTH if screen.width is None else max(8, min(WIDEST_BAR, screen.width - 2))
     scale = max(limit, sum(p["bytes"] for p in parts)) or 1
-    drawn = ""
+    drawn: list[tuple[str, Style | None]] = []
     for part in parts:
-        drawn += signs.get(part["name"], "?") * round(BAR_WIDTH * part["bytes"] / scale)
-    edge = round(BAR_WIDTH * limit / scale)
-    inside, over = drawn[:edge].ljust(edge), drawn[edge:]
-    return f"[{inside}]{'!' * len(over)}"
+        sign = SIGNS.get(part["name"], ("?", None))
+        drawn += [sign] * round(room * part["bytes"] / scale)
+    edge = round(room * limit / scale)
+    inside, over = drawn[:edge], drawn[edge:]
+    runs = groupby(inside, key=lambda one: one[1])
+    painted = "".join(screen.paint("".join(sign for sign, _ in run), style) for style, run in runs)
+    return f"[{painted}{' ' * (edge - len(inside))}]{screen.paint('!' * len(over), 'bad')}"
 
 
-def _pools(parts: Sequence[Mapping[str, Any]], device: int, host: int | None) -> list[str]:
-    """A bar for the shared memory, or one each for the card's and the system's."""
+def _pools(
+    parts: Sequence[Mapping[str, Any]], device: int, host: int | None, *, screen: Screen = PLAIN
+) -> list[str]:
+    """A bar for the shared memory, or one each for the card's and the system's; on a screen, what its signs are."""
     if host is None or host == device:
-        return [f"{bar(parts, device)} up to {show(sum(p['high'] for p in parts))} of {show(device)}"]
+        pools = [(list(parts), device, "")]
+    else:
+        pools = [
+            ([p for p in parts if p["place"] == place], limit, f"{place}: ")
+            for place, limit in (("device", device), ("host", host))
+        ]
     lines = []
-    for place, limit in (("device", device), ("host", host)):
-        own = [p for p in parts if p["place"] == place]
-        lines.append(f"{bar(own, limit)} {place}: up to {show(sum(p['high'] for p in own))} of {show(limit)}")
+    for own, limit, name in pools:
+        drawn, told = (
+            bar(own, limit, screen),
+            f"{name}up to {show(sum(p['high'] for p in own))} of {show(limit)}",
+        )
+        length = len(bar(own, limit, replace(screen, color=False)))
+        one_line = screen.width is None or length + 1 + len(told) <= screen.width
+        lines += [f"{drawn} {told}"] if one_line else [drawn, *screen.line(f" {told}")]
+    if screen.width is not None:
+        signs = {SIGNS[p["name"]][0]: p["name"] for p in reversed(parts) if p["name"] in SIGNS and p["bytes"]}
+        lines += screen.line(
+            " " + ", ".join(f"{sign} {name}" for sign, name in reversed(signs.items())), "quiet"
+        )
     return lines
 
 
@@ -386,13 +487,6 @@ def _interval(value: Mapping[str, int]) -> str:
     if value["low"] == value["high"]:
         return ""
     return f"[{show(value['low'])}, {show(value['high'])}]"
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _text(lines: Iterable[str]) -> str:

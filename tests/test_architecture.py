@@ -32,6 +32,7 @@ LEVELS = (
         "progress",
         "serde",
         "drawing",
+        "screen",
     },
     {"profile", "modelspec", "l4t"},
     {"layouts", "students"},
@@ -46,6 +47,7 @@ LEVELS = (
     {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
     {"fleet", "swu", "registry"},
+    {"documents"},
     {"cli"},
 )
 """A module imports from its own row or an earlier one."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import edgepack
 from edgepack import runtimes, serde
@@ -96,11 +96,50 @@ def write(
     )
 
 
-def verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, dict[str, object]]:
+class Signature(TypedDict):
+    """Who signed a bundle; verified only for a key among those that were allowed."""
+
+    state: Literal["verified", "unenrolled", "unsigned", "unverified"]
+    principal: str | None
+    key: str | None
+    message: str
+
+
+class FileDocument(TypedDict):
+    path: str
+    bytes: int
+    digest: str
+    """sha256:… of its bytes, which were read and are these."""
+
+
+class InspectDocument(TypedDict):
+    """What a bundle says of itself, after every byte of it was verified."""
+
+    schema_version: Literal[1]
+    path: str
+    bytes: int
+    name: str
+    manifest_digest: str
+    signature: Signature
+    annotations: dict[str, str]
+    quality: Quality | None
+    """What was measured of the artifact; null when nothing was."""
+    files: list[FileDocument]
+
+
+class ServerDocument(TypedDict):
+    """server.json of a bundle: how its server is started, for programs."""
+
+    schema_version: Literal[1]
+    runtime: str
+    args: list[str]
+    env: dict[str, str]
+
+
+def verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, Signature]:
     """Every byte of a bundle, verified by the device's own verifier: what is in it, and who signed it.
 
-    The second is {"state", "principal", "key", "message"}; the state is verified only for a key in
-    ``allowed_signers``. Raises what `inspect` raises.
+    Its state is verified only for a key in ``allowed_signers``. Raises what `inspect` raises.
     """
     from edgepack.device import agent  # here, since only readers need it and its imports take 30 ms
 
@@ -110,7 +149,13 @@ def verified(path: Path, allowed_signers: Path | None) -> tuple[agent.Bundle, di
     with translated(path):
         found = agent.read_bundle(str(path))
         try:
-            return found, agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
+            signer = agent.verify_signature(found, str(allowed_signers) if allowed_signers else None)
+            return found, Signature(
+                state=signer["state"],
+                principal=signer["principal"],
+                key=signer["key"],
+                message=signer["message"],
+            )
         except agent.MissingProgram as error:
             raise MissingTool(str(error), hint="install the OpenSSH client") from error
 

@@ -23,6 +23,7 @@ from edgepack.bundle import Bundle, oci, sign
 from edgepack.cli import cli
 from edgepack.errors import Untrusted
 from edgepack.units import Bytes
+from tests.documents import obeys
 from tests.plans import example_plan
 from tests.sshd import free_port
 
@@ -147,6 +148,7 @@ def test_a_registry_gives_back_the_same_file_with_its_signature(
             str(tmp_path / "pulled.sshsig"),
             "-o",
             str(tmp_path / "again.tar"),
+            "--json",
         ],
     )
 
@@ -154,6 +156,7 @@ def test_a_registry_gives_back_the_same_file_with_its_signature(
     assert [done.returncode for done in copies] == [0] * 4, [done.stderr for done in copies]
     assert f"sha256:{hashlib.sha256(told.stdout).hexdigest()}" == written.manifest_digest
     assert assembled.exit_code == 0, assembled.output
+    assert obeys("emit-tar", assembled.stdout)["manifest_digest"] == written.manifest_digest
     assert (tmp_path / "again.tar").read_bytes() == written.path.read_bytes()
 
 

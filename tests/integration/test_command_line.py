@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import random_model
 
 from edgepack import workspace
+from tests.documents import obeys
 from tests.integration.test_stories import CONTINUATION, PROMPT
 
 pytestmark = pytest.mark.integration
@@ -94,20 +95,22 @@ def test_the_loop_closes_on_this_machine(tiny: Path, cache: Path, tmp_path: Path
         "--min-tokens-per-second",
         0,
     )
-    succeeded(edgepack("plan", *planned, "-o", tmp_path / "my.plan.json", "--json"))
-    built = edgepack(
-        "build", "--plan", tmp_path / "my.plan.json", "--with-runtime", "--key", key, "-o", out, cache=cache
-    )
-    bundle = succeeded(built).strip()
+    obeys("plan", succeeded(edgepack("plan", *planned, "-o", tmp_path / "my.plan.json", "--json")))
+    words = ("--plan", tmp_path / "my.plan.json", "--with-runtime", "--key", key, "-o", out, "--json")
+    bundle = obeys("bundle", succeeded(edgepack("build", *words, cache=cache)))["path"]
     signers = ("--allowed-signers", f"{key}.allowed_signers")
 
-    shown = json.loads(succeeded(edgepack("inspect", bundle, *signers, "--json")))
-    report = json.loads(succeeded(edgepack("check", bundle, *signers, "--json", cache=cache)))
+    shown = obeys("inspect", succeeded(edgepack("inspect", bundle, *signers, "--json")))
+    report = obeys("check", succeeded(edgepack("check", bundle, *signers, "--json", cache=cache)))
+    succeeded(edgepack("unpack", bundle, *signers, tmp_path / "unpacked"))
     text = succeeded(edgepack("run", bundle, *signers, "--prompt", "ab", "--tokens", 8, cache=cache))
 
     assert shown["signature"]["state"] == "verified"
     assert shown["files"][-1]["path"] == "model.gguf"
     assert report["passed"] is True
+    obeys("plan", (tmp_path / "unpacked" / "plan.json").read_bytes())
+    obeys("server", (tmp_path / "unpacked" / "server.json").read_bytes())
+    obeys("selftest", (tmp_path / "unpacked" / "selftest.json").read_bytes())
     assert len(text) > len("ab\n")
 
 

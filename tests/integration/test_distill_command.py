@@ -16,6 +16,7 @@ import pytest
 
 from edgepack import modelcard, workspace
 from tests import checkpoints
+from tests.documents import obeys
 
 pytestmark = pytest.mark.integration
 
@@ -139,7 +140,8 @@ def test_an_earlier_student_goes_on_with_new_data_and_what_it_forgot_is_measured
 
     report = modelcard.of(tmp_path / "more")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["report"]["replayed"] > 0
+    assert obeys("distill", done.stdout)["report"]["replayed"] > 0
+    obeys("student", (tmp_path / "more" / modelcard.NAME).read_bytes())
     assert report is not None
     assert [held.name for held in report.held_out] == ["data", "replay"]
     assert report.start is not None
@@ -186,7 +188,7 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(
         "--dry-run", "--json", cache=cache,
     )  # fmt: skip
 
-    expected = json.loads(done.stdout)["expected"]
+    expected = obeys("distill", done.stdout)["expected"]
     assert done.returncode == 0, done.stderr
     assert expected["parameters"] < expected["teacher_parameters"]
     assert expected["kept_bytes"] > 64 * expected["targets"]

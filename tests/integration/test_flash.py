@@ -24,6 +24,7 @@ from edgepack.progress import Silent
 from edgepack.remote import Answer, Dropped
 from edgepack.units import KIB, MIB
 from tests import releases
+from tests.documents import obeys
 from tests.releases import Signer
 from tests.sshd import HOST, Line, Sshd, serving
 
@@ -187,7 +188,7 @@ def test_a_device_is_flashed_updated_checked_and_mended(
     with Line(sshd.port) as line:
         monkeypatch.setenv("EDGEPACK_SSH", " ".join(sshd.through(line.port)))
         command("flash", "--enroll", "--mode", "none", "--signers", signer.signers, *where, HOST)
-        first = json.loads(command("flash", built.first, HOST, *where, "--json").stdout)
+        first = obeys("flash", command("flash", built.first, HOST, *where, "--json").stdout)
 
         assert (first["outcome"], first["report"]["verdict"]) == ("good", "passed")
         assert (root / "current" / "model.gguf").is_file()
@@ -209,7 +210,7 @@ def test_a_device_is_flashed_updated_checked_and_mended(
 
         flip(root / "current" / "model.gguf")
         damaged = command("flash", "--fsck", HOST, *where, status=6)
-        mended = json.loads(command("flash", "--fsck", built.second, HOST, *where, "--json").stdout)
+        mended = obeys("flash-fsck", command("flash", "--fsck", built.second, HOST, *where, "--json").stdout)
         whole = json.loads(command("flash", "--fsck", HOST, *where, "--json").stdout)
 
         assert "1 bad" in damaged.output
@@ -217,7 +218,7 @@ def test_a_device_is_flashed_updated_checked_and_mended(
         assert (whole["bad"], whole["missing"]) == ([], [])
 
         command("flash", "--rollback", HOST, *where)
-        report = json.loads(command("check", built.second, "--on", HOST, *where, "--json").stdout)
+        report = obeys("check", command("check", built.second, "--on", HOST, *where, "--json").stdout)
 
         assert report["verdict"] == "passed"
         assert report["facts"]["bundle"]["manifest_digest"] == f"sha256:{second['release']}"

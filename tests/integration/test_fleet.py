@@ -21,6 +21,7 @@ from edgepack.cli import cli
 from edgepack.devices import Where
 from edgepack.progress import Silent
 from tests import hawkbit, releases
+from tests.documents import obeys
 from tests.plans import example_plan
 from tests.releases import Signer
 from tests.sshd import HOST, Sshd
@@ -79,7 +80,7 @@ def test_the_canary_fails_goes_back_and_no_other_host_is_touched(
     )
 
     assert told.exit_code == 5
-    report: Any = json.loads((tmp_path / "r.json").read_text())
+    report = obeys("flash-fleet", (tmp_path / "r.json").read_bytes())
     outcomes = {name: row["outcome"] for name, row in report["hosts"].items()}
     assert outcomes == {"first": "rolled-back", "second": "untouched", "third": "untouched"}
     canary = report["hosts"]["first"]
@@ -246,9 +247,10 @@ def image(bundle: Path, out: Path, certified: Certified, root: Path) -> Path:
     done = CliRunner().invoke(
         cli,
         ["-q", "emit", "--swu", str(bundle), "--cert", str(certified.certificate), "--key", str(certified.key),
-         "--root", str(root), "-o", str(out)],
+         "--root", str(root), "-o", str(out), "--json"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
+    obeys("emit-swu", done.stdout)
     return out
 
 

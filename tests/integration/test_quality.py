@@ -28,6 +28,7 @@ from edgepack.progress import Silent
 from edgepack.scoring import llama_cpp, onnx_genai, reference
 from edgepack.units import Bytes
 from edgepack.workspace import sha256_file
+from tests.documents import obeys
 from tests.plans import example_plan
 
 pytestmark = pytest.mark.integration
@@ -317,7 +318,7 @@ def test_the_command_measures_tasks_and_writes_what_it_prints(models: Path, tmp_
     items.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     words = ("quality", models / "Q4_K_M.gguf", "--against", "demo", "--tokens", TOKENS, "--jobs", 1)
 
-    told = json.loads(edgepack(*words, "--tasks", items, "--json", "-o", out).stdout)
+    told = obeys("quality", edgepack(*words, "--tasks", items, "--json", "-o", out).stdout)
 
     assert told == json.loads(out.read_text(encoding="utf-8"))
     assert (told["tasks"]["items"], told["tasks"]["right"]) == (3, 2)

@@ -12,6 +12,7 @@ import pytest
 from edgepack import record, scoring, serde
 from edgepack.catalog import built_in
 from edgepack.evaluation import Quality
+from tests.documents import obeys
 from tests.integration.test_command_line import edgepack, fresh_cache, refused, succeeded
 
 pytestmark = pytest.mark.integration
@@ -50,12 +51,13 @@ def test_an_artifact_comes_with_what_it_lost_and_what_it_was_calibrated_on(
         tmp_path,
     )
 
-    document = json.loads(succeeded(edgepack(*words, "--json", cache=cache)))
+    document = obeys("quantize", succeeded(edgepack(*words, "--json", cache=cache)))
 
     artifact = Path(document["path"])
+    obeys("record", record.place(artifact).read_bytes())
     kept = record.of(artifact)
     assert artifact.name == "demo-q3_k_m.gguf" and kept is not None
-    assert record.shown(kept) == document["record"]
+    assert serde.dump(record.shown(kept)) == document["record"]
     assert kept.calibration is not None and len(kept.calibration.fingerprints) > 100
     assert kept.bytes == artifact.stat().st_size > kept.tensor_bytes == document["predicted_tensor_bytes"]
     assert kept.calibration is not None and [s.name for s in kept.calibration.sources] == ["mine.jsonl"]
