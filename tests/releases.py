@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +104,24 @@ def blob_frames(path: Path, missing: Iterable[Mapping[str, Any]]) -> Iterator[by
 
 
 # ── a device ──
+
+
+def copied(before: Path, folder: Path) -> None:
+    """Copies a store, or a folder with one, into a folder; the same files are hard links of each other there, too."""
+    made: dict[int, Path] = {}
+    folder.mkdir(exist_ok=True)
+    for path in sorted(before.rglob("*")):
+        target = folder / path.relative_to(before)
+        number = path.lstat().st_ino
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        elif path.is_dir():
+            target.mkdir(mode=path.stat().st_mode & 0o777)
+        elif number in made:
+            os.link(made[number], target)
+        else:
+            shutil.copy2(path, target)
+            made[number] = target
 
 
 def machine(plan: Plan | None = None) -> dict[str, Any]:

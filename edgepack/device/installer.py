@@ -1611,9 +1611,9 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         else:
             told = switch(store, release, admission, options)
         if told["outcome"] != "rolled-back":
-            discard(store.offer(release))
             if options.consume:
-                remove(path)
+                remove(path)  # before what says that it has holes: without that it is a damaged bundle
+            discard(store.offer(release))
     return told
 
 
@@ -2343,6 +2343,7 @@ def respond(argv: Optional[Sequence[str]], world: World, stdin: io.BufferedReade
     options.input = stdin
     try:
         document = _act(options, world)
+        _print(document)
     except tuple(STATUS) as error:
         kind = next(kind for kind in STATUS if isinstance(error, kind))
         say("%s: %s" % (WORDS[kind], error))
@@ -2353,11 +2354,19 @@ def respond(argv: Optional[Sequence[str]], world: World, stdin: io.BufferedReade
     except KeyboardInterrupt:
         say("interrupted; what came is kept")
         return 130
-    with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
-        sys.stdout.flush()
     passed = document.get("verdict", {"passed": True})["passed"]
     return 5 if document.get("reasons") or not passed else 0
+
+
+def _print(document: Dict[str, Any]) -> None:
+    """One JSON document on stdout; whoever listened may be gone. Raises OSError for a file that does not take it."""
+    try:
+        sys.stdout.write(json.dumps(document, indent=2, sort_keys=True) + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered would fail again at the end
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "stdout") from None
 
 
 def _act(options: argparse.Namespace, world: World) -> Dict[str, Any]:

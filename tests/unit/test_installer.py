@@ -842,6 +842,25 @@ def test_a_consumed_bundle_goes_on_after_a_kill(
     assert not path.exists()
 
 
+def test_a_consumed_bundle_cut_off_at_the_end_is_gone_or_goes_on(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = resigned(weights=BIG)
+    discard = installer.discard
+
+    def killed(place: str) -> None:
+        discard(place)
+        if place.endswith(".offer") and device.current() is not None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(installer, "discard", killed)
+        assert device.run("install", path, "--consume").status == 130
+
+    assert not path.exists() or device.run("install", path, "--consume").status == 0
+    assert (device.root / "current/model.gguf").read_bytes() == BIG
+
+
 def test_a_bundle_that_is_not_whole_is_not_consumed(device: Device, resigned: Callable[..., Path]) -> None:
     path = resigned(weights=BIG)
     content = bytearray(path.read_bytes())
@@ -1644,3 +1663,24 @@ def test_a_release_whose_head_is_damaged_is_offered_and_received_again(device: D
     )
 
     assert (offered.status, received.status) == (0, 0)
+
+
+def test_an_answer_that_stdout_does_not_take_is_said_and_no_traceback(device: Device) -> None:
+    command = [sys.executable, "-m", "edgepack.device.installer", "--root", str(device.root), "status"]
+
+    with Path("/dev/full").open("w", encoding="ascii") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert done.returncode == 10
+    assert done.stderr == "cannot read or write: [Errno 28] No space left on device: 'stdout'\n"
+
+
+def test_whoever_does_not_hear_the_answer_does_not_stop_the_work(device: Device) -> None:
+    command = [sys.executable, "-m", "edgepack.device.installer", "--root", str(device.root), "status"]
+    hears, said = os.pipe()
+    os.close(hears)
+
+    done = subprocess.run(command, stdout=said, stderr=subprocess.PIPE, text=True, check=False)
+
+    os.close(said)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -161,23 +161,6 @@ ENDS: dict[Act, tuple[int, int, int | None]] = {
 """What each comes to: exit status, and which of the three releases are current and previous then."""
 
 
-def copied(pristine: Path, root: Path) -> None:
-    """A copy in which the same files are hard links of each other."""
-    made: dict[int, Path] = {}
-    for path in [pristine, *sorted(pristine.rglob("*"))]:
-        target = root / path.relative_to(pristine)
-        number = path.lstat().st_ino
-        if path.is_symlink():
-            target.symlink_to(path.readlink())
-        elif path.is_dir():
-            target.mkdir(mode=path.stat().st_mode & 0o777)
-        elif number in made:
-            os.link(made[number], target)
-        else:
-            shutil.copy2(path, target)
-            made[number] = target
-
-
 def whole(device: Device, link: str = "current") -> str | None:
     """The release that a link names, every byte of it hashed."""
     release = device.store.target(link)
@@ -203,7 +186,7 @@ def test_at_each_call_that_changes_the_disk(
     step = 1 if EVERY else 11 if act in (install, received, consumed, fails) else 3
     for at in itertools.count(1 + random.Random(f"{act.__name__} {failure}").randrange(step), step):
         root = tmp_path / "root"
-        copied(device.root, root)
+        releases.copied(device.root, root)
         victim = Device(root)
         with monkeypatch.context() as patched:
             disk = Disk(at, failure)
