@@ -77,9 +77,8 @@ def make(work: Path) -> Releases:
         third=third,
         fails_its_test=altered("fails-its-test", 3, agent.SERVER, lambda _: "#!/bin/sh\nexit 3\n"),
         does_not_start={
-            # llama-server takes 40 MiB: the kernel ends it, as it would a release planned for a larger device.
             "system": altered(
-                "no-room", 4, "edgepack.service", lambda text: re.sub(r"MemoryMax=\d+", "MemoryMax=8M", text)
+                "no-room", 4, "edgepack.service", lambda text: f"{text}\n[Service]\nLimitAS=48M\n"
             ),
             "user": altered("no-start", 4, "start.sh", lambda _: "#!/bin/sh\nexit 3\n"),
         },
