@@ -98,7 +98,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work, begin_guest(Path(work)) as device:
         told = Told(device=device)
         try:
-            scenario(told, make(Path(work)), cuts=options.cuts, chance=random.Random(options.seed))
+            device.power_on()
+            made = make(Path(work), memory=memory(device))
+            scenario(told, made, cuts=options.cuts, chance=random.Random(options.seed))
         except AssertionError:
             diagnose(device)
             raise
@@ -126,7 +128,6 @@ class Told:
 def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) -> None:
     """Everything in turn. Raises AssertionError with what was not so."""
     device = told.device
-    device.power_on()
     told.row(
         "booted", seconds=device.boots[-1], systemd=inside(device, "root", "systemctl --version | head -1")
     )
@@ -220,7 +221,7 @@ def units(told: Told) -> None:
     for mode in MODES:
         manager = "--user " if mode is USER else ""
         names = inside(
-            device, mode.user, f"cd {mode.units} && ls -d edgepack*.service edgepack*.timer || :"
+            device, mode.user, f"cd {mode.units} && ls -p | grep '^edgepack[a-z-]*[.][a-z]*$'"
         ).split()
         paths = " ".join(f"{mode.units}/{name}" for name in names)
         status, said = device.run(
@@ -304,6 +305,11 @@ def inside(device: Guest, user: str, script: str) -> str:
     status, said = device.run(user, script)
     assert status == 0, f"{script}: status {status}\n{said}"
     return said
+
+
+def memory(device: Guest) -> int:
+    """Bytes that Linux has there."""
+    return int(inside(device, "root", "awk '$1 == \"MemTotal:\" { print $2 }' /proc/meminfo")) << 10
 
 
 def diagnose(device: Guest) -> None:

@@ -20,7 +20,6 @@ from edgepack.device import agent
 PROFILE = {
     "name": "systemd-guest",
     "extends": "x86-laptop-ddr5",
-    "memory": "960 MiB",
     "cpu_cores": 1,
     "reserves": {
         "os_headless": "160 MiB",
@@ -28,9 +27,9 @@ PROFILE = {
         "safety": "64 MiB",
         "accelerator_context": 0,
     },
-    "match": {"memory_min": "900 MiB"},
+    "match": {},
 }
-"""What Linux says of a guest of 1 GiB, and what an idle Debian takes of it."""
+"""What an idle Debian takes of the guest; how much memory there is, the guest says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +47,13 @@ class Releases:
     """By release: how many, and the tokens of each. A server tells them, so that it is known which release it is."""
 
 
-def make(work: Path) -> Releases:
-    """Signs all of them with a key of their own."""
+def make(work: Path, *, memory: int) -> Releases:
+    """Signs all of them with a key of their own. ``memory``: bytes of the device that they are for."""
     key, profile = work / "key", work / "profile.yaml"
     sign.new_key(key)
     signers = work / "signers"
     signers.write_text(sign.allowed_signer(key), encoding="utf-8")
-    profile.write_text(json.dumps(PROFILE), encoding="utf-8")
+    profile.write_text(json.dumps({**PROFILE, "memory": f"{memory >> 20} MiB"}), encoding="utf-8")
 
     def built(sequence: int, slots: int, context: int) -> Path:
         out = work / f"release-{sequence}"
