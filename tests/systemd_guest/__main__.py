@@ -1,11 +1,11 @@
-"""Flashes releases onto a Debian with systemd in QEMU, as root and as a user, reboots it and cuts its power.
+"""Flashes releases onto a Debian with systemd, as root and as a user, reboots it and cuts its power.
 
-    python -m tests.systemd_guest [--cuts N] [--seed N] [--json FILE]
+    python -m tests.systemd_guest [--machine namespaces|qemu] [--cuts N] [--seed N] [--json FILE]
 
-Needs root (debootstrap), Linux on x86-64, and Debian's debootstrap, e2fsprogs and qemu-system-x86. The first run makes
-the guest's image (some minutes; the cache keeps it). Everything is done by edgepack's command line over ssh, with the
-built-in model and the static llama-server. It is no part of CI: the guest's processor is emulated, and all of it takes
-a good half hour.
+Needs root (debootstrap, mounts), Linux on x86-64, and Debian's busybox, debootstrap, e2fsprogs and qemu-system-x86. The
+first run makes the guest's image, in two to four minutes; the cache keeps it. Everything is done by edgepack's command
+line over ssh, with the built-in model and the static llama-server. It is no part of CI: in namespaces it takes minutes,
+and in QEMU, whose processor is emulated, many times as long.
 """
 
 from __future__ import annotations

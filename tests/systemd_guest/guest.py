@@ -30,7 +30,7 @@ MODULES = ("virtio_pci", "virtio_blk", "virtio_net")
 MEMORY = 1024
 """MiB of the guest."""
 DISK = "1G"
-BOOT_SECONDS = 60.0
+BOOT_SECONDS = 600.0
 """Until sshd answers; a busy machine emulates slowly."""
 UNWANTED = ("usr/share/doc", "usr/share/locale", "usr/share/man", "var/cache/apt", "var/lib/apt/lists")
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "getty@tty1.service", "serial-getty@ttyS0.service")
@@ -99,7 +99,7 @@ def _make(work: Path, root: Path) -> None:
         raise RuntimeError(f"apt knows no {KERNEL}: the guest is made of Debian 12 (amd64)")
     subprocess.run(["apt-get", "download", "-qq", kernel[1], "busybox-static"], cwd=work, check=True)
     for package in work.glob("*.deb"):
-        _run("dpkg-deb", "-x", package, work / "unpacked")
+        _run("busybox", "dpkg-deb", "-x", package, work / "unpacked")
     (made / "vmlinuz").write_bytes(next((work / "unpacked/boot").glob("vmlinuz-*")).read_bytes())
     modules = {path.stem.replace("-", "_"): path for path in (work / "unpacked/lib/modules").rglob("*.ko")}
     order = list(dict.fromkeys(name for wanted in MODULES for name in load_order(modules, wanted)))
@@ -253,6 +253,7 @@ def missing_programs() -> Sequence[str]:
     """Programs that it needs and that are not here."""
     needed = (
         "apt-get",
+        "busybox",
         "debootstrap",
         "dpkg-deb",
         "mkfs.ext4",
