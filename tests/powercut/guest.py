@@ -190,14 +190,14 @@ def _guest_files(root: Path) -> Files:
         elif path.is_file():
             found[name] = (path.stat().st_mode & 0o777, path.read_bytes())
     modules = {path.stem.replace("-", "_"): path for path in (root / "lib/modules").rglob("*.ko")}
-    order = list(dict.fromkeys(name for wanted in MODULES for name in _load_order(modules, wanted)))
+    order = list(dict.fromkeys(name for wanted in MODULES for name in load_order(modules, wanted)))
     found |= {f"modules/{name}": (0o644, modules[name].read_bytes()) for name in order}
     found["modules/order"] = (0o644, "\n".join(order).encode())
     found["etc/passwd"] = (0o644, b"root:x:0:0:root:/tmp:/bin/sh\n")  # ssh-keygen asks who it is
     return found
 
 
-def _load_order(modules: Mapping[str, Path], name: str) -> Iterator[str]:
+def load_order(modules: Mapping[str, Path], name: str) -> Iterator[str]:
     """A module after those that it needs, as its own .modinfo names them; what is in the kernel has no file."""
     text = modules[name].read_bytes()
     needs = b"".join(re.findall(rb"\0depends=([^\0]*)", text)).decode().split(",")
@@ -206,7 +206,7 @@ def _load_order(modules: Mapping[str, Path], name: str) -> Iterator[str]:
     ]
     for need in needs:
         if need.replace("-", "_") in modules:
-            yield from _load_order(modules, need.replace("-", "_"))
+            yield from load_order(modules, need.replace("-", "_"))
     yield name
 
 

@@ -1,0 +1,324 @@
+"""Flashes releases onto a Debian with systemd, as root and as a user, reboots it and cuts its power.
+
+    python -m tests.systemd_guest [--machine namespaces|qemu] [--cuts N] [--seed N] [--json FILE]
+
+Needs root (debootstrap, mounts), Linux on x86-64, and Debian's busybox, debootstrap, e2fsprogs and qemu-system-x86. The
+first run makes the guest's image, in two to four minutes; the cache keeps it. Everything is done by edgepack's command
+line over ssh, with the built-in model and the static llama-server. It is no part of CI: in namespaces it takes minutes,
+and in QEMU, whose processor is emulated, many times as long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.systemd_guest import container, guest
+from tests.systemd_guest.guest import Guest
+from tests.systemd_guest.releases import Releases, edgepack, make, release_of
+
+SETTLE_SECONDS = 200.0
+"""Until a service answers that systemd starts, restarts and restarts included."""
+
+ASK = """\
+import json, sys, urllib.error, urllib.request
+port, key_file = sys.argv[1:]
+def ask(path, body=None, key=None):
+    headers = {"Content-Type": "application/json"}
+    if key:
+        headers["Authorization"] = "Bearer " + key
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request("http://127.0.0.1:%s%s" % (port, path), data, headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+key = open(key_file).read().strip()
+question = {"prompt": "Once upon a time", "n_predict": 4, "temperature": 0}
+try:
+    ask("/completion", question)
+    stranger = 200
+except urllib.error.HTTPError as error:
+    stranger = error.code
+props = ask("/props", None, key)
+slots = [props["total_slots"], props["default_generation_settings"]["n_ctx"]]
+print(json.dumps({"text": ask("/completion", question, key)["content"], "slots": slots, "stranger": stranger}))
+"""
+"""What a client on the device asks of the server: without its key, and with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One of the two ways to be flashed with systemd."""
+
+    name: str
+    user: str
+    systemctl: str
+    units: str
+    store: str
+    port: int
+    key: str
+
+
+SYSTEM = Mode(
+    name="system", user="root", systemctl="systemctl", units="/etc/systemd/system", store="/var/lib/edgepack",
+    port=8081, key="/var/lib/edgepack-server/api-key",
+)  # fmt: skip
+USER = Mode(
+    name="user", user="pi", systemctl="XDG_RUNTIME_DIR=/run/user/1000 systemctl --user",
+    units="/home/pi/.config/systemd/user", store="/home/pi/.local/share/edgepack", port=8080,
+    key="/home/pi/.local/state/edgepack/api-key",
+)  # fmt: skip
+MODES = (SYSTEM, USER)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.systemd_guest", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--machine", choices=("namespaces", "qemu"), default="namespaces", help="where its systemd runs"
+    )
+    parser.add_argument("--cuts", type=int, default=2, help="power cuts at random moments of a flash")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was seen here")
+    options = parser.parse_args()
+    missing = guest.missing_programs()
+    if missing or os.geteuid() != 0:
+        sys.exit(f"this needs root, and on Debian the packages of: {' '.join(missing) or 'nothing more'}")
+    begin_guest = {"namespaces": container.container, "qemu": guest.guest}[options.machine]
+    with tempfile.TemporaryDirectory() as work, begin_guest(Path(work)) as device:
+        told = Told(device=device)
+        try:
+            device.power_on()
+            made = make(Path(work), memory=memory(device))
+            scenario(told, made, cuts=options.cuts, chance=random.Random(options.seed))
+        except AssertionError:
+            diagnose(device)
+            raise
+        finally:
+            if options.json is not None:
+                options.json.write_text(json.dumps(told.rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Told:
+    """The guest, and a row for each thing that was seen there; each is printed as it comes."""
+
+    device: Guest
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+    """Seconds that a flash took at most."""
+
+    def row(self, what: str, **facts: Any) -> None:
+        self.rows.append({"at": round(time.monotonic() - self.began), "what": what, **facts})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+
+def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) -> None:
+    """Everything in turn. Raises AssertionError with what was not so."""
+    device = told.device
+    told.row(
+        "booted", seconds=device.boots[-1], systemd=inside(device, "root", "systemctl --version | head -1")
+    )
+    enroll(told, made)
+    for mode in MODES:
+        flash(told, mode, made.first, "good")
+    running(told, made, made.first)
+    units(told)
+    device.reboot()
+    told.row("rebooted", seconds=device.boots[-1])
+    running(told, made, made.first)
+    for mode in MODES:
+        flash(told, mode, made.second, "good")
+    running(told, made, made.second)
+    for mode in MODES:
+        flash(told, mode, made.fails_its_test, "rolled-back")
+    running(told, made, made.second)
+    for mode in MODES:
+        flash(told, mode, made.does_not_start[mode.name], "rolled-back")
+    running(told, made, made.second)
+    goes_back_at_boot(told, made)
+    for _ in range(cuts):
+        cut(told, made, chance.uniform(0.0, told.longest))
+    for mode in MODES:
+        flash(told, mode, made.third, "good")
+    running(told, made, made.third)
+
+
+# ── steps ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def enroll(told: Told, made: Releases) -> None:
+    """Root's store and pi's, whose services run from boot on once pi lingers; root's server has another port."""
+    device = told.device
+    inside(device, "root", f"mkdir /etc/edgepack; echo EDGEPACK_PORT={SYSTEM.port} >/etc/edgepack/server.env")
+    for mode in MODES:
+        words = ("flash", "--enroll", "--signers", made.signers, "--mode", mode.name, f"{mode.user}@device")
+        done = edgepack(*words, "--json", ssh=device.ssh)
+        assert done.returncode == 0, done.stderr
+        assert ("enable-linger" in done.stderr) is (mode is USER), done.stderr
+        told.row("enrolled", mode=mode.name)
+    inside(device, "root", "loginctl enable-linger pi")
+    again = edgepack("flash", "--enroll", "--mode", "user", "pi@device", ssh=device.ssh)
+    assert again.returncode == 0 and "enable-linger" not in again.stderr, again.stderr
+
+
+def flash(told: Told, mode: Mode, bundle: Path, outcome: str) -> None:
+    """Flashes a bundle by the command line, and holds its own account of it against what is expected."""
+    began = time.monotonic()
+    done = edgepack("flash", bundle, f"{mode.user}@device", "--json", ssh=told.device.ssh)
+    assert done.stdout, done.stderr
+    said = json.loads(done.stdout)
+    told.row(
+        "flashed", mode=mode.name, bundle=bundle.stem, outcome=said["outcome"], status=done.returncode,
+        seconds=round(time.monotonic() - began), switched=said["seconds_to_switch"], reasons=said["reasons"],
+    )  # fmt: skip
+    assert said["outcome"] == outcome, done.stderr
+    told.longest = max(told.longest, time.monotonic() - began)
+
+
+def running(told: Told, made: Releases, bundle: Path) -> None:
+    """In both modes this release is current, its service is active, and it answers who has the key."""
+    for mode in MODES:
+        assert settled(told, made, mode) == release_of(bundle)
+
+
+def settled(told: Told, made: Releases, mode: Mode) -> str:
+    """The release that is current once its service is active and answers as that release."""
+    began = time.monotonic()
+    while True:
+        current = inside(told.device, mode.user, f"basename $(readlink {mode.store}/current)")
+        state = told.device.run(mode.user, f"{mode.systemctl} is-active edgepack.service")[1]
+        if state == "active":
+            said = inside(told.device, mode.user, f"python3 - {mode.port} {mode.key} <<'END'\n{ASK}END")
+            answer = json.loads(said)
+            if answer["slots"] == made.slots.get(current):
+                break
+        late = time.monotonic() - began > SETTLE_SECONDS
+        assert not late, f"{mode.name}: {current[:12]} is current, its unit {state}"
+        time.sleep(5)
+    assert answer["stranger"] == 401 and answer["text"], answer
+    told.row(
+        "answers", mode=mode.name, release=current[:12], state=state, waited=round(time.monotonic() - began), **answer
+    )  # fmt: skip
+    return current
+
+
+def units(told: Told) -> None:
+    """What systemd itself says of the units that were rendered and enrolled."""
+    device = told.device
+    for mode in MODES:
+        manager = "--user " if mode is USER else ""
+        names = inside(
+            device, mode.user, f"cd {mode.units} && ls -p | grep '^edgepack[a-z-]*[.][a-z]*$'"
+        ).split()
+        paths = " ".join(f"{mode.units}/{name}" for name in names)
+        status, said = device.run(
+            mode.user, f"XDG_RUNTIME_DIR=/run/user/$(id -u) systemd-analyze {manager}verify {paths}"
+        )
+        assert (status, said) == (0, ""), said
+        enabled = inside(
+            device, mode.user, f"{mode.systemctl} is-enabled edgepack.service edgepack-boot.service"
+        )
+        assert enabled.split() == ["enabled", "enabled"], enabled
+        told.row("verified", mode=mode.name, units=names)
+    said = inside(
+        device,
+        "root",
+        "systemd-analyze security --no-pager edgepack.service edgepack-health.service | grep -i overall",
+    )
+    timers = inside(device, "root", "systemctl list-timers --no-pager edgepack-health.timer | sed -n 2p")
+    told.row("secured", said=said.splitlines(), timer=timers)
+
+
+def goes_back_at_boot(told: Told, made: Releases) -> None:
+    """The power goes while a release is tested whose service does not start: the device goes back by itself."""
+    flashing = [begin(told.device, mode, made.does_not_start[mode.name]) for mode in MODES]
+    for mode, one in zip(MODES, flashing, strict=True):
+        until_tested(one)
+        told.row("testing", mode=mode.name)
+    power_cut(told, flashing)
+    for mode in MODES:
+        current = inside(told.device, mode.user, f"basename $(readlink {mode.store}/current)")
+        told.row("after the cut", mode=mode.name, current=current[:12])
+    running(told, made, made.second)
+    for mode in MODES:
+        boots = f"tail -n 20 {mode.store}/journal.jsonl"
+        events = [json.loads(line) for line in inside(told.device, mode.user, boots).splitlines()]
+        tail = [(line["event"], line.get("tries")) for line in events][-4:]
+        assert tail[-1][0] == "went-back", tail
+        told.row("went back at boot", mode=mode.name, journal=tail)
+
+
+def cut(told: Told, made: Releases, seconds: float) -> None:
+    """The power goes some seconds after a flash of the third release began: the old one or the new one runs, whole."""
+    flashing = [begin(told.device, mode, made.third) for mode in MODES]
+    time.sleep(seconds)
+    told.row("cut", after=round(seconds, 1))
+    power_cut(told, flashing)
+    for mode in MODES:
+        assert settled(told, made, mode) in (release_of(made.second), release_of(made.third))
+
+
+def power_cut(told: Told, flashing: list[subprocess.Popen[str]]) -> None:
+    told.device.cut_power()
+    for one in flashing:
+        one.kill()
+        one.communicate()
+    told.device.power_on()
+    told.row("power cut, and booted again", seconds=told.device.boots[-1])
+
+
+def begin(device: Guest, mode: Mode, bundle: Path) -> subprocess.Popen[str]:
+    """A flash that is not waited for."""
+    argv = [sys.executable, "-m", "edgepack", "flash", str(bundle), f"{mode.user}@device", "--json"]
+    environment = {**os.environ, "EDGEPACK_SSH": shlex.join(device.ssh)}
+    return subprocess.Popen(
+        argv, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+
+
+def until_tested(flashing: subprocess.Popen[str]) -> None:
+    """Until the device says that it tests the release: by then it is the current one."""
+    assert flashing.stderr is not None
+    said = []
+    for line in flashing.stderr:
+        said.append(line)
+        if "starting llama-server" in line:
+            return
+    raise AssertionError("".join(said))
+
+
+def inside(device: Guest, user: str, script: str) -> str:
+    """What a shell script says in the guest. Raises AssertionError when it fails."""
+    status, said = device.run(user, script)
+    assert status == 0, f"{script}: status {status}\n{said}"
+    return said
+
+
+def memory(device: Guest) -> int:
+    """Bytes that Linux has there."""
+    return int(inside(device, "root", "awk '$1 == \"MemTotal:\" { print $2 }' /proc/meminfo")) << 10
+
+
+def diagnose(device: Guest) -> None:
+    """What the guest has to say when something was not as it must be."""
+    for mode in MODES:
+        asked = f"{mode.systemctl} status --no-pager --lines 30 'edgepack*'; tail -n 15 {mode.store}/journal.jsonl"
+        print(f"── {mode.name}\n{device.run(mode.user, asked)[1]}", file=sys.stderr)
+    print(device.run("root", "journalctl --no-pager --lines 80; free -m")[1], file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
