@@ -81,7 +81,7 @@ def drawings(subject: Subject) -> Iterator[Drawing]:
         yield _memory(subject)
     if sum(one.memory_high is not None for one in _of_panel(subject)) > 1:
         yield _candidates(subject)
-    if len(subject.pace) > 1 or subject.pace_measured:
+    if len(subject.pace) > 1:
         yield _pace(subject)
 
 
