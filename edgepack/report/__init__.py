@@ -376,12 +376,15 @@ def _sentence(group: _Group) -> str:
             return f"A check of {group.check.facts.bundle.name}: {group.check.verdict}."
         return f"{_name(group)}."
     settings, pace = plan.settings, plan.speed
-    users = "one user" if settings.slots == 1 else f"{settings.slots} users at once"
+    each = settings.context // settings.slots
+    users = f"one user with {each:,} tokens of context"
+    if settings.slots > 1:
+        users = f"{settings.slots} users at once, {each:,} tokens of context each"
+    alone = "" if settings.slots == 1 else " for a user alone"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
     return (
-        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} serves {users} with "
-        f"{settings.context:,} tokens of context, takes at most {show(taken.high)} of the {show(taken.budget)} "
-        f"there are, and writes {pace.decode:,.1f} tokens a second [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]."
+        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} serves {users}, takes at most "
+        f"{show(taken.high)} of the {show(taken.budget)} there are, and writes {pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]."
     )
 
 
@@ -499,13 +502,15 @@ def _measured_paces(report: CheckReport) -> Iterator[MeasuredPace]:
 
 def _verdict(report: CheckReport) -> Verdict:
     machine = report.facts.machine
-    failed = [item.name for item in report.items if item.status == "fail"]
+    failed = [
+        f"{item.name} ({item.message or item.measured})" for item in report.items if item.status == "fail"
+    ]
     warned = [item.name for item in report.items if item.status == "warn"]
     where = "the planned device" if report.same_device else "another machine than the planned device"
     if report.emulated is not None:
         where = f"an emulation ({report.emulated})"
-    told = f"failed: {', '.join(failed)}" if failed else report.verdict
-    also = f", with warnings on {', '.join(warned)}" if warned else ""
+    told = f"failed: {'; '.join(failed)}" if failed else report.verdict
+    also = f"; warnings on {', '.join(warned)}" if warned else ""
     return Verdict(
         verdict=report.verdict,
         sentence=f"On {where} the check {told}{also}.",

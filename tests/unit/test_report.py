@@ -236,6 +236,17 @@ def test_two_devices_are_two_subjects_side_by_side() -> None:
     assert pages.comparison(reported(planned())) is None
 
 
+def test_the_sentence_says_what_each_user_has() -> None:
+    plan = chosen()[0]
+    four = replace(plan, settings=replace(plan.settings, slots=4, context=4 * plan.settings.context))
+
+    one = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).sentence
+    each = only(reported(documents.Planned(path="p", plan=four, explanation=None))).sentence
+
+    assert f"serves one user with {plan.settings.context:,} tokens of context, takes at most" in one
+    assert f"serves 4 users at once, {plan.settings.context:,} tokens of context each, takes" in each
+
+
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -352,7 +363,7 @@ def test_each_item_of_a_check_is_a_row_with_its_verdict() -> None:
     assert [row[0].words for row in section.tables[0].rows] == [item.name for item in report.items]
     assert subject.check is not None
     assert subject.check.verdict == "failed"
-    assert "failed: run" in subject.check.sentence
+    assert f"failed: run ({HOSTILE}" in subject.check.sentence
 
 
 # ── pages ────────────────────────────────────────────────────────────────────────────────────────────
