@@ -382,9 +382,10 @@ def _sentence(group: _Group) -> str:
         users = f"{settings.slots} users at once, {each:,} tokens of context each"
     alone = "" if settings.slots == 1 else " for a user alone"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
+    pace_told = f"{pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]"
     return (
         f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} serves {users}, takes at most "
-        f"{show(taken.high)} of the {show(taken.budget)} there are, and writes {pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]."
+        f"{show(taken.high)} of the {show(taken.budget)} there are, and writes {pace_told}."
     )
 
 
