@@ -14,7 +14,7 @@ $(BIN)/edgepack: pyproject.toml
 
 $(VENV)/.dev: $(BIN)/edgepack
 	$(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet -e '.[build,dev,torch,quant,distill,onnx,serve,fleet]'
+	$(BIN)/python -m pip install --quiet -e '.[build,dev,torch,quant,distill,onnx,serve,fleet,report]'
 	touch $@
 
 ## Build a signed bundle for a Jetson Orin and one for this machine from the built-in model, check it, let it speak.

@@ -859,7 +859,7 @@ def _peak(judged: _Judged) -> Iterator[Item]:
     memory = judged.facts.memory
     if memory is None or memory.peak_rss is None or judged.facts.failure is not None:
         return
-    used, how = _used(judged.plan, memory, judged.facts)
+    used, how = peak_of(judged.plan, memory, judged.facts)
     if used is None:
         expected = show(judged.plan.memory.total)
         yield Item(name="peak memory", status="warn", expected=expected, measured="cannot be read")
@@ -1098,7 +1098,7 @@ def _slack(facts: Facts, part: str) -> float:
     return VLLM_ROUNDING if facts.served.runtime == vllm.NAME else 0.0
 
 
-def _used(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
+def peak_of(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
     """Peak bytes of the server on host and accelerator together, and by which source."""
     resident, how = memory.peak, memory.peak_source
     if resident is None:

@@ -701,6 +701,60 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE…")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+              help="Write it here (default: standard output).")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["html", "md", "json", "svg"]),
+              help="Default: by the name of the output, else html.")  # fmt: skip
+@click.option("--model", metavar="M", help="The model's folder or config.json, where the catalog lacks it.")
+@click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="YAML file of more models.")  # fmt: skip
+@click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
+@click.pass_obj
+def report(
+    progress: Progress,
+    /,
+    files: tuple[Path, ...],
+    output: Path | None,
+    form: Literal["html", "md", "json", "svg"] | None,
+    allowed_signers: Path | None,
+    **options: Any,
+) -> None:
+    """Tell a colleague: one page of what a plan, bundle or check says, or several side by side.
+
+    FILE is a bundle, or the JSON of plan, check, inspect, quality or doctor; what belongs together is put together.
+
+    \b
+    Examples:
+      edgepack report out/demo.tar check.json -o report.html
+      edgepack plan --profile jetson-orin --explain --json > plan.json && edgepack report plan.json -o plan.html
+      edgepack report small.tar large.tar -o compared.html
+      edgepack report check.json --format md
+    """
+    from edgepack import pipeline, workspace
+    from edgepack import report as reports
+    from edgepack.report import documents
+    from edgepack.report import render as renders
+
+    chosen = form or next(
+        (known for known in renders.FORMATS if output and output.suffix == f".{known}"), None
+    )
+    found = []
+    for path in files:
+        progress.step(f"reading {path}")
+        found.append(documents.read(path, allowed_signers=allowed_signers))
+    text = renders.render(
+        reports.report_of(found, shapes=pipeline.shapes(options), tool=f"edgepack {__version__}"),
+        chosen or "html",
+    )
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        workspace.write_text(output, text)
+        progress.step(f"wrote {output}")
+
+
+@cli.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--allowed-signers", type=click.Path(path_type=Path), help="OpenSSH allowed_signers file.")
 @click.option("--full", is_flag=True, help="Fill every slot, not only one.")

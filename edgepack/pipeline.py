@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +163,21 @@ def read_model(path: Path, *, converted: bool = True) -> modelspec.ModelSpec:
     from edgepack.builders import convert
 
     return replace(spec, header_bytes=convert.header_size(path))
+
+
+def shapes(options: Mapping[str, Any]) -> Callable[[Plan], modelspec.ModelSpec | None]:
+    """The shapes of a plan's model: of the one that is named, else of the catalog's; None where neither has it.
+
+    What a plan names is looked up and never opened: it may be a stranger's.
+    """
+    given = named(options["model"]).spec if options.get("model") else None
+    extra = extra_models(options)
+
+    def known(chosen: Plan) -> modelspec.ModelSpec | None:
+        entry = catalog.find(chosen.model.id, extra)
+        return entry.spec() if entry is not None else given
+
+    return known
 
 
 def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:

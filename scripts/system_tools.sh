@@ -19,6 +19,7 @@ need mkfs.xfs xfsprogs
 need strace strace
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need g++ g++
+need chromium chromium
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "the tests need these Debian packages:$missing" >&2

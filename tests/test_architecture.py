@@ -46,6 +46,7 @@ LEVELS = (
     {"toolchain", "hub", "probe", "calibration", "heldout", "record", "enrolled", "remote"},
     {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
+    {"report"},
     {"fleet", "swu", "registry"},
     {"documents"},
     {"cli"},
@@ -89,7 +90,7 @@ def test_starting_loads_nothing_heavy() -> None:
     code = (
         "import sys, edgepack.cli, edgepack.pipeline; "
         "print(sorted({m.split('.')[0] for m in sys.modules} & "
-        "{'torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub', 'llama_cpp', 'rich', 'onnx'}))"
+        "{'torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub', 'llama_cpp', 'rich', 'onnx', 'matplotlib'}))"
     )
 
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -194,7 +194,11 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
     is demanded by ``allowed_signers`` and there is no ssh-keygen.
     """
-    found, signature = verified(path, allowed_signers)
+    return described(path, *verified(path, allowed_signers))
+
+
+def described(path: Path, found: agent.Bundle, signature: Mapping[str, object]) -> dict[str, object]:
+    """What a verified bundle is, as `inspect` tells it. Raises Untrusted, BadInput."""
     measured = quality_in(found, path)
     return {
         "schema_version": 1,
