@@ -493,6 +493,11 @@ def table(report: CheckReport, screen: Screen = PLAIN) -> str:
         + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items],
         styles={"ok": "good", "warn": "warning", "FAIL": "bad", "n/c": "quiet"},
     )
+    if screen.width is not None and report.residuals:
+        found = [(r.part, r.measured) for r in report.residuals]
+        planned = sum(r.predicted for r in report.residuals)
+        told = f"{show(sum(size for _, size in found))} measured of what was planned part by part, {show(planned)}"
+        lines += ["", *screen.bar(found, planned, told), *screen.legend(found)]
     remarks = [f"{i.name}: {i.message}" for i in report.items if i.message and i.status != "not-comparable"]
     remarks += [f"not comparable: {names}: {why}" for why, names in _not_comparable(report.items).items()]
     if remarks or report.notes:
