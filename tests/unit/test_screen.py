@@ -170,3 +170,10 @@ def test_a_terminal_that_has_not_the_signs_gets_others() -> None:
 
     assert done.returncode == 0, done.stderr
     assert b"[??????" in done.stdout
+
+
+def test_a_check_that_passed_has_a_bar_within_its_edge(pages: dict[str, object]) -> None:
+    shown = laid_out("check", pages, Screen(width=80))
+
+    assert " measured, of up to " in shown
+    assert "█ weights" in shown
