@@ -493,12 +493,26 @@ def table(report: CheckReport, screen: Screen = PLAIN) -> str:
         + [(signs[i.status], i.name, i.expected, i.measured) for i in report.items],
         styles={"ok": "good", "warn": "warning", "FAIL": "bad", "n/c": "quiet"},
     )
+    if screen.width is not None and report.residuals:
+        lines += ["", *_bar(report, screen)]
     remarks = [f"{i.name}: {i.message}" for i in report.items if i.message and i.status != "not-comparable"]
     remarks += [f"not comparable: {names}: {why}" for why, names in _not_comparable(report.items).items()]
     if remarks or report.notes:
         lines += ["", *screen.lines((*remarks, *report.notes))]
     lines += ["", *screen.line(_conclusion(report), "good" if report.passed else "bad")]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _bar(report: CheckReport, screen: Screen) -> list[str]:
+    """What was measured, part by part, against the most that the plan says it needs, of host and card together."""
+    facts = report.facts
+    parts = [(residual.part, residual.measured) for residual in report.residuals]
+    peak = None if facts.memory is None else facts.memory.peak
+    if peak is not None and facts.preflight.device_memory_needed is None:
+        parts.append(("process", max(0, peak - sum(size for _, size in parts))))
+    most = facts.preflight.memory_needed + (facts.preflight.device_memory_needed or 0)
+    told = f"{show(sum(size for _, size in parts))} measured, of up to {show(most)}"
+    return [*screen.bar(parts, most, told), *screen.legend(parts)]
 
 
 def _conclusion(report: CheckReport) -> str:

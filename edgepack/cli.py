@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
@@ -153,6 +154,9 @@ def _translated(error: OSError) -> EdgepackError:
 
 def main() -> None:
     """Entry point of the `edgepack` program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a bar's signs, where the terminal knows ASCII only
     gc.set_threshold(100_000)  # a survey makes many small values and no cycles; the default costs it a tenth
     cli(standalone_mode=True)
 

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 Style = Literal["title", "good", "bad", "warning", "quiet", "weights", "copy", "cache", "scratch", "process"]
@@ -15,6 +16,16 @@ _CODES: Mapping[Style, str] = {
     "weights": "34", "copy": "36", "cache": "35", "scratch": "33", "process": "37",
 }  # fmt: skip
 """Select Graphic Rendition, ECMA-48 8.3.117. A color only repeats what a word or a sign says already."""
+SIGNS: Mapping[str, tuple[str, Style]] = {
+    "weights": ("█", "weights"), "host_copy": ("▓", "copy"), "kv_cache": ("▒", "cache"),
+    "recurrent_state": ("▒", "cache"), "compute": ("░", "scratch"), "output": ("░", "scratch"),
+    "rope_cache": ("░", "scratch"), "graphs": ("░", "scratch"), "workspace": ("░", "scratch"),
+    "process": ("·", "process"),
+}  # fmt: skip
+"""How a part of the memory is drawn in a bar; the sign says which it is, the color repeats it."""
+BAR = 48
+"""Signs of a bar where there is no width."""
+WIDEST_BAR = 72
 GAP = 2
 LEAST = 7
 """Columns to which a column of a table is narrowed at most."""
@@ -72,7 +83,8 @@ class Screen:
 
         ``styles``: of a first cell, by its text. ``below``: columns that may then stand under their row, first first.
         """
-        return [line for row in self._table(rows, styles or {}, below) for line in row]
+        heading, *table = self._table(rows, styles or {}, below)
+        return [*(self.paint(line, "title") for line in heading), *(line for row in table for line in row)]
 
     def _table(
         self, rows: Sequence[Sequence[str]], styles: Mapping[str, Style], below: Sequence[int]
@@ -132,6 +144,32 @@ class Screen:
             under = _wrapped(rest, self.width or 0, "  ", "  ")
             found.append([*lines, *(self.paint(part, "quiet") for part in under)])
         return found
+
+    def bar(self, parts: Sequence[tuple[str, int]], limit: int, told: str) -> list[str]:
+        """Parts, by name and bytes, against a limit, and ``told`` beside or below it; ``!`` runs over the edge."""
+        room = BAR if self.width is None else max(8, min(WIDEST_BAR, self.width - 2))
+        scale = max(limit, sum(size for _, size in parts)) or 1
+        drawn: list[tuple[str, Style | None]] = []
+        for name, size in parts:
+            drawn += [SIGNS.get(name, ("?", None))] * round(room * size / scale)
+        edge = round(room * limit / scale)
+        inside, over = drawn[:edge], "!" * len(drawn[edge:])
+        runs = groupby(inside, key=lambda one: one[1])
+        painted = "".join(self.paint("".join(sign for sign, _ in run), style) for style, run in runs)
+        line = f"[{painted}{' ' * (edge - len(inside))}]{self.paint(over, 'bad')}"
+        if self.width is None or edge + len(over) + 3 + len(told) <= self.width:
+            return [f"{line} {told}"]
+        return [line, *self.line(f" {told}")]
+
+    def legend(self, parts: Iterable[tuple[str, int]]) -> list[str]:
+        """What the signs of a bar are; nothing in a pipe."""
+        if self.width is None:
+            return []
+        names: dict[str, str] = {}
+        for name, size in parts:
+            if size and name in SIGNS:
+                names.setdefault(SIGNS[name][0], name)
+        return self.line(" " + ", ".join(f"{sign} {name}" for sign, name in names.items()), "quiet")
 
 
 PLAIN = Screen()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import groupby
 from typing import Any, Literal, TypedDict
 
 from edgepack.choice import Explanation
@@ -13,16 +11,6 @@ from edgepack.plan import ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.screen import PLAIN, Screen, Style
 from edgepack.units import show
-
-BAR_WIDTH = 48
-WIDEST_BAR = 72
-SIGNS: Mapping[str, tuple[str, Style]] = {
-    "weights": ("█", "weights"), "host_copy": ("▓", "copy"), "kv_cache": ("▒", "cache"),
-    "recurrent_state": ("▒", "cache"), "compute": ("░", "scratch"), "output": ("░", "scratch"),
-    "rope_cache": ("░", "scratch"), "graphs": ("░", "scratch"), "workspace": ("░", "scratch"),
-    "process": ("·", "process"),
-}  # fmt: skip
-"""How a part is drawn in a bar; the sign says which it is, the color repeats it."""
 
 
 def fit(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
@@ -301,11 +289,9 @@ def _predicted(notes: Mapping[str, str], screen: Screen) -> list[str]:
         return []
     sizes = {name: int(value) for name, value in told.items()}
     sizes["process"] -= sizes["weights"] + sizes["kv_cache"] + sizes["compute"]
-    parts = [{"name": name, "bytes": size, "high": size} for name, size in sizes.items()]
-    drawn = bar(parts, int(most), screen)
-    signs = ", ".join(f"{SIGNS[name][0]} {name}" for name in sizes)
-    text = f" predicted {show(int(told['process']))} of memory, up to {show(int(most))}"
-    return ["", drawn, *screen.line(text), *screen.line(f" {signs} and the rest", "quiet")]
+    told_so = f"predicted {show(int(told['process']))} of memory, up to {show(int(most))}"
+    parts = list(sizes.items())
+    return ["", *screen.bar(parts, int(most), told_so), *screen.legend(parts)]
 
 
 def quality(name: str, document: Mapping[str, Any]) -> str:
@@ -432,21 +418,6 @@ def profile(found: DeviceProfile, screen: Screen = PLAIN) -> str:
     return _text([*screen.line(lines[0], "title"), *screen.lines(lines[1:])])
 
 
-def bar(parts: Sequence[Mapping[str, Any]], limit: int, screen: Screen = PLAIN) -> str:
-    """The parts against the budget, each with its own sign; ``!`` runs over the edge."""
-    room = BAR_WIDTH if screen.width is None else max(8, min(WIDEST_BAR, screen.width - 2))
-    scale = max(limit, sum(p["bytes"] for p in parts)) or 1
-    drawn: list[tuple[str, Style | None]] = []
-    for part in parts:
-        sign = SIGNS.get(part["name"], ("?", None))
-        drawn += [sign] * round(room * part["bytes"] / scale)
-    edge = round(room * limit / scale)
-    inside, over = drawn[:edge], drawn[edge:]
-    runs = groupby(inside, key=lambda one: one[1])
-    painted = "".join(screen.paint("".join(sign for sign, _ in run), style) for style, run in runs)
-    return f"[{painted}{' ' * (edge - len(inside))}]{screen.paint('!' * len(over), 'bad')}"
-
-
 def _pools(
     parts: Sequence[Mapping[str, Any]], device: int, host: int | None, *, screen: Screen = PLAIN
 ) -> list[str]:
@@ -460,19 +431,9 @@ def _pools(
         ]
     lines = []
     for own, limit, name in pools:
-        drawn, told = (
-            bar(own, limit, screen),
-            f"{name}up to {show(sum(p['high'] for p in own))} of {show(limit)}",
-        )
-        length = len(bar(own, limit, replace(screen, color=False)))
-        one_line = screen.width is None or length + 1 + len(told) <= screen.width
-        lines += [f"{drawn} {told}"] if one_line else [drawn, *screen.line(f" {told}")]
-    if screen.width is not None:
-        signs = {SIGNS[p["name"]][0]: p["name"] for p in reversed(parts) if p["name"] in SIGNS and p["bytes"]}
-        lines += screen.line(
-            " " + ", ".join(f"{sign} {name}" for sign, name in reversed(signs.items())), "quiet"
-        )
-    return lines
+        told = f"{name}up to {show(sum(p['high'] for p in own))} of {show(limit)}"
+        lines += screen.bar([(p["name"], p["bytes"]) for p in own], limit, told)
+    return lines + screen.legend([(p["name"], p["bytes"]) for p in parts])
 
 
 def _parts(parts: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from click.testing import CliRunner
 
-from edgepack import check, documents, serde
+from edgepack import check, documents, fleet, serde
 from edgepack.bundle import sign
 from edgepack.cli import cli
 from tests import releases
@@ -263,3 +263,17 @@ def test_emit(bundle: Path, key: Path, tmp_path: Path) -> None:
 
     obeys("emit", said("emit", "--ansible", bundle, *signers, "-o", tmp_path / "fleet"))
     obeys("emit", said("emit", "--signature", bundle, "-o", tmp_path / "signature"))
+
+
+def test_a_fleet_with_a_check_of_one_host_and_none_of_another() -> None:
+    facts = check.facts_from(serde.read_json(CASES / "qwen2.5-0.5b-q8_0.facts.json"), source="facts")
+    report = check.evaluate(example_plan(releases.PROFILE), facts)
+    row = fleet.HostReport(bundle="b.tar", release="0" * 64, outcome="good", passed=True)
+    done = fleet.FleetReport(
+        hosts={"a": row, "b": row}, documents={"a": {"report": check.to_document(report)}, "b": {}}
+    )
+
+    found = obeys("flash-fleet", json.dumps(fleet.to_document(done)))
+
+    assert found["hosts"]["a"]["report"]["verdict"] == report.verdict
+    assert found["hosts"]["b"]["report"] is None
