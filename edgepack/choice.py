@@ -203,9 +203,7 @@ def _why(chosen: Plan, goal: Goal) -> str:
         case "quality":
             top = chosen.quality.low * (1.0 - NOISE)
             ties = sum(r.figures.quality_low >= top for r in fitting if r.figures is not None)
-            equal = (
-                f"; {ties} others are within {NOISE:.0%} of it, and it is the fastest of them" if ties else ""
-            )
+            equal = f"; {ties} more within {NOISE:.0%} of it, of which it is the fastest" if ties else ""
             return f"the best score one can be sure of, {chosen.quality.low:.1f}, {size}{equal}"
 
 

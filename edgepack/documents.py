@@ -35,6 +35,7 @@ from edgepack.plan import Plan
 from edgepack.probe import Probed
 from edgepack.profile import DeviceProfile
 from edgepack.registry import Assembled, Emitted
+from edgepack.report import Report
 from edgepack.toolchain import Status as ToolchainStatus
 
 VERSION: Mapping[str, object] = {"schema_version": Literal[1]}
@@ -119,6 +120,12 @@ DOCUMENTS = (
         of=check.CheckReport,
         written_by=("check --json", "check --on --json", "check -o"),
         also=check.WRITTEN,
+    ),
+    Document(
+        name="report",
+        title="What plans, bundles, checks and qualities say, put together",
+        of=Report,
+        written_by=("report --format json",),
     ),
     Document(
         name="doctor",

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from edgepack import check, documents, fleet, serde
 from edgepack.bundle import sign
 from edgepack.cli import cli
+from edgepack.errors import NothingFits
 from tests import releases
 from tests.documents import obeys, validator
 from tests.plans import example_plan
@@ -160,7 +161,20 @@ def test_the_command_prints_the_list_and_each_schema() -> None:
     ],
 )
 def test_fit(words: tuple[str, ...]) -> None:
-    obeys("fit", said("fit", *words))
+    refused = "raspberry-pi-5-4gb" in words
+    found = obeys("fit", said("fit", *words, status=NothingFits.exit_code if refused else 0))
+
+    assert (found["fits"] is False) is refused
+
+
+def test_a_report(tmp_path: Path) -> None:
+    """Without other contexts: whole, with its sweep, is held in test_report.py to the figures."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(said("plan", *ORIN, *MODEL, "--explain"), encoding="utf-8")
+    done = CliRunner().invoke(cli, ["-q", "report", str(plan), "--format", "json"])
+
+    assert done.exit_code == 0, done.output
+    assert obeys("report", done.stdout)["subjects"]
 
 
 @pytest.mark.parametrize("more", [(), ("--pareto",), ("--goal", "throughput", "--slots", 4)])

@@ -120,7 +120,7 @@ def test_the_document_has_the_agreed_names() -> None:
     total = document["total"]
     assert isinstance(total, dict)
     assert total["bytes"] == sum(part["bytes"] for part in parts)
-    assert document["host_bytes"] + document["device_bytes"] == total["bytes"]  # type: ignore[operator]  # ints
+    assert document["host_bytes"] + document["device_bytes"] == total["bytes"]
 
 
 @given(st.integers(0, 5000), st.integers(0, 5000))
