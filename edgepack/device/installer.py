@@ -786,8 +786,8 @@ class Systemd(Service):
     def _systemctl(self, *words: str, check: bool = True) -> str:
         status, said = self.world.run(["systemctl", *self.words, *words])
         if check and status != 0:
-            last = (said.strip().splitlines() or ["no message"])[-1]
-            raise Failed("did-not-start", "service", "systemctl %s: %s" % (" ".join(words), last))
+            why = (said.strip().splitlines() or ["no message"])[0]  # below it: where to read more
+            raise Failed("did-not-start", "service", "systemctl %s: %s" % (" ".join(words), why))
         return said
 
 

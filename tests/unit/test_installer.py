@@ -1426,7 +1426,8 @@ def test_a_release_whose_server_does_not_start_goes_back_with_its_units(
     def status(argv: Sequence[str]) -> tuple[int, str]:
         nonlocal starts
         starts += argv[1] == "start"
-        return (1, "Job for edgepack.service failed.") if argv[1] == "start" and starts == 2 else (0, "")
+        said = 'Job for edgepack.service failed.\nSee "systemctl status edgepack.service" for details.\n'
+        return (1, said) if argv[1] == "start" and starts == 2 else (0, "")
 
     device = enrolled(tmp_path, signers, "system", status=status)
     device.run("install", first)

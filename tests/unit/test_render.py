@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import socket
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -239,3 +241,21 @@ def test_an_image_of_another_runtime_is_not_used() -> None:
     plan = replace(plan, profile=replace(plan.profile, software=Software(images=(other,))))
 
     assert "compose.yaml" not in render(plan)
+
+
+def test_ready_does_not_wait_for_a_server_that_has_ended(tmp_path: Path) -> None:
+    """systemd 252 stays in start-post, with the release before it stopped, until this command ends."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        environment = {
+            "PATH": os.environ["PATH"], "HOME": str(tmp_path), "MAINPID": str(gone.pid),
+            "EDGEPACK_PORT": str(unheard.getsockname()[1]),
+        }  # fmt: skip
+        start = GOLDEN / "llama.cpp" / "raspberry-pi-5-8gb" / "start.sh"
+        done = subprocess.run(
+            ["sh", start, "ready"], env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    assert (done.returncode, done.stderr) == (1, "start.sh: the server ended before it answered\n")

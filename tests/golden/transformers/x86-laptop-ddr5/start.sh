@@ -90,6 +90,8 @@ ready() {
     tries=0
     until healthy 2>/dev/null; do
         tries=$((tries + 1))
+        # systemd waits for this command also when the server has died meanwhile, whose id it hands over.
+        [ -z "${MAINPID:-}" ] || [ -d "/proc/$MAINPID" ] || die "the server ended before it answered"
         [ "$tries" -lt 120 ] || die "no answer from http://$host:$port/health within 120 s"
         sleep 1
     done
