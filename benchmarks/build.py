@@ -83,7 +83,7 @@ def built(model: Path) -> tuple[Run, Run]:
         cache, out = Path(place) / "cache", Path(place) / "out"
         cache.mkdir()
         (cache / "toolchain").symlink_to(workspace.cache_root() / "toolchain")
-        command = [
+        command: comparison.Command = [
             sys.executable, "-m", "edgepack", "-q", "build", "--profile", "jetson-orin", "--model", model,
             "--scheme", SCHEME, "--min-tokens-per-second", "0", "--no-quality", "-o", out,
         ]  # fmt: skip

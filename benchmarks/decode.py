@@ -85,7 +85,7 @@ def only(model: Path, threads: int, attention: int) -> float:
 
 def bench(model: Path, threads: str, attention: str, repeat: int) -> dict[tuple[int, int], float]:
     """Tokens a second of each pair of threads and flash attention (0 or 1)."""
-    command = [
+    command: list[str | Path] = [
         toolchain.find().bench,
         "-m",
         model,
@@ -93,11 +93,10 @@ def bench(model: Path, threads: str, attention: str, repeat: int) -> dict[tuple[
         "0",
         "-n",
         str(TOKENS),
-        "-r",
-        str(repeat),
         "-ngl",
         "0",
     ]
+    command += ["-r", str(repeat)]
     command += ["-t", threads, "-fa", attention, "-o", "json"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return {(run["n_threads"], int(run["flash_attn"])): run["avg_ts"] for run in json.loads(done.stdout)}

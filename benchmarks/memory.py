@@ -61,7 +61,7 @@ model = dict(total_params_b=case["parameters"] / 1e9, num_hidden_layers=case["la
 found = profile_inference(
     model, "rtx-4090-24gb", case["scheme"], case["context"], kv_bits=16 if case["kv_type"] == "f16" else 8
 )
-print(found.vram_total_gb * 2**30)
+print(found.vram_total_required_gb * 2**30)
 """
 ACCELERATE = f"""{LIBRARY}
 from accelerate import init_empty_weights

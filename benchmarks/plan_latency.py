@@ -40,7 +40,7 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
     yield _plans(asked, by_name[LLMFIT])
     _, artifact = subjects.artifact("demo", "Q8_0", asked.folder)
     model = artifact.path
-    fit = ["fit", "--model", model, "--scheme", "Q8_0", "--context", CONTEXT, "--json"]
+    fit: comparison.Command = ["fit", "--model", model, "--scheme", "Q8_0", "--context", CONTEXT, "--json"]
     for name in (FIT_PARAMS, INFO):
         what, peer = "memory of one GGUF, asked once", by_name[name]
         if peer.missing:
@@ -73,7 +73,7 @@ def _plans(asked: Asked, peer: Peer) -> Row:
     if peer.missing:
         alone = comparison.absent(what, "ms", "less", peer, peer.missing)
         return comparison.with_ours(alone, [ours() for _ in range(asked.rounds)])
-    command = [peers.venv().parent / "llmfit", "--json", "recommend"]
+    command: comparison.Command = [peers.venv().parent / "llmfit", "--json", "recommend"]
     a, b = comparison.paired(asked.rounds, ours, partial(comparison.seconds, command))
     why = "llmfit is compiled and looks its models up in a table; edgepack lays out each candidate's buffers"
     return comparison.of(what, "ms", "less", peer, a, b, why=why)

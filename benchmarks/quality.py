@@ -9,7 +9,6 @@ mixtures and models.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 
 import budget
@@ -35,11 +34,10 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         yield comparison.absent(f"divergence at the bytes of {SCHEME}", "nats", "less", peer, peer.missing)
         return
     whole, small = of.folder / "whole.gguf", of.folder / "peer.gguf"
-    for command in (
-        peers.convert(of.checkpoint.path, whole, subjects.KNOWN_AS["demo"]),
-        [peers.program(NAME), "--imatrix", of.matrix, whole, small, SCHEME, str(CORES)],
-    ):
-        subprocess.run(command, check=True, capture_output=True)
+    quantize: comparison.Command = [
+        peers.program(NAME), "--imatrix", of.matrix, whole, small, SCHEME, str(CORES),
+    ]  # fmt: skip
+    comparison.seconds(peers.convert(of.checkpoint.path, whole, subjects.KNOWN_AS["demo"]), quantize)
     theirs = budget.quality_of(of, small, tokens=TOKENS)
     base = budget.row(of, SCHEME, "anchor", small.stat().st_size, theirs, theirs, None, 0.0)
     budget.show(base)

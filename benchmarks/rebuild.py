@@ -41,7 +41,9 @@ def found() -> Sequence[Peer]:
     return (
         Peer(name=WHOLE, version="", command="edgepack build with an empty cache"),
         peers.installed(
-            IMAGE, "buildah", "buildah build --layers CONTEXT; buildah push IMAGE oci-archive:OUT"
+            IMAGE,
+            "apt install buildah",
+            "buildah build --layers CONTEXT; buildah push -D IMAGE oci-archive:OUT",
         ),
         peers.installed(RSYNC, "apt install rsync", "rsync --no-whole-file --stats NEW.tar OLD.tar"),
     )
@@ -63,7 +65,7 @@ def _builds(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
 
         def build() -> float:
             """With a context that no build has had."""
-            command = [
+            command: comparison.Command = [
                 sys.executable, "-m", "edgepack", "-q", "build", "--profile", "jetson-orin", "--model", model,
                 "--scheme", SCHEME, "--min-tokens-per-second", "0", "--no-quality", "--context", str(next(contexts)),
                 "-o", out,
@@ -133,7 +135,7 @@ def layered(context: Path, weights: Path, image: Path, place: Path, change: int)
             "bench",
             str(context),
         ],
-        ["push", "-q", "bench", f"oci-archive:{image}"],
+        ["push", "-q", "--disable-compression", "bench", f"oci-archive:{image}"],
     ):
         subprocess.run(["buildah", *storage, *words], check=True, capture_output=True, text=True)
     return comparison.clock() - began
