@@ -119,29 +119,47 @@ def compare(of: Subject, anchor: str, methods: Sequence[str], backend: Backend) 
     found = quality_of(of, made)
     size = made.stat().st_size
     rows = [row(of, anchor, "anchor", size, found, found, None, 0.0)]
+    for method in methods:
+        done = filled(of, size, method, backend)
+        rows.append(
+            row(
+                of, anchor, method, done.path.stat().st_size, quality_of(of, done.path), found,
+                done.predicted, done.seconds,
+            )
+        )  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """An artifact within a budget."""
+
+    path: Path
+    predicted: float | None
+    seconds: float
+
+
+def filled(of: Subject, size: int, method: str, backend: Backend) -> Filled:
+    """Of ``size`` bytes at most, by one of the methods; ends the benchmark when it has more."""
     settings = llama_cpp.cpu_settings(context=512)
     place = Place(settings=settings, backend=backend, arch="x86_64", unified=True)
     name = schemes.budget_name(size)
-    for method in methods:
-        started = time.monotonic()
-        if method == "guess":
-            spec, _ = allocation.planned(of.spec, name, place, room=None)
-            predicted = None
-        else:
-            losses = {"fisher": costs, "mse": errors}[method](of, backend)
-            items = allocation.items(of.spec, place, losses)
-            header = int(of.spec.header_bytes or 0)
-            chosen: list[Option] = allocation.solve(items, Limits(file=size - header, memory=None))
-            spec = allocation.recipe(of.spec, chosen, measured=True)
-            predicted = allocation.lost(chosen) if method == "fisher" else None
-        path = build(of, name, spec)
-        seconds = time.monotonic() - started
-        if path.stat().st_size > size:
-            raise SystemExit(f"{path} has {path.stat().st_size} bytes, and {size} were the budget")
-        rows.append(
-            row(of, anchor, method, path.stat().st_size, quality_of(of, path), found, predicted, seconds)
-        )
-    return rows
+    started = time.monotonic()
+    if method == "guess":
+        spec, _ = allocation.planned(of.spec, name, place, room=None)
+        predicted = None
+    else:
+        losses = {"fisher": costs, "mse": errors}[method](of, backend)
+        items = allocation.items(of.spec, place, losses)
+        header = int(of.spec.header_bytes or 0)
+        chosen: list[Option] = allocation.solve(items, Limits(file=size - header, memory=None))
+        spec = allocation.recipe(of.spec, chosen, measured=True)
+        predicted = allocation.lost(chosen) if method == "fisher" else None
+    path = build(of, name, spec)
+    seconds = time.monotonic() - started
+    if path.stat().st_size > size:
+        raise SystemExit(f"{path} has {path.stat().st_size} bytes, and {size} were the budget")
+    return Filled(path=path, predicted=predicted, seconds=seconds)
 
 
 def costs(of: Subject, backend: Backend) -> Callable[[Tensor, str], float]:
@@ -181,10 +199,10 @@ def build(of: Subject, scheme: str, spec: ModelSpec) -> Path:
     ).path
 
 
-def quality_of(of: Subject, artifact: Path) -> Quality:
+def quality_of(of: Subject, artifact: Path, *, tokens: int = TOKENS) -> Quality:
     return quality.measure(
         artifact, against=of.checkpoint.path, text=of.text,
-        fingerprints=calibration.record(of.data).fingerprints, tokens=TOKENS, threads=1, progress=Silent(),
+        fingerprints=calibration.record(of.data).fingerprints, tokens=tokens, threads=1, progress=Silent(),
     )  # fmt: skip
 
 

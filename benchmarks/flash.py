@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -87,9 +88,20 @@ def scp(sshd: Sshd, port: int, source: Path, target: Path) -> tuple[float, float
     return ended - before, time.monotonic() - before
 
 
-def update(sshd: Sshd, folder: Path, key: Path, signers: Path) -> None:
-    """Bytes on the wire, both ways and with its login, of a release that differs in its context alone."""
-    bundles = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """A flash of a release that differs from the device's in its context alone."""
+
+    before: Path
+    bundle: Path
+    wire: int
+    """Bytes there and back, with the login."""
+    seconds: float
+
+
+def update(sshd: Sshd, folder: Path, key: Path, signers: Path) -> Update:
+    """The first release flashed, then the second, and every byte of each on the wire counted."""
+    tars = []
     program = [sys.executable, "-m", "edgepack", "-q"]
     with (folder / "here.yaml").open("w", encoding="utf-8") as out:
         subprocess.run([*program, "probe"], stdout=out, check=True)
@@ -100,9 +112,11 @@ def update(sshd: Sshd, folder: Path, key: Path, signers: Path) -> None:
              str(context), "--key", key, "--release-sequence", str(sequence), "-o", out_folder],
             stdout=subprocess.DEVNULL, check=True,
         )  # fmt: skip
-        bundles.append(flash.load(next(out_folder.glob("*.tar")), None))
+        tars.append(next(out_folder.glob("*.tar")))
+    wire, seconds = 0, 0.0
     with Line(sshd.port) as line:
-        for cargo, asked in zip(bundles, (Asked(self_test=False), Asked()), strict=True):
+        for tar, asked in zip(tars, (Asked(self_test=False), Asked()), strict=True):
+            cargo = flash.load(tar, None)
             device = enrolled(sshd, signers, folder / "updated", line.port)
             device.connection.close()
             line.sent = line.received = 0
@@ -110,11 +124,15 @@ def update(sshd: Sshd, folder: Path, key: Path, signers: Path) -> None:
             began = time.monotonic()
             done = flash.flash(cargo, device, asked, progress=Silent())
             device.connection.close()
+            seconds = time.monotonic() - began
+            wire = line.sent + line.received
             files = sum(step.bytes for step in done.steps)
             print(
                 f"{done.outcome}: {files} bytes of files in {done.sent} sent; wire {line.sent} there, {line.received} "
-                f"back; {done.seconds_to_switch} s to switch, {time.monotonic() - began:.1f} s in all"
+                f"back; {done.seconds_to_switch} s to switch, {seconds:.1f} s in all",
+                flush=True,
             )
+    return Update(before=tars[0], bundle=tars[1], wire=wire, seconds=seconds)
 
 
 def main() -> None:

@@ -1,40 +1,91 @@
-"""Cold start of `edgepack plan` over every profile and the whole catalog: wall and CPU seconds, and what was loaded.
+"""How long a user waits for a plan, and for what one model takes: cold starts of each program.
 
-python benchmarks/plan_latency.py [--runs 3]
+    python benchmarks/plan_latency.py [--rounds 5] [--folder DIR]
+
+A plan chooses among the whole catalog for one profile; shown is the slowest profile. What one GGUF file takes at one
+context is what the peers tell as well.
 """
 
 from __future__ import annotations
 
-import argparse
-import resource
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import comparison
+import peers
+import subjects
+from comparison import Asked, Peer, Row
 
 from edgepack import profile
 
+CONTEXT = "2048"
+FIT_PARAMS = "llama-fit-params"
+INFO = "modelinfo-cli"
+LLMFIT = "llmfit"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    options = parser.parse_args()
-    worst = 0.0
-    for name in profile.names():
-        walls, cpus = [], []
-        for _ in range(options.runs):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            began = time.monotonic()
-            command = [sys.executable, "-m", "edgepack", "plan", "--profile", name, "--json"]
-            subprocess.run(command, check=True, capture_output=True)
-            walls.append(time.monotonic() - began)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        worst = max(worst, statistics.median(walls))
-        print(f"{name:<26} wall {statistics.median(walls):.3f} s (best {min(walls):.3f}), "
-              f"CPU {statistics.median(cpus):.3f} s", flush=True)  # fmt: skip
-    print(f"slowest median {worst:.3f} s")
+
+def found() -> Sequence[Peer]:
+    return (
+        peers.from_pypi(LLMFIT, "1.1.17", "llmfit --json recommend", proof=["{bin}/llmfit", "--version"]),
+        peers.llama_cpp(FIT_PARAMS, f"llama-fit-params -m MODEL.gguf -c {CONTEXT} --fit-print on"),
+        peers.from_pypi(
+            INFO, "1.4.4", f"modelinfo MODEL.gguf --context {CONTEXT}", proof=["{bin}/modelinfo", "--version"]
+        ),
+    )
+
+
+def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
+    yield _plans(asked, by_name[LLMFIT])
+    _, artifact = subjects.artifact("demo", "Q8_0", asked.folder)
+    model = artifact.path
+    fit: comparison.Command = ["fit", "--model", model, "--scheme", "Q8_0", "--context", CONTEXT, "--json"]
+    for name in (FIT_PARAMS, INFO):
+        what, peer = "memory of one GGUF, asked once", by_name[name]
+        if peer.missing:
+            yield comparison.absent(what, "ms", "less", peer, peer.missing)
+            continue
+        command: comparison.Command = (
+            [peers.program(name), "-m", model, "-c", CONTEXT, "--fit-print", "on"]
+            if name == FIT_PARAMS
+            else [peers.venv().parent / "modelinfo", model, "--context", CONTEXT]
+        )
+        a, b = comparison.paired(
+            2 * asked.rounds,
+            partial(comparison.seconds, _edgepack(*fit)),
+            partial(comparison.seconds, command),
+        )
+        why = {
+            FIT_PARAMS: "llama.cpp is compiled; edgepack's time is the start of Python and its imports, and it also "
+            "tells the interval, the parts and the change that would make it fit",
+            INFO: "it reads the header alone; edgepack lays out every buffer of the runtime",
+        }
+        yield comparison.of(what, "ms", "less", peer, a, b, why=why[name])
+
+
+def _plans(asked: Asked, peer: Peer) -> Row:
+    """Of the profile that took longest in one run of each."""
+    once = {name: comparison.seconds(_plan(name)) for name in profile.names()}
+    slowest = max(once, key=lambda name: once[name])
+    what = f"plan over the catalog ({slowest})"
+    ours = partial(comparison.seconds, _plan(slowest))
+    if peer.missing:
+        alone = comparison.absent(what, "ms", "less", peer, peer.missing)
+        return comparison.with_ours(alone, [ours() for _ in range(asked.rounds)])
+    command: comparison.Command = [peers.venv().parent / "llmfit", "--json", "recommend"]
+    a, b = comparison.paired(asked.rounds, ours, partial(comparison.seconds, command))
+    why = "llmfit is compiled and looks its models up in a table; edgepack lays out each candidate's buffers"
+    return comparison.of(what, "ms", "less", peer, a, b, why=why)
+
+
+def _plan(name: str) -> comparison.Command:
+    return _edgepack("plan", "--profile", name, "--json")
+
+
+def _edgepack(*words: str | Path) -> comparison.Command:
+    return [sys.executable, "-m", "edgepack", *words]
 
 
 if __name__ == "__main__":
-    main()
+    comparison.main(__doc__, found, compare, rounds=3)

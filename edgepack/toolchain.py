@@ -26,7 +26,7 @@ from edgepack.errors import BuildFailed, MissingTool, Offline, Unsupported, Untr
 from edgepack.progress import Progress
 from edgepack.shell import run
 from edgepack.units import MIB, Bytes
-from edgepack.workspace import cache_root, require_space, sha256_file, whole_dir, write_text
+from edgepack.workspace import cache_root, require_space, sha256_file, whole_dir, whole_file, write_text
 
 Machine = Literal["x86_64", "aarch64"]
 
@@ -273,6 +273,28 @@ def static_runtime(arch: Machine, progress: Progress) -> Path:
     return binary
 
 
+def program(name: str, progress: Progress) -> Path:
+    """Another program of the same llama.cpp, e.g. llama-quantize: linked from the installed one's objects, and kept.
+
+    For holding edgepack against it; nothing that edgepack ships needs it. Raises as ``install`` does.
+    """
+    home = _home(_machine())
+    binary = home.parent / f"programs-{home.name}" / name
+    if binary.is_file():
+        return binary
+    with _lock(progress):
+        tree = _compile(_source(progress), home, _options(_machine()), (name,), progress)
+        with whole_file(binary) as temporary:
+            shutil.copy2(tree / "bin" / name, temporary)
+    return binary
+
+
+def converter(progress: Progress) -> Path:
+    """llama.cpp's convert_hf_to_gguf.py of the same source, beside the gguf-py that it imports."""
+    with _lock(progress):
+        return _source(progress) / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
+
+
 def load_bindings(package: Path) -> ModuleType:
     """The module llama_cpp.llama_cpp of the toolchain folder ``package``; nothing else of it is imported."""
     name, variable = "llama_cpp.llama_cpp", "LLAMA_CPP_LIB_PATH"
@@ -486,6 +508,9 @@ def _compile(
     flags = f"-ffile-prefix-map={llama}=llama.cpp"
     defines = [f"-D{option}" for option in options]
     defines += [f"-DCMAKE_C_FLAGS={flags}", f"-DCMAKE_CXX_FLAGS={flags}", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if (tree / "CMakeCache.txt").is_file() and Path(_cache_entry(tree, "CMAKE_CACHEFILE_DIR")) != tree:
+        # The cache was moved or copied, and CMake takes no tree from elsewhere.
+        shutil.rmtree(tree)
     progress.step("configuring llama.cpp")
     run([cmake, "-G", "Ninja", "-S", llama, "-B", tree, "-Wno-dev", *defines])
     done = 0

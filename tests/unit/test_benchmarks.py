@@ -1,0 +1,173 @@
+"""The arithmetic and the tables of the comparisons with peers; what they measure is measured elsewhere."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import comparison
+import run as bench
+from comparison import Figure, Peer, Row
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PEER = Peer(name="other", version="1.2", command="other FILE")
+SCRIPTS = sorted(
+    path.stem for path in BENCHMARKS.glob("*.py") if "\nif __name__ ==" in path.read_text(encoding="utf-8")
+)
+
+
+def test_the_ratio_is_of_each_round_not_of_the_medians() -> None:
+    row = comparison.of("x", "s", "less", PEER, [1.0, 10.0, 3.0], [2.0, 2.0, 30.0], why="slow")
+
+    assert row.ratio is not None
+    assert row.ratio.value == 0.5
+    assert (row.ratio.low, row.ratio.high) == (0.1, 5.0)
+    assert row.rounds == 3
+
+
+def test_the_interval_holds_the_median_and_is_the_same_each_time() -> None:
+    values = [1.0 + 0.01 * number for number in range(41)]
+
+    figure = comparison.middle(values)
+
+    assert figure.value == pytest.approx(1.2)
+    assert 1.1 < figure.low < 1.19
+    assert 1.21 < figure.high < 1.3
+    assert figure == comparison.middle(values)
+
+
+def test_no_rounds_are_no_figure() -> None:
+    with pytest.raises(ValueError, match="no rounds"):
+        comparison.middle([])
+
+
+@pytest.mark.parametrize(
+    ("better", "ours", "verdict"),
+    [
+        ("less", [1.0, 1.1], "edgepack"),
+        ("more", [1.0, 1.1], "peer"),
+        ("less", [3.0, 3.1], "peer"),
+        ("more", [3.0, 3.1], "edgepack"),
+        ("less", [1.0, 3.0], "level"),
+        ("more", [1.0, 3.0], "level"),
+    ],
+)
+def test_only_a_whole_interval_decides_who_is_ahead(better: str, ours: list[float], verdict: str) -> None:
+    row = comparison.of(
+        "x", "s", "less" if better == "less" else "more", PEER, ours, [2.0, 2.0], why="because"
+    )
+
+    assert comparison.ahead(row) == verdict
+    assert row.note == ("" if verdict == "edgepack" else "because")
+
+
+def test_two_intervals_that_overlap_are_level() -> None:
+    ours, theirs = Figure(value=1.0, low=0.8, high=1.3), Figure(value=1.4, low=1.2, high=1.6)
+
+    row = comparison.figures("x", "nats", "less", PEER, ours, theirs, note="n", why="because")
+
+    assert row.ratio is not None
+    assert row.ratio.low == 0.5
+    assert row.ratio.high == pytest.approx(1.3 / 1.2)
+    assert comparison.ahead(row) == "level"
+    assert row.note == "n; because"
+
+
+def test_rounds_take_turns_at_going_first() -> None:
+    called: list[str] = []
+
+    def one(name: str) -> float:
+        called.append(name)
+        return float(len(called))
+
+    ours, theirs = comparison.paired(3, lambda: one("ours"), lambda: one("theirs"))
+
+    assert called == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    assert (ours, theirs) == ([1.0, 4.0, 5.0], [2.0, 3.0, 6.0])
+
+
+def test_a_missing_peer_stays_in_every_table_with_its_reason() -> None:
+    results = _results(comparison.absent("plan", "ms", "less", PEER, "no such | package"))
+
+    assert "no such | package" in bench.text(results)
+    assert "| plan | - | other 1.2 | - | - | not compared (1) |" in bench.markdown(results)
+    assert "1. No such | package." in bench.markdown(results)
+
+
+def test_figures_are_shown_in_their_unit() -> None:
+    row = comparison.of("pack", "MiB", "less", PEER, [2**20, 2**20], [2**22, 2**22], why="")
+
+    assert comparison.cells(row) == (
+        "pack",
+        "1 MiB",
+        "other 1.2",
+        "4 MiB",
+        "0.25 [0.25, 0.25], n = 2",
+        "edgepack",
+    )
+
+
+def test_bytes_have_no_spread_to_show() -> None:
+    row = comparison.exactly("wire", "bytes", "less", PEER, 5000, 4000, why="it does more")
+
+    assert comparison.cells(row)[1:5] == ("5,000 B", "other 1.2", "4,000 B", "1.25")
+    assert comparison.ahead(row) == "peer"
+
+
+def test_results_are_read_as_they_were_written() -> None:
+    results = _results(comparison.of("x", "s", "less", PEER, [1.0, 2.0], [2.0, 2.0], why="w"))
+
+    assert bench.read(json.loads(bench.document(results))) == results
+
+
+def test_the_readme_changes_between_its_markers_alone() -> None:
+    page = f"a\n{bench.BEGIN}\nold\n{bench.END}\nb\n"
+
+    assert bench.with_block(page, "new\n") == f"a\n{bench.BEGIN}\nnew\n{bench.END}\nb\n"
+
+
+@pytest.mark.parametrize(
+    "page", ["", bench.BEGIN, f"{bench.END}{bench.BEGIN}", 2 * (bench.BEGIN + bench.END)]
+)
+def test_a_readme_without_its_markers_is_refused(page: str) -> None:
+    with pytest.raises(SystemExit, match="README"):
+        bench.with_block(page, "new\n")
+
+
+@pytest.mark.parametrize("load", [0.1, 4.0])
+def test_a_busy_machine_is_named(load: float) -> None:
+    results = _results(comparison.exactly("x", "bytes", "less", PEER, 1, 2, why=""), load=load)
+
+    assert ("the machine was busy" in bench.heading(results)) == (load > bench.QUIET)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_says_what_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+
+    assert ended.value.code == 0
+    assert f"usage: {name}.py" in capsys.readouterr().out
+
+
+def test_every_benchmark_is_run_or_named() -> None:
+    named = {command.split(".py")[0] for command in bench.LONGER}
+
+    assert {*bench.COMPARISONS, *named, "run"} == set(SCRIPTS)
+
+
+def _results(row: Row, load: float = 0.1) -> bench.Results:
+    return bench.Results(
+        date="2030-01-02", machine="a machine", software="edgepack", load=load, seconds=60,
+        peers={"pack": (PEER,)}, rows={"pack": (row,)}, failed={},
+    )  # fmt: skip
