@@ -25,7 +25,8 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text)
+        """Without a redirection."""
+        return shlex.split(self.text.partition(" > ")[0])
 
 
 def commands(page: Path) -> list[Command]:

@@ -245,6 +245,11 @@ def test_every_command_of_a_page_runs(
 
 
 def run(text: str, ran: dict[str, Outcome]) -> Outcome:
+    said, _, into = text.partition(" > ")
+    if into:
+        outcome = run(said, ran)
+        Path(into).write_text(outcome.printed, encoding="utf-8")
+        return outcome
     words = [str(Path(word).expanduser()) if word.startswith("~") else word for word in shlex.split(text)]
     if words[0] != "edgepack":
         done = subprocess.run(words, capture_output=True, text=True, check=False)
