@@ -12,27 +12,25 @@ from edgepack import check, pipeline
 from edgepack.cli import ANYWHERE, cli
 from edgepack.runtimes import llama_cpp
 from edgepack.units import show
-from tests import documents
-from tests.documents import PAGES, ROOT, Command
+from tests import pages
+from tests.pages import PAGES, ROOT, Command
 
-COMMANDS = [
-    command for page in PAGES for command in documents.commands(page) if command.words[0] == "edgepack"
-]
+COMMANDS = [command for page in PAGES for command in pages.commands(page) if command.words[0] == "edgepack"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_anchor_leads_somewhere(page: Path) -> None:
-    for link in documents.links(page):
+    for link in pages.links(page):
         path, _, anchor = link.partition("#")
         to = (page.parent / path).resolve() if path else page
 
         assert to.exists(), f"{page.name}: {link}"
         assert to.is_relative_to(ROOT), f"{page.name}: {link}"
-        assert not anchor or anchor in documents.anchors(to), f"{page.name}: {link}"
+        assert not anchor or anchor in pages.anchors(to), f"{page.name}: {link}"
 
 
 def test_every_page_is_in_the_index() -> None:
-    listed = {link.partition("#")[0] for link in documents.links(ROOT / "docs" / "README.md")}
+    listed = {link.partition("#")[0] for link in pages.links(ROOT / "docs" / "README.md")}
 
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
 
@@ -91,8 +89,8 @@ def test_the_caches_of_many_users_are_as_the_page_says() -> None:
 def test_lines_are_compared_in_order_with_what_is_left_out() -> None:
     printed = "wrote  a.tar\nsent 10.1 KiB in 0.5 s\nok\n"
 
-    assert documents.missing(("wrote a.tar", "…", "ok"), printed, figures=True) is None
-    assert documents.missing(("…", "sent 9 MiB in 12 s", "ok"), printed, figures=False) is None
-    assert documents.missing(("…", "sent 9 MiB in 12 s", "ok"), printed, figures=True) is not None
-    assert documents.missing(("ok", "…"), printed, figures=True) == "ok"
-    assert documents.missing(("wrote …",), printed, figures=True) == "and after that: sent 10.1 KiB in 0.5 s"
+    assert pages.missing(("wrote a.tar", "…", "ok"), printed, figures=True) is None
+    assert pages.missing(("…", "sent 9 MiB in 12 s", "ok"), printed, figures=False) is None
+    assert pages.missing(("…", "sent 9 MiB in 12 s", "ok"), printed, figures=True) is not None
+    assert pages.missing(("ok", "…"), printed, figures=True) == "ok"
+    assert pages.missing(("wrote …",), printed, figures=True) == "and after that: sent 10.1 KiB in 0.5 s"

@@ -16,8 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 from edgepack.cli import cli
-from tests import documents
-from tests.documents import PAGES, ROOT, Command
+from tests import pages
+from tests.pages import PAGES, ROOT, Command
 from tests.unit.test_calibrate import bench
 
 pytestmark = pytest.mark.integration
@@ -106,7 +106,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "edgepack calibrate --profile this-machine.yaml --run -o calibrated.yaml",
     ),
 }
-"""Commands that are only parsed (tests/unit/test_documents.py), and why."""
+"""Commands that are only parsed (tests/unit/test_pages.py), and why."""
 
 SKIPPED = {command for commands in NOT_RUN.values() for command in commands}
 PURE = ("edgepack plan", "edgepack fit")
@@ -144,9 +144,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         edgepack(place, "flash", "--enroll", "--mode", "none", "--signers", signers, f"./devices/{name}")
     shutil.copytree(ROOT / "edgepack" / "models" / "demo", place / "my-model")
     shutil.copytree(ROOT / "tests" / "captures" / "jetson-orin-nano-8gb", place / "captured" / "jetson")
-    (place / "kiosk.yaml").write_text(documents.yaml_blocks(DOCS / "own-device.md")[0], encoding="utf-8")
-    (place / "my-device.yaml").write_text(documents.yaml_blocks(ROOT / "README.md")[0], encoding="utf-8")
-    (place / "my-models.yaml").write_text(documents.yaml_blocks(DOCS / "own-model.md")[0], encoding="utf-8")
+    (place / "kiosk.yaml").write_text(pages.yaml_blocks(DOCS / "own-device.md")[0], encoding="utf-8")
+    (place / "my-device.yaml").write_text(pages.yaml_blocks(ROOT / "README.md")[0], encoding="utf-8")
+    (place / "my-models.yaml").write_text(pages.yaml_blocks(DOCS / "own-model.md")[0], encoding="utf-8")
     (place / "config.json").write_text('{"model_type": "rwkv7", "hidden_size": 64}', encoding="utf-8")
     board = {"backends": "CUDA", "gpu_info": "Orin"}
     readings = [
@@ -200,7 +200,7 @@ def substituted(text: str) -> str:
 def compare(command: Command, outcome: Outcome) -> None:
     where = f"{command.page}: $ {command.text}\n{outcome.printed}"
     if command.shown and substituted(command.text) == command.text:
-        line = documents.missing(command.shown, outcome.printed, figures=command.text.startswith(PURE))
+        line = pages.missing(command.shown, outcome.printed, figures=command.text.startswith(PURE))
         assert line is None, f"not printed: {line}\n{where}"
 
 
@@ -213,7 +213,7 @@ def ran() -> dict[str, Outcome]:
 RUN = [
     page
     for page in PAGES
-    if page != TUTORIAL and any(command.text not in SKIPPED for command in documents.commands(page))
+    if page != TUTORIAL and any(command.text not in SKIPPED for command in pages.commands(page))
 ]
 
 
@@ -221,7 +221,7 @@ RUN = [
 def test_every_command_of_a_page_runs(
     page: Path, world: Path, ran: dict[str, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands = documents.commands(page)
+    commands = pages.commands(page)
     place = shutil.copytree(world, tmp_path / "place")
     monkeypatch.chdir(place)
     for name, value in environment(place).items():
@@ -264,7 +264,7 @@ def run(text: str, ran: dict[str, Outcome]) -> Outcome:
 
 
 def test_the_tutorial_runs_as_a_newcomers_shell_session(tmp_path: Path) -> None:
-    commands = [command for command in documents.commands(TUTORIAL) if command.text not in SKIPPED]
+    commands = [command for command in pages.commands(TUTORIAL) if command.text not in SKIPPED]
     lines = ["status=0"]
     for command in commands:
         lines += ["echo '$ '", "(exit $status)", command.text, "status=$?"]
@@ -283,7 +283,7 @@ def test_the_tutorial_runs_as_a_newcomers_shell_session(tmp_path: Path) -> None:
 
 
 def test_what_is_not_run_and_what_is_run_instead_is_in_the_pages() -> None:
-    texts = {command.text for page in PAGES for command in documents.commands(page)}
+    texts = {command.text for page in PAGES for command in pages.commands(page)}
 
     assert sorted(SKIPPED - texts) == []
     assert [said for said in INSTEAD if not any(re.search(said, text) for text in texts)] == []
