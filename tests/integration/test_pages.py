@@ -118,6 +118,8 @@ READ_ONLY = (*PURE, "edgepack check", "edgepack inspect")
 class Outcome:
     status: int
     printed: str
+    """All that a terminal shows."""
+    stdout: str
 
 
 @pytest.fixture(scope="session")
@@ -197,10 +199,10 @@ def substituted(text: str) -> str:
     return text
 
 
-def compare(command: Command, outcome: Outcome) -> None:
-    where = f"{command.page}: $ {command.text}\n{outcome.printed}"
+def compare(command: Command, printed: str) -> None:
+    where = f"{command.page}: $ {command.text}\n{printed}"
     if command.shown and substituted(command.text) == command.text:
-        line = pages.missing(command.shown, outcome.printed, figures=command.text.startswith(PURE))
+        line = pages.missing(command.shown, printed, figures=command.text.startswith(PURE))
         assert line is None, f"not printed: {line}\n{where}"
 
 
@@ -236,7 +238,7 @@ def test_every_command_of_a_page_runs(
 
         outcome = run(substituted(command.text), ran)
 
-        compare(command, outcome)
+        compare(command, outcome.printed)
         status = outcome.status
         if [follower.text for follower in commands[at + 1 : at + 2]] != ["echo $?"]:
             assert status == 0 or "does NOT fit" in outcome.printed, (
@@ -248,18 +250,18 @@ def run(text: str, ran: dict[str, Outcome]) -> Outcome:
     said, _, into = text.partition(" > ")
     if into:
         outcome = run(said, ran)
-        Path(into).write_text(outcome.printed, encoding="utf-8")
+        Path(into).write_text(outcome.stdout, encoding="utf-8")
         return outcome
     words = [str(Path(word).expanduser()) if word.startswith("~") else word for word in shlex.split(text)]
     if words[0] != "edgepack":
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-        return Outcome(done.returncode, done.stdout + done.stderr)
+        return Outcome(done.returncode, done.stdout + done.stderr, done.stdout)
     if text not in ran or not text.startswith(READ_ONLY):
         result = CliRunner().invoke(cli, words[1:])
         assert result.exception is None or isinstance(result.exception, SystemExit), (
             f"{text}: {result.exception!r}"
         )
-        ran[text] = Outcome(result.exit_code, result.output)
+        ran[text] = Outcome(result.exit_code, result.output, result.stdout)
     return ran[text]
 
 
@@ -277,7 +279,7 @@ def test_the_tutorial_runs_as_a_newcomers_shell_session(tmp_path: Path) -> None:
     printed = session.stdout.split("$ \n")[1:]
     assert len(printed) == len(commands) >= 20
     for command, text in zip(commands, printed, strict=True):
-        compare(command, Outcome(0, text))
+        compare(command, text)
     digests = [line for text in printed for line in text.splitlines() if line.startswith("model.gguf")]
     assert digests[0].split() in [line.split() for command in commands for line in command.shown]
 
