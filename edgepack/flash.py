@@ -497,7 +497,7 @@ def status_table(found: Status, host: str) -> str:
     """A store, its releases and its journal, for people."""
     store = found.store
     lines = [f"{host}: mode {store.mode}, {show(store.free)} free, highest sequence {store.sequence}"]
-    for one in store.releases:
+    for one in sorted(store.releases, key=lambda one: one.sequence or 0, reverse=True):
         told = [one.name or "?", *(name for name in ("current", "previous") if getattr(one, name))]
         told += ["good" if one.good else "not good yet", *([] if one.whole else ["DAMAGED: --fsck"])]
         lines.append(

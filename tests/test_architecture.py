@@ -110,26 +110,6 @@ def test_every_error_has_its_own_exit_code_and_the_readme_lists_them() -> None:
     assert listed == codes
 
 
-def test_commands_in_the_readme_and_docs_exist() -> None:
-    pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
-    blocks = [block for page in pages for block in re.findall(r"```(?:console|sh)\n(.*?)```", page, re.S)]
-    text = "\n".join(blocks).replace("\\\n", " ")
-    commands = [
-        line.lstrip("$ ").split() for line in text.splitlines() if line.lstrip("$ ").startswith("edgepack ")
-    ]
-
-    assert len(commands) >= 8
-    for words in commands:
-        command: click.Command = cli
-        rest = words[1:]
-        while isinstance(command, click.Group):
-            assert rest[0] in command.commands, " ".join(words)
-            command = command.commands[rest.pop(0)]
-        known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
-        flags = [word.split("=")[0] for word in rest if word.startswith("-")]
-        assert set(flags) <= known, " ".join(words)
-
-
 def test_every_command_has_help_with_an_example() -> None:
     for name, command in cli.commands.items():
         if isinstance(command, click.Group):
