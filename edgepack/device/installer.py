@@ -1240,12 +1240,10 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     """Whether a release may be installed, and what is missing of it; remembers it for `receive`. Raises Refused."""
     head, plan_json = read_offer(options.input)
     bundle = agent.head_of(head)
-    with locked(
-        store.root, "offer"
-    ):  # also dry: another's sweep would take the signature away while it is verified
-        if is_folder(
-            store.release(_hex(bundle["manifest_digest"]))
-        ):  # nothing new comes in: it may be mended
+    # A dry run too: another's sweep would take the signature away while it is verified.
+    with locked(store.root, "offer"):
+        # Where it is there already, nothing new comes in: it may be mended.
+        if is_folder(store.release(_hex(bundle["manifest_digest"]))):
             options.allow_downgrade = True
         admission = admit(store, bundle, plan_json, options, store.world.machine())
         if options.dry_run:
@@ -1938,10 +1936,10 @@ def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         service = service_of(store)
         began = time.monotonic()
         with service.resting():
-            if current is not None and current != previous:  # the same: a rollback that was cut off goes on
-                remove(
-                    store.release(current) + ".good"
-                )  # first, so that after a cut it is not what to go back to
+            # They are the same where a rollback was cut off, which then goes on here.
+            if current is not None and current != previous:
+                # First, so that after a cut it is not what to go back to.
+                remove(store.release(current) + ".good")
             flip_back(store, previous, None)
             service.apply(store.release(previous))
             seconds = round(time.monotonic() - began, 3)

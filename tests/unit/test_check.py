@@ -183,6 +183,8 @@ def test_the_table_says_what_failed_and_why() -> None:
     assert "FAILED: paging" in text
     assert "the memory is not enough" in text
     assert check.table(judged({})).endswith("\npassed\n")
+    elsewhere = next(case["change"] for case in TABLE if case["name"] == "another machine")
+    assert check.table(judged(elsewhere)).endswith("\npassed, on another machine than it was planned for\n")
 
 
 EMULATED: dict[str, Any] = next(case["change"] for case in TABLE if case["name"] == "under an emulator")
