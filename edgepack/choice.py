@@ -345,17 +345,14 @@ def _nothing_fits(
         spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
         imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
-    terms = " ".join(
-        f"{'-' if value < 0 else '+'} {show(abs(value))} {name}"
-        for name, value in budget(request.profile, request.session).arithmetic
-    )
     free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
     on = ""
     if tried.change is not None and request.runtime is None and nearest.runtime != runtimes.llama_cpp.NAME:
         on = f"{' and' if tried.hint == WITHOUT_DESKTOP else ''} --runtime {nearest.runtime}"
     helps = f"{tried.hint}{on}{_price(tried.change, nearest, request, candidates)}"
     return NothingFits(
-        f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}\n  budget = {terms.lstrip('+ ')}",
+        f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}"
+        f"\n  budget {budget(request.profile, request.session).equation}",
         hint=f"{helps}; or {free}",
     )
 

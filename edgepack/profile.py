@@ -180,6 +180,13 @@ class Budget:
     arithmetic: tuple[tuple[str, int], ...]
     """Named terms, signed, that add up to `device`; shown in refusals."""
 
+    @property
+    def equation(self) -> str:
+        """``"5.51 GiB = 7.43 GiB memory the system reports - 700.0 MiB operating system (headless) - …"``."""
+        first, *rest = [(name, value) for name, value in self.arithmetic if value]
+        terms = [f"{'-' if value < 0 else '+'} {show(abs(value))} {name}" for name, value in rest]
+        return " ".join([f"{show(self.device)} = {show(first[1])} {first[0]}", *terms])
+
 
 def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
     """The bytes a model server may use on this device in this kind of session."""

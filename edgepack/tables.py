@@ -163,10 +163,7 @@ def plan(chosen: Plan, explanation: Explanation | None, screen: Screen = PLAIN) 
         "",
     ]
     told = [
-        f"budget {show(chosen.budget.device)} = "
-        + " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in chosen.budget.arithmetic).lstrip(
-            "+ "
-        ),
+        f"budget {chosen.budget.equation}",
         f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
         f"{pace.decode_full:.1f} with a full context, at least {pace.decode_full_low:.1f}",
         f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}] (fitted), "
@@ -406,9 +403,7 @@ def profile(found: DeviceProfile, screen: Screen = PLAIN) -> str:
         lines.append(f"mode       {mode.name}: {mode.bandwidth_gbs:g} GB/s{tflops}{default}")
     sessions: tuple[Session, ...] = ("headless", "desktop")
     for session in sessions:
-        room = budget(found, session)
-        terms = " ".join(f"{'-' if v < 0 else '+'} {show(abs(v))} {n}" for n, v in room.arithmetic)
-        lines.append(f"budget     {session}: {show(room.device)} = {terms.lstrip('+ ')}")
+        lines.append(f"budget     {session}: {budget(found, session).equation}")
     for image in found.software.images:
         lines.append(
             f"image      {image.reference} ({image.digest if image.digest != 'unknown' else 'digest unknown'})"
