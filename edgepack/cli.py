@@ -1423,7 +1423,7 @@ def toolchain_group() -> None:
 @toolchain_group.command("install")
 @click.pass_obj
 def toolchain_install(progress: Progress) -> None:
-    """Build llama.cpp (about 9 CPU minutes); resumes, and does nothing when it is there.
+    """Build llama.cpp (about 8 minutes on 2 cores); resumes, and does nothing when it is there.
 
     \b
     Examples:

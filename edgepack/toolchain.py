@@ -108,7 +108,7 @@ def find() -> Toolchain:
     if not toolchain.root.is_dir():
         raise MissingTool(
             f"llama.cpp {LLAMA_VERSION} ({COMMIT[:9]}) is not installed in {toolchain.root.parent}",
-            hint="run: edgepack toolchain install (about 5 minutes on 2 cores, once)",
+            hint="run: edgepack toolchain install (about 8 minutes on 2 cores, once)",
         )
     return toolchain
 
