@@ -982,12 +982,14 @@ def _decode(judged: _Judged, measured: float) -> Item:
     promise, machine = judged.plan.speed, judged.facts.machine
     status: Status = "pass"
     message = ""
+    busy = f"the load was {machine.load:.1f} on {machine.cores} cores before the start"
     if not (judged.same_device and judged.same_backend):
         status = "note"
+        message = busy if machine.load > BUSY_LOAD * machine.cores else ""
     elif machine.load > BUSY_LOAD * machine.cores:
         status = "warn" if measured < promise.decode_low else "pass"
         if status == "warn":
-            message = f"not judged: the load was {machine.load:.1f} on {machine.cores} cores before the start"
+            message = f"not judged: {busy}"
     elif measured < promise.decode_low * SPEED_COLLAPSE:
         status, message = "fail", "far slower than planned"
     elif measured < promise.decode_low:

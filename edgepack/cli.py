@@ -597,7 +597,7 @@ def distill(progress: Progress, /, output: Path | None, as_json: bool, **options
     Examples:
       edgepack distill --teacher ./my-7b --student ./my-0.5b --data chats.jsonl -o student/
       edgepack distill --teacher ./my-model --prune layers=0.5 --data domain.txt --steps 2000 -o half/
-      edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --preset article
+      edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --steps 2000
       edgepack distill --teacher ./my-model --student half/ --data new.jsonl --replay chats.jsonl -o half-2/
     """
     from edgepack import pipeline, serde, tables
@@ -772,7 +772,12 @@ def report(
 @click.option(
     "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
 )
-@click.option("--on", "host", metavar="HOST", help="Run it on an enrolled device, beside what runs there.")
+@click.option(
+    "--on",
+    "host",
+    metavar="HOST",
+    help="Run it on an enrolled device; what runs there rests meanwhile, and nothing is switched.",
+)
 @_place_options
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
@@ -801,7 +806,7 @@ def check(
       edgepack check out/demo.tar
       edgepack check out/demo.tar --full --json -o report.json
       edgepack check out/demo.tar --memory-limit 2GiB
-      edgepack check out/demo-f16-raspberry-pi-5-4gb.tar --emulate
+      edgepack check out/demo-q8_0-raspberry-pi-5-4gb.tar --emulate
       edgepack check out/demo.tar --on pi@raspberrypi -o report.json
     """
     from edgepack import check as checks
@@ -913,8 +918,8 @@ def flash(
       edgepack flash out/demo.tar pi@raspberrypi
       edgepack flash out/demo.tar jetson --sudo --dry-run
       edgepack flash --status jetson --sudo
-      edgepack flash --enroll --signers key.allowed_signers out/demo.tar /media/card/var/lib/edgepack
-      edgepack flash out/demo-q6_k-jetson-orin-nano-8gb.tar out/demo-f16-raspberry-pi-5-8gb.tar --inventory hosts.ini
+      edgepack flash --enroll --signers key.allowed_signers --mode none /media/card/var/lib/edgepack
+      edgepack flash out/demo-q6_k-jetson-orin-nano-8gb.tar out/demo-q8_0-raspberry-pi-5-8gb.tar --inventory hosts.ini
     """
     from contextlib import closing
 

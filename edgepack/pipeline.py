@@ -213,6 +213,7 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
     """Makes the bundle a plan describes. Every stage resumes; nothing half-written is ever visible."""
     from edgepack import bundle, hub, quantization, selftest, toolchain  # here, for plan must start at once
     from edgepack.builders import convert
+    from edgepack.bundle import sign
 
     is_gguf = schemes.is_gguf(chosen.scheme)
     if not chosen.profile.deployable:
@@ -241,6 +242,8 @@ def build(chosen: Plan, options: BuildOptions, progress: Progress) -> tuple[Plan
             f"the plan counts with {wanted}",
             hint="give or leave out --calibration or --imatrix FILE accordingly",
         )
+    if options.key is not None:
+        sign.usable_key(options.key)
     progress.step(f"plan     {plan.label(chosen)} for {chosen.profile.name}")
     # Its small files first: a hub that cannot be reached, or has no such model, is told before minutes of compiling.
     source, revision = chosen.model.source, chosen.model.revision

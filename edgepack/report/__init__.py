@@ -279,7 +279,10 @@ def _add_plan(groups: list[_Group], document: Planned) -> None:
     group = _which(groups, lambda g: g.plan is not None and _identity(g.plan) == _identity(document.plan))
     if group.plan is None or not group.plan.rejected:
         group.plan = document.plan
-    group.explanation = group.explanation or document.explanation
+    if len(group.plan.rejected) == len(
+        document.plan.rejected
+    ):  # reasons of the same choice, not of a wider one
+        group.explanation = group.explanation or document.explanation
     group.paths = (*group.paths, document.path)
 
 
@@ -384,8 +387,8 @@ def _sentence(group: _Group) -> str:
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
     pace_told = f"{pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]"
     return (
-        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} serves {users}, takes at most "
-        f"{show(taken.high)} of the {show(taken.budget)} there are, and writes {pace_told}."
+        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} is planned to serve {users}, to "
+        f"take at most {show(taken.high)} of the {show(taken.budget)} there are, and to write {pace_told}."
     )
 
 

@@ -173,9 +173,9 @@ def _figure(subject: Subject, name: str) -> Entry:
 def _checked(subject: Subject) -> Entry:
     if subject.check is None:
         return Entry("not checked", "soft")
-    failed = subject.check.verdict == "failed"
-    where = "" if subject.check.same_device else ", not on the planned device"
-    return Entry(f"check {subject.check.verdict}{where}", "bad" if failed else "good")
+    failed, here = subject.check.verdict == "failed", subject.check.same_device
+    where = "" if here else ", on another machine: speed not judged"
+    return Entry(f"check {subject.check.verdict}{where}", "bad" if failed else "good" if here else "warn")
 
 
 # ── one subject ──────────────────────────────────────────────────────────────────────────────────────
@@ -253,6 +253,11 @@ def _memory(subject: Subject) -> Section | None:
             "the server does not itemize (its code, tables and scratch). Logs round, llama.cpp's to 0.01 MiB and "
             "vLLM's to 0.01 GiB: the check says which differences are within that."
         )
+    words.append(
+        "In the picture the bracket is the interval of the sum, the red line the budget, and a black stroke the "
+        "measured peak. “host” is the processor's side and “device” the accelerator's; on some boards they share one "
+        "memory."
+    )
     return Section(
         id=f"memory-{subject.letter}",
         title="Memory map",
@@ -336,8 +341,8 @@ def _check(subject: Subject) -> Section | None:
     words = [check.sentence, f"Run on {check.machine}."]
     if not check.same_device:
         words.append(
-            "Parts and answers are the server's own doing and were judged; speed and peak memory of another machine "
-            "say nothing of the planned device's."
+            "Parts and answers are the server's own doing and were judged. Speed was not; a peak memory that misses "
+            "is only warned about."
         )
     return Section(
         id=f"check-{subject.letter}",
@@ -396,7 +401,9 @@ def _candidates(subject: Subject) -> Section | None:
         title="Candidates",
         words=(
             f"{len(subject.options):,} were weighed, {len(fitting)} fit; {len(first)} have scores in {panel}, of which "
-            f"{len(front)} are on the Pareto front: none beats them in sure quality, speed and memory together.{apart}"
+            f"{len(front)} are on the Pareto front: none beats them in sure quality, speed and memory together.{apart} "
+            "Diamond: the choice; filled: on the front; hollow: beaten. The line is the best score for that memory, or "
+            "for that speed. A score is the mean of a panel of benchmarks, and panels do not compare."
             if panel != "none"
             else f"{len(subject.options):,} were weighed, {len(fitting)} fit; the score is the share that is kept of "
             "the unquantized model.",
@@ -436,7 +443,8 @@ def _pace(subject: Subject) -> Section | None:
     if not subject.pace:
         return None
     how = (
-        "Each point is the planner's law at that context; the longest is the last that fits the budget."
+        "Each point is the planner's law at that context: powers of two and the planned one, up to what fits the "
+        "budget and what the model was trained for. `edgepack fit` says the largest context to the token."
         if subject.pace_exact
         else "The ends are the plan's; between them the time of a token rises in a line with the KV cache it reads."
     )

@@ -243,8 +243,8 @@ def test_the_sentence_says_what_each_user_has() -> None:
     one = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).sentence
     each = only(reported(documents.Planned(path="p", plan=four, explanation=None))).sentence
 
-    assert f"serves one user with {plan.settings.context:,} tokens of context, takes at most" in one
-    assert f"serves 4 users at once, {plan.settings.context:,} tokens of context each, takes" in each
+    assert f"to serve one user with {plan.settings.context:,} tokens of context, to take at most" in one
+    assert f"to serve 4 users at once, {plan.settings.context:,} tokens of context each, to take" in each
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────
