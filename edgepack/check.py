@@ -507,7 +507,11 @@ def _bar(report: CheckReport, screen: Screen) -> list[str]:
     """What was measured, part by part, against the most that the plan says it needs, of host and card together."""
     facts = report.facts
     parts = [(residual.part, residual.measured) for residual in report.residuals]
-    peak = None if facts.memory is None else facts.memory.peak
+    memory = facts.memory
+    peak = None if memory is None else memory.peak
+    if memory is not None:
+        card = memory.nvmap if memory.nvmap is not None else memory.gpu
+        peak = peak if card is None else (memory.peak_on_host or 0) + card
     if peak is not None and facts.preflight.device_memory_needed is None:
         parts.append(("process", max(0, peak - sum(size for _, size in parts))))
     most = facts.preflight.memory_needed + (facts.preflight.device_memory_needed or 0)

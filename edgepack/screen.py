@@ -33,6 +33,16 @@ STACKED = 72
 """Columns below which the second of a pair stands under the first."""
 
 
+def plain(text: str) -> str:
+    """Text of a stranger without what has no place before a reader: control characters, and marks that turn its way."""
+    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Screen:
     """Where text goes."""

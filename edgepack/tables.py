@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 from edgepack.choice import Explanation
 from edgepack.plan import ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
-from edgepack.screen import PLAIN, Screen, Style
+from edgepack.screen import PLAIN, Screen, Style, plain
 from edgepack.units import show
 
 
@@ -249,13 +249,13 @@ def inspect(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
     signature, files = document["signature"], document["files"]
     state: Style = "good" if signature["state"] == "verified" else "warning"
     lines = [
-        *screen.line(f"{document['name']}", "title"),
+        *screen.line(plain(document["name"]), "title"),
         *screen.line(f"manifest   {document['manifest_digest']}"),
         *screen.line(f"signature  {signature['message']}", state),
         *screen.line(f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified"),
         "",
     ]
-    notes = sorted(document["annotations"].items())
+    notes = sorted((plain(name), plain(value)) for name, value in document["annotations"].items())
     if screen.width is None:
         lines += [f"{f['path']:<24}{f['bytes']:>14}  {f['digest']}" for f in files]
         lines += ["", *(f"{name:<44}{value}" for name, value in notes)]
@@ -277,12 +277,16 @@ def schemas(found: Iterable[tuple[str, str, Sequence[str]]], screen: Screen = PL
     return _text(screen.columns([*rows, *((name, title, ", ".join(by)) for name, title, by in found)]))
 
 
+_DIGITS = 19
+"""Of a number of bytes that is believed."""
+
+
 def _predicted(notes: Mapping[str, str], screen: Screen) -> list[str]:
     """A bar of what the bundle was planned to take, against the most that it may take; for bundles that say it."""
     names = (("weights", "weights"), ("kv_cache", "kv"), ("compute", "compute"), ("process", "total"))
     told = {name: notes.get(f"org.edgepack.{key}-bytes", "") for name, key in names}
     most = notes.get("org.edgepack.required-memory-bytes", "")
-    if not all(value.isdecimal() for value in (*told.values(), most)):
+    if not all(value.isdecimal() and len(value) < _DIGITS for value in (*told.values(), most)):
         return []
     sizes = {name: int(value) for name, value in told.items()}
     sizes["process"] -= sizes["weights"] + sizes["kv_cache"] + sizes["compute"]

@@ -555,7 +555,7 @@ HIDDEN = re.compile(r"/(?:home|root|run/user|tmp|var/tmp)/")
 def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     """Makes the store and says who may sign; from then on nothing else can be installed.
 
-    The agent that was brought is the store's own when all else is done: whatever is refused, the one before stays.
+    The agent that was brought becomes the store's own after all that can be refused: then the one before stays.
     Raises Refused when others are named than those before, BadUsage for a root that cannot be one.
     """
     brought = None if options.agent is None else read_whole(options.agent, AGENT_LIMIT)
@@ -575,6 +575,7 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
             )
         keep = options.keep if options.keep is not None else int(before.get("keep", KEEP))
         server = options.server if options.server is not None else before.get("server")
+        _require_server(server, options.mode)  # one that is remembered of mode none too
         for folder in FOLDERS:
             make_folder(os.path.join(root, folder), 0o700 if folder in ("incoming", "quarantine") else 0o755)
         _require_links(root)
@@ -607,20 +608,26 @@ def _may_enroll(root: str, options: argparse.Namespace) -> None:
         raise BadUsage("--server %s is not a whole path" % options.server)
     if options.server is not None and not os.access(options.server, os.X_OK):
         raise MissingProgram("--server %s cannot be run" % options.server)
-    if options.server is not None and options.mode != "none" and not _PLAIN_PATH.match(options.server):
-        raise BadUsage("--server %s has characters that a unit cannot name" % options.server)
-    places = [] if options.server is None else [options.server, os.path.realpath(options.server)]
-    if options.mode == "system" and any(HIDDEN.match(place) for place in places):
-        raise BadUsage(
-            "--server %s lies where the units of a release cannot look: put it into /usr/local/bin or /opt"
-            % options.server
-        )
+    _require_server(options.server, options.mode)
     ours = {"agent.pyz", "allowed_signers", "enrolled.json", "lock", "journal.jsonl", "sequence.json"}
     ours |= {"blobs", "incoming", "quarantine", "releases", "current", "previous", "lost+found"}
     names = os.listdir(root) if os.path.isdir(root) else []
     foreign = sorted(name for name in names if name not in ours and not name.startswith("."))
     if foreign:
         raise BadUsage("%s holds %s, which is not a store's: choose another --root" % (root, foreign[0]))
+
+
+def _require_server(server: Optional[str], mode: str) -> None:
+    """Raises BadUsage for a server, asked for now or remembered, that the units of this mode cannot start."""
+    if server is None or mode == "none":
+        return
+    if not _PLAIN_PATH.match(server):
+        raise BadUsage("--server %s has characters that a unit cannot name" % server)
+    if mode == "system" and any(HIDDEN.match(place) for place in (server, os.path.realpath(server))):
+        raise BadUsage(
+            "--server %s lies where the units of a release cannot look: put it into /usr/local/bin or /opt"
+            % server
+        )
 
 
 def _require_links(root: str) -> None:
@@ -1929,7 +1936,8 @@ def rollback(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         current, previous = store.target("current"), store.target("previous")
         if previous is None:
             raise Refused(
-                "there is no other good release here; one that was rolled back from is flashed again"
+                "there is no other good release here; one that was rolled back from is flashed again, with "
+                "--allow-downgrade where a newer one ran"
             )
         if not is_whole_release(store, previous):
             raise Refused("release %s is not whole: fsck, then flash it again" % previous[:12])

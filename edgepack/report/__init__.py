@@ -6,7 +6,6 @@ source.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -695,13 +694,3 @@ def interval(number: Number) -> str:
     if low.rpartition(" ")[2] == high.rpartition(" ")[2]:
         low = low.rpartition(" ")[0] or low  # the unit once
     return f"[{low}, {high}]"
-
-
-def plain(text: str) -> str:
-    """Text of a stranger without what has no place on a page: control characters, and marks that turn its direction."""
-    return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-_UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
-)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from edgepack.errors import MissingTool
-from edgepack.report import Option, Piece, Pool, Subject, plain
+from edgepack.report import Option, Piece, Pool, Subject
 from edgepack.report.colors import COLORS, PARTS, variables
 from edgepack.report.sweep import Pace
+from edgepack.screen import plain
 from edgepack.units import GIB, MIB, show
 
 if TYPE_CHECKING:

@@ -9,10 +9,11 @@ from typing import Literal
 from edgepack import serde
 from edgepack.bundle.render import templates
 from edgepack.errors import BadInput
-from edgepack.report import Report, pages, plain, plots
+from edgepack.report import Report, pages, plots
 from edgepack.report.colors import variables
 from edgepack.report.pages import Section, Table
 from edgepack.report.plots import Drawing
+from edgepack.screen import plain
 
 Format = Literal["html", "md", "json", "svg"]
 FORMATS: tuple[Format, ...] = ("html", "md", "json", "svg")

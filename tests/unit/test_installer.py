@@ -225,6 +225,20 @@ def test_a_server_that_the_units_of_a_release_would_not_see_is_refused(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_server_that_is_remembered_of_mode_none_is_held_to_what_a_unit_can_start(
+    tmp_path: Path, signers: str
+) -> None:
+    server = tmp_path / "llama server"
+    server.symlink_to(sys.executable)
+    device = Device(tmp_path / "store")
+    assert device.enroll(signers, "--server", str(server), mode="none").status == 0
+
+    answer = device.enroll("", mode="user")
+
+    assert answer.status == 2
+    assert "characters that a unit cannot name" in answer.said
+
+
 def test_what_a_unit_hides_is_not_taken_for_what_it_shows() -> None:
     hidden = ["/home/pi/llama-server", "/root/bin/x", "/tmp/x", "/var/tmp/x", "/run/user/0/x"]
     seen = ["/usr/local/bin/llama-server", "/opt/home/x", "/homes/x", "/run/x", "/rootfs/x"]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepack import bundle, check, pipeline, profile, serde, tables
+from edgepack.errors import NothingFits
 from edgepack.plan import Request
 from edgepack.progress import Silent
 from edgepack.screen import PLAIN, Screen
@@ -168,7 +169,8 @@ def test_a_terminal_that_has_not_the_signs_gets_others() -> None:
         [sys.executable, "-m", "edgepack", *words], env=environment, capture_output=True, check=False
     )
 
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NothingFits.exit_code, done.stderr
+    assert b"Traceback" not in done.stderr
     assert b"[??????" in done.stdout
 
 
@@ -177,3 +179,20 @@ def test_a_check_that_passed_has_a_bar_within_its_edge(pages: dict[str, object])
 
     assert " measured, of up to " in shown
     assert "█ weights" in shown
+
+
+def test_what_a_bundle_says_of_itself_cannot_repaint_the_terminal() -> None:
+    notes = {
+        "org.edgepack.note": "\x1b[2J\x1b[Hsignature  verified",
+        "org.edgepack.weights-bytes": "9" * 5000,
+    }
+    told = {
+        "name": "b\x07", "manifest_digest": "sha256:00", "bytes": 1, "annotations": notes, "quality": None,
+        "signature": {"state": "unsigned", "message": "not signed"},
+        "files": [{"path": "plan.json", "bytes": 1, "digest": "sha256:" + "0" * 64}],
+    }  # fmt: skip
+    for screen in (Screen(), Screen(width=80)):
+        text = tables.inspect(told, screen)
+
+        assert "\x1b" not in text and "\x07" not in text
+        assert "signature  verified" in text  # there, and harmless
