@@ -21,15 +21,15 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subjects: a plan with its reasons, and a check."""
+    """Three subjects: a plan with its reasons, one with a long name, and a check."""
     folder = tmp_path_factory.mktemp("report")
-    made = CliRunner().invoke(
-        cli, ["plan", "--profile", "jetson-orin", "--model", "demo", "--explain", "--json"]
-    )
-    (folder / "plan.json").write_text(made.stdout, encoding="utf-8")
+    for name, words in (("plan", "jetson-orin --explain"), ("long", "x86-laptop --runtime onnx-genai")):
+        made = CliRunner().invoke(cli, ["plan", "--model", "demo", "--json", "--profile", *words.split()])
+        (folder / f"{name}.json").write_text(made.stdout, encoding="utf-8")
     (folder / "check.json").write_text(json.dumps(check.to_document(judged({}))), encoding="utf-8")
-    words = ["-q", "report", folder / "plan.json", folder / "check.json", "-o", folder / "report.html"]
-    assert CliRunner().invoke(cli, [str(word) for word in words]).exit_code == 0
+    given = [folder / f"{name}.json" for name in ("plan", "long", "check")]
+    asked = ["-q", "report", *given, "-o", folder / "report.html"]
+    assert CliRunner().invoke(cli, [str(word) for word in asked]).exit_code == 0
     return folder / "report.html"
 
 
@@ -84,6 +84,10 @@ def test_the_page_is_quiet_alone_and_no_wider_than_the_window(
     )
     assert len(drawn) >= 3
     assert all(200 < wide <= width and tall > 60 for wide, tall in drawn)
+    needed, there = seen.page.evaluate(
+        "(e => [e.scrollWidth, e.clientWidth])(document.querySelector('[aria-labelledby=compared] .scroll'))"
+    )
+    assert needed == there or width < 1280
     seen.context.close()
 
 
