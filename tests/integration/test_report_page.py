@@ -12,22 +12,23 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgepack import check
+from edgepack import check, serde
 from edgepack.cli import cli
-from tests.unit.test_check import judged
+from tests.unit.test_check import judged, recorded_plan
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects: a plan with its reasons, one with a long name, and a check."""
+    """Three subjects with long names: a plan with its reasons, another, and a third with its check."""
     folder = tmp_path_factory.mktemp("report")
-    for name, words in (("plan", "jetson-orin --explain"), ("long", "x86-laptop --runtime onnx-genai")):
+    for name, words in (("plan", "jetson-orin --explain"), ("other", "x86-laptop --runtime onnx-genai")):
         made = CliRunner().invoke(cli, ["plan", "--model", "demo", "--json", "--profile", *words.split()])
         (folder / f"{name}.json").write_text(made.stdout, encoding="utf-8")
+    (folder / "checked.json").write_text(serde.to_json(recorded_plan()), encoding="utf-8")
     (folder / "check.json").write_text(json.dumps(check.to_document(judged({}))), encoding="utf-8")
-    given = [folder / f"{name}.json" for name in ("plan", "long", "check")]
+    given = [folder / f"{name}.json" for name in ("plan", "other", "checked", "check")]
     asked = ["-q", "report", *given, "-o", folder / "report.html"]
     assert CliRunner().invoke(cli, [str(word) for word in asked]).exit_code == 0
     return folder / "report.html"
