@@ -752,7 +752,7 @@ def report(
         chosen or "html",
     )
     if output is None:
-        click.echo(text, nl=False)
+        click.echo(text.encode("utf-8"), nl=False)  # the page says that it is UTF-8, whatever the locale
     else:
         workspace.write_text(output, text)
         progress.step(f"wrote {output}")

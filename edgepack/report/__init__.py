@@ -22,6 +22,7 @@ from edgepack.plan import Plan, Rejection
 from edgepack.report.documents import (
     Bundled,
     Checked,
+    Described,
     Document,
     Examined,
     Inspected,
@@ -134,6 +135,8 @@ class Release:
     signature: str
     signature_message: str
     files: int
+    told_by: str
+    """The document whose words these are; empty where this report verified the bundle itself, every byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +170,9 @@ class Subject:
     pools: tuple[Pool, ...]
     parts_measured: tuple[MeasuredPart, ...]
     peak: int | None
-    """Measured, of the whole server; None when it was not, or cannot be read."""
+    """Measured, of the whole server; None when it was not, cannot be read, or is an emulator's."""
     peak_source: str
+    """Names another machine than the planned device where it was read on one."""
     options: tuple[Option, ...]
     pace: tuple[Pace, ...]
     pace_exact: bool
@@ -176,10 +180,17 @@ class Subject:
     pace_measured: tuple[MeasuredPace, ...]
     cells: tuple[Cell, ...]
     quality: Quality | None
+    quality_own: bool
+    """Whether it is known to be of this subject's very weights: it came in the bundle, or names its file's digest."""
     check: Verdict | None
     diagnoses: tuple[Diagnosis, ...]
     numbers: tuple[Number, ...]
     notes: tuple[str, ...]
+
+    @property
+    def elsewhere(self) -> str:
+        """Follows what a check measured on another machine; empty on the planned device, and without a check."""
+        return "" if self.check is None or self.check.same_device else " on another machine"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,8 +212,9 @@ def report_of(documents: Sequence[Document], *, shapes: Shapes, tool: str) -> Re
     """The report on these documents, in their order; those of one plan or bundle become one subject.
 
     A check belongs to the plan whose digest it names, an inspection to the bundle of its digest, a quality to the
-    bundle whose weights it measured, and to the only subject where there is but one. ``shapes`` lets the plan's own
-    arithmetic be repeated at other contexts. ``tool``: name and version of edgepack. Raises BadInput for no document.
+    bundle whose weights it measured, and to the only subject where nothing says otherwise. ``shapes`` lets the plan's
+    own arithmetic be repeated at other contexts. ``tool``: name and version of edgepack. Raises BadInput for no
+    document.
     """
     if not documents:
         raise BadInput("a report needs something to report on", hint="name a plan, a bundle or a check")
@@ -211,8 +223,19 @@ def report_of(documents: Sequence[Document], *, shapes: Shapes, tool: str) -> Re
         _joined(groups, document)
     letters = [chr(ord("A") + at % 26) * (1 + at // 26) for at in range(len(groups))]
     subjects = tuple(_subject(group, letter, shapes) for group, letter in zip(groups, letters, strict=True))
-    title = subjects[0].title if len(subjects) == 1 else f"{len(subjects)} compared"
-    return Report(title=title, tool=tool, subjects=subjects)
+    return Report(title=_title(subjects), tool=tool, subjects=subjects)
+
+
+def _title(subjects: Sequence[Subject]) -> str:
+    if len(subjects) == 1:
+        return subjects[0].title
+    kinds = {
+        "bundles": any(one.release is not None for one in subjects),
+        "plans": any(one.release is None and one.plan is not None for one in subjects),
+        "checks": any(one.release is None and one.plan is None and one.check is not None for one in subjects),
+    }
+    told = " and ".join(kind for kind, there in kinds.items() if there) or "documents"
+    return f"{len(subjects)} {told} side by side"
 
 
 # ── which documents belong together ──────────────────────────────────────────────────────────────────
@@ -221,17 +244,24 @@ def report_of(documents: Sequence[Document], *, shapes: Shapes, tool: str) -> Re
 @dataclass(slots=True, kw_only=True)
 class _Group:
     plan: Plan | None = None
+    plans: tuple[str, ...] = ()
+    """Digests: of the plan itself, then of the one that gave a bundle its reasons."""
     explanation: Explanation | None = None
     inspected: Inspected | None = None
+    told_by: str = ""
     check: CheckReport | None = None
+    checked: str = ""
+    """Path of the check."""
     quality: Quality | None = None
+    quality_own: bool = False
     diagnoses: tuple[Diagnosis, ...] = ()
     paths: tuple[str, ...] = ()
 
 
 def _rank(document: Document) -> int:
-    """Bundles and plans first, whatever the order on the command line, so that what belongs to them finds them."""
-    order: tuple[type, ...] = (Bundled, Planned, Inspected, Checked, Measured, Examined)
+    """Bundles and plans first, whatever the order on the command line, so that what belongs to them finds them; what
+    is known of a bundle before its checks, for each of them has it."""
+    order: tuple[type, ...] = (Bundled, Planned, Described, Measured, Checked, Examined)
     return order.index(type(document))
 
 
@@ -239,34 +269,18 @@ def _joined(groups: list[_Group], document: Document) -> None:
     match document:
         case Bundled():
             groups.append(
-                _Group(plan=document.plan, inspected=document.inspected, quality=document.inspected.quality,
+                _Group(plan=document.plan, plans=(document.plan.digest,), inspected=document.inspected,
+                       quality=document.inspected.quality, quality_own=document.inspected.quality is not None,
                        paths=(document.inspected.path,))
             )  # fmt: skip
         case Planned():
             _add_plan(groups, document)
-        case Inspected():
-            group = _which(groups, lambda g: _digest(g) == document.manifest_digest)
-            group.inspected = group.inspected or document
-            group.quality = group.quality or document.quality
-            group.paths = (*group.paths, document.path)
+        case Described():
+            _add_description(groups, document)
         case Checked():
-            facts = document.report.facts
-            group = _which(
-                groups,
-                lambda g: (
-                    g.check is None
-                    and (
-                        (g.plan is not None and g.plan.digest == document.report.plan)
-                        or _digest(g) == facts.bundle.manifest_digest
-                    )
-                ),
-            )
-            group.check = document.report
-            group.paths = (*group.paths, document.path)
+            _add_check(groups, document)
         case Measured():
-            group = _which(groups, lambda g: _holds(g, document.quality.artifact), alone=True)
-            group.quality = document.quality
-            group.paths = (*group.paths, document.path)
+            _add_quality(groups, document)
         case Examined():
             group = _which(groups, lambda g: document.report.name in g.paths, alone=True)
             group.diagnoses = document.report.diagnoses
@@ -274,14 +288,60 @@ def _joined(groups: list[_Group], document: Document) -> None:
 
 
 def _add_plan(groups: list[_Group], document: Planned) -> None:
-    """A plan beside the bundle that it became gives the bundle its reasons."""
-    group = _which(groups, lambda g: g.plan is not None and _identity(g.plan) == _identity(document.plan))
-    if group.plan is None or not group.plan.rejected:
+    """A plan beside the bundle that it became gives it its reasons, not its figures; other plans stand apart."""
+    digest = document.plan.digest
+    group = _which(groups, lambda g: digest in g.plans or _became(document.plan, g))
+    if group.plan is None:
         group.plan = document.plan
+    elif not group.plan.rejected:
+        group.plan = replace(group.plan, rejected=document.plan.rejected)
+    group.plans = tuple(dict.fromkeys((*group.plans, digest)))
     if len(group.plan.rejected) == len(
         document.plan.rejected
     ):  # reasons of the same choice, not of a wider one
         group.explanation = group.explanation or document.explanation
+    group.paths = (*group.paths, document.path)
+
+
+def _became(plan: Plan, group: _Group) -> bool:
+    """Whether this is a bundle that may be built from the plan, and that no other plan has claimed."""
+    bundled = group.inspected is not None and group.plan is not None and len(group.plans) == 1
+    return bundled and group.plan is not None and _identity(group.plan) == _identity(plan)
+
+
+def _add_description(groups: list[_Group], document: Described) -> None:
+    """Says nothing new of a bundle that is at hand itself."""
+    found = document.inspected
+    group = _which(groups, lambda g: _digest(g) == found.manifest_digest)
+    group.paths = (*group.paths, document.path)
+    if group.inspected is None:
+        group.inspected, group.told_by = found, document.path
+        group.quality, group.quality_own = found.quality, found.quality is not None
+
+
+def _add_check(groups: list[_Group], document: Checked) -> None:
+    """Each check of a plan or bundle is a subject of its own, with the same plan and bundle."""
+    named, bundle = document.report.plan, document.report.facts.bundle.manifest_digest
+    group = _which(groups, lambda g: named in g.plans or _digest(g) == bundle)
+    if group.check is not None:
+        common = tuple(path for path in group.paths if path != group.checked)
+        group = replace(group, diagnoses=(), paths=common)
+        groups.append(group)
+    group.check, group.checked = document.report, document.path
+    group.paths = (*group.paths, document.path)
+
+
+def _add_quality(groups: list[_Group], document: Measured) -> None:
+    """To the bundle of the very weights; else to the only subject, if it has no other quality and no other GGUF."""
+    found = document.quality
+    group = next((group for group in groups if _holds(group, found.artifact)), None)
+    own = group is not None
+    if group is None and len(groups) == 1 and groups[0].quality is None and not _is_gguf(groups[0]):
+        group = groups[0]
+    if group is None:
+        group = _Group()
+        groups.append(group)
+    group.quality, group.quality_own = found, own
     group.paths = (*group.paths, document.path)
 
 
@@ -304,7 +364,9 @@ def _identity(plan: Plan) -> object:
         plan.power_mode,
         plan.model.id,
         plan.scheme,
+        plan.imatrix,
         plan.runtime,
+        plan.runtime_version,
         plan.settings,
     )
 
@@ -314,8 +376,18 @@ def _digest(group: _Group) -> str:
 
 
 def _holds(group: _Group, artifact: str) -> bool:
-    files = () if group.inspected is None else group.inspected.files
-    return any(file.digest.removeprefix("sha256:") == artifact for file in files)
+    """Whether the weights with this digest are the bundle's: one of its files, or what its own quality measured."""
+    if group.inspected is None:
+        return False
+    own = group.inspected.quality
+    return (own is not None and own.artifact == artifact) or any(
+        file.digest.removeprefix("sha256:") == artifact for file in group.inspected.files
+    )
+
+
+def _is_gguf(group: _Group) -> bool:
+    """Whether the weights are one file, whose digest a quality of it names; that of a folder is no file's."""
+    return group.inspected is not None and any(file.path.endswith(".gguf") for file in group.inspected.files)
 
 
 # ── one subject ──────────────────────────────────────────────────────────────────────────────────────
@@ -343,7 +415,7 @@ def _subject(group: _Group, letter: str, shapes: Shapes) -> Subject:
         inputs=tuple(dict.fromkeys(group.paths)),
         plan=None if plan is None else replace(plan, rejected=()),
         explanation=group.explanation,
-        release=_release(group.inspected),
+        release=_release(group),
         pools=() if plan is None else tuple(_pools(plan)),
         parts_measured=() if report is None else tuple(_measured_parts(report)),
         peak=peak,
@@ -354,6 +426,7 @@ def _subject(group: _Group, letter: str, shapes: Shapes) -> Subject:
         pace_measured=() if report is None else tuple(_measured_paces(report)),
         cells=() if swept is None else swept.cells,
         quality=group.quality,
+        quality_own=group.quality_own,
         check=None if report is None else _verdict(report),
         diagnoses=group.diagnoses,
         numbers=tuple(_numbers(group, peak, source)),
@@ -391,7 +464,8 @@ def _sentence(group: _Group) -> str:
     )
 
 
-def _release(found: Inspected | None) -> Release | None:
+def _release(group: _Group) -> Release | None:
+    found = group.inspected
     if found is None:
         return None
     return Release(
@@ -401,6 +475,7 @@ def _release(found: Inspected | None) -> Release | None:
         signature=found.signature.state,
         signature_message=found.signature.message,
         files=len(found.files),
+        told_by=group.told_by,
     )
 
 
@@ -431,9 +506,13 @@ def _measured_parts(report: CheckReport) -> Iterator[MeasuredPart]:
 
 
 def _peak(plan: Plan | None, report: CheckReport | None) -> tuple[int | None, str]:
+    """Peak bytes and their source; none of an emulator, which is in the process and the larger part of it."""
     if plan is None or report is None or report.facts.memory is None or report.facts.failure is not None:
         return None, ""
-    return check.peak_of(plan, report.facts.memory, report.facts)
+    if report.emulated is not None:
+        return None, ""
+    peak, source = check.peak_of(plan, report.facts.memory, report.facts)
+    return peak, source if report.same_device else f"{source}, on another machine"
 
 
 def _options(plan: Plan) -> Iterator[Option]:
@@ -492,6 +571,8 @@ def _two_points(plan: Plan | None) -> tuple[Pace, ...]:
 
 
 def _measured_paces(report: CheckReport) -> Iterator[MeasuredPace]:
+    if report.emulated is not None:  # an emulator's speed says nothing of the device's
+        return
     speed, fill = report.facts.speed, report.facts.fill
     if speed is not None and speed.decode_per_second is not None:
         yield MeasuredPace(
@@ -606,8 +687,12 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
 
 def _checked_numbers(report: CheckReport) -> Iterator[Number]:
     where = "check, on the planned device" if report.same_device else "check, on another machine"
+    if report.emulated is not None:
+        where = f"check, under {report.emulated}"
     for one in report.residuals:
         yield _number(f"{one.part}, as the server reports it", one.measured, "bytes", "measured", where)
+    if report.emulated is not None:
+        return
     speed, fill = report.facts.speed, report.facts.fill
     for name, value in (
         ("decode, measured", None if speed is None else speed.decode_per_second),
@@ -620,7 +705,7 @@ def _checked_numbers(report: CheckReport) -> Iterator[Number]:
 
 def _quality_numbers(found: Quality) -> Iterator[Number]:
     where = (
-        f"{found.text.tokens:,} tokens of {found.text.name} on {found.runtime}, {found.level:.0%} interval"
+        f"{found.text.tokens:,} tokens of {text_name(found)} on {found.runtime}, {found.level:.0%} interval"
     )
     own = found.perplexity
     yield _number("perplexity", own.value, "perplexity", "measured", where, (own.low, own.high))
@@ -655,6 +740,31 @@ def _quality_numbers(found: Quality) -> Iterator[Number]:
                 where,
                 (right.low, right.high),
             )
+
+
+def text_name(found: Quality) -> str:
+    """What a quality was measured on, as part of a sentence."""
+    return "the built-in text" if found.text.name == "built-in" else found.text.name
+
+
+def part_name(name: str, place: str = "host") -> str:
+    """A part of memory (`edgepack.parts.Part.name`) for people; a name that is not known stays as it is."""
+    if name == "host_copy" and place == "device":
+        return "second copy of weights"
+    return _PARTS.get(name, name)
+
+
+_PARTS = {
+    "host_copy": "copy for the CPU",
+    "kv_cache": "KV cache",
+    "recurrent_state": "recurrent state",
+    "rope_cache": "rotary tables",
+    "compute": "compute buffers",
+    "output": "logits",
+    "graphs": "CUDA graphs",
+    "workspace": "workspace of libraries",
+    "process": "the process itself",
+}
 
 
 def shown(number: float, unit: Unit) -> str:

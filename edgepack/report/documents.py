@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from edgepack.evaluation import Quality
 from edgepack.plan import Plan
 
 KINDS = "a bundle, or the JSON that edgepack plan, check, inspect, quality or doctor writes"
+DEEPEST = 64
+"""Levels of nesting; edgepack's own documents have less than ten."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,14 @@ class Inspected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Described:
+    """What the JSON of `inspect` says of a bundle that is not at hand."""
+
+    path: str
+    inspected: Inspected
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bundled:
     """A bundle, every byte of it verified, and the plan in it."""
 
@@ -84,7 +95,7 @@ class Examined:
     report: Doctor
 
 
-Document = Planned | Bundled | Inspected | Checked | Measured | Examined
+Document = Planned | Bundled | Described | Checked | Measured | Examined
 
 
 def read(path: Path, *, allowed_signers: Path | None = None) -> Document:
@@ -103,8 +114,7 @@ def read(path: Path, *, allowed_signers: Path | None = None) -> Document:
     if not start.lstrip().startswith(b"{"):
         raise BadInput(f"{path} is neither a bundle nor a JSON document", hint=f"name {KINDS}")
     document = serde.read_object(path)
-    if not _bounded(document):
-        raise BadInput(f"{path} has a number beyond ±2^63, which nothing measures", hint=f"name {KINDS}")
+    _require_usable(str(path), document)
     return _document(str(path), document)
 
 
@@ -115,16 +125,33 @@ def _bundle(path: Path, allowed_signers: Path | None) -> Bundled:
     inspected = serde.load(Inspected, bundles.described(path, found, signature), source=str(path))
     with bundles.translated(path):
         document = agent.read_document(found, "plan.json")
+    _require_usable(f"{path}: plan.json", document)
     return Bundled(inspected=inspected, plan=_plan(f"{path}: plan.json", document))
 
 
-def _bounded(value: object) -> bool:
-    """Whether all numbers of a document are such as can be counted and drawn."""
-    if isinstance(value, dict):
-        return all(map(_bounded, value.values()))
-    if isinstance(value, list):
-        return all(map(_bounded, value))
-    return not isinstance(value, (int, float)) or abs(value) <= 2**63
+def _require_usable(source: str, document: object) -> None:
+    """Raises BadInput for numbers that cannot be counted or drawn, text that cannot be written, deep nesting."""
+    level: list[object] = [document]
+    for _ in range(DEEPEST):
+        below: list[object] = []
+        for value in level:
+            match value:
+                case dict():
+                    below += [*value.keys(), *value.values()]
+                case list():
+                    below += value
+                case str() if _SURROGATE.search(value):
+                    raise BadInput(f"{source} has half a character (a lone surrogate)", hint=f"name {KINDS}")
+                case int() | float() if abs(value) > 2**63:
+                    raise BadInput(
+                        f"{source} has a number beyond ±2^63, which nothing measures", hint=f"name {KINDS}"
+                    )
+        level = below
+    if level:
+        raise BadInput(f"{source} is nested deeper than {DEEPEST} levels", hint=f"name {KINDS}")
+
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def _plan(source: str, document: object) -> Plan:
@@ -159,7 +186,7 @@ def _document(path: str, document: dict[str, object]) -> Document:
         case "check":
             return Checked(path=path, report=_checked(path, document))
         case "inspect":
-            return serde.load(Inspected, document, source=path)
+            return Described(path=path, inspected=serde.load(Inspected, document, source=path))
         case "plan":
             return _planned(path, document)
         case "doctor":

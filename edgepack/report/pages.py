@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from edgepack.report import Option, Report, Subject, interval, shown
+from edgepack.report import Option, Release, Report, Subject, interval, part_name, shown, text_name
 from edgepack.report.colors import PARTS
+from edgepack.runtimes import llama_cpp
 from edgepack.units import show
 
 Mark = Literal["", "good", "bad", "warn", "soft", "p1", "p2", "p3", "p4", "p5", "p6"]
@@ -73,7 +75,7 @@ def comparison(report: Report) -> Section | None:
         for name, entries in _compared_rows(subjects)
         if any(entry.words for entry in entries)
     )
-    head = ("", *(f"{one.letter}: {one.name}" for one in subjects))
+    head = ("", *(one.letter for one in subjects))
     return Section(
         id="compared",
         title="Side by side",
@@ -105,6 +107,7 @@ def sections(subject: Subject) -> Iterator[Section]:
 
 def _compared_rows(subjects: Sequence[Subject]) -> Iterator[tuple[str, tuple[Entry, ...]]]:
     plans = [one.plan for one in subjects]
+    yield "name", tuple(Entry(one.name) for one in subjects)
     yield "device", tuple(Entry(one.device) for one in subjects)
     yield "model", tuple(Entry("" if p is None else p.model.id) for p in plans)
     yield "scheme", tuple(Entry("" if p is None else p.scheme) for p in plans)
@@ -127,8 +130,12 @@ def _compared_rows(subjects: Sequence[Subject]) -> Iterator[tuple[str, tuple[Ent
     )
     yield (
         "signature",
-        tuple(Entry("" if one.release is None else one.release.signature) for one in subjects),
+        tuple(
+            Entry("" if one.release is None else f"{one.release.signature}{_as_told(one.release)}")
+            for one in subjects
+        ),
     )
+    yield "checked on", tuple(Entry("" if one.check is None else one.check.machine) for one in subjects)
     yield "check", tuple(_checked(one) for one in subjects)
 
 
@@ -165,9 +172,14 @@ def _figure(subject: Subject, name: str) -> Entry:
     text = shown(number.value, number.unit) + (f", {ends}" if ends.startswith(("at", "up")) else f" {ends}")
     if name == "expected score":
         text = f"{text} ({number.source})"
-    elif name.endswith("measured") and subject.check is not None and not subject.check.same_device:
-        text = f"{text.strip()} (on another machine)"
+    elif name == "peak memory" or name.endswith("measured"):
+        text = f"{text.strip()} ({subject.elsewhere.strip()})" if subject.elsewhere else text
     return Entry(text.strip(), exact=f"{number.how}: {number.source}")
+
+
+def _as_told(release: Release) -> str:
+    """Whose words those on a bundle are, where it is not at hand itself."""
+    return f", as {release.told_by} says" if release.told_by else ""
 
 
 def _checked(subject: Subject) -> Entry:
@@ -189,9 +201,12 @@ def _summary(subject: Subject) -> Section:
     plan, release, why = subject.plan, subject.release, subject.explanation
     if why is not None:
         words.append(f"Why this one: {why.why}.")
-        rows.append(("what binds", why.binding))
+        rows.append(("what binds" if why.change else "largest part", why.binding))
         rows.append(
-            ("what would change it", why.change or "nothing that was tried lets a better candidate in")
+            (
+                "what would change the choice",
+                why.change or "nothing that was tried lets a better candidate in",
+            )
         )
     if plan is not None:
         rows += [
@@ -205,10 +220,11 @@ def _summary(subject: Subject) -> Section:
         rows += [
             (
                 "bundle",
-                f"{release.name}, {show(release.bytes)} in {release.files} files, every byte verified",
+                f"{release.name}, {show(release.bytes)} in {release.files} files"
+                f"{_as_told(release) or ', every byte verified'}",
             ),
             ("manifest", release.manifest_digest),
-            ("signature", release.signature_message),
+            ("signature", f"{release.signature_message}{_as_told(release)}"),
         ]
     tables = [_listed("Facts", rows)]
     if why is not None and why.against:
@@ -249,7 +265,8 @@ def _memory(subject: Subject) -> Section | None:
         )
     if subject.peak is not None:
         words.append(
-            f"Measured: {show(subject.peak)} at the highest, by {subject.peak_source}; the bar's hatched end is what "
+            f"Measured{subject.elsewhere}: {show(subject.peak)} at the highest, by "
+            f"{subject.peak_source.removesuffix(f',{subject.elsewhere}')}; the bar's hatched end is what "
             "the server does not itemize (its code, tables and scratch). Logs round, llama.cpp's to 0.01 MiB and "
             "vLLM's to 0.01 GiB: the check says which differences are within that."
         )
@@ -271,14 +288,19 @@ def _parts(subject: Subject) -> Table:
     found = {one.name: one for one in subject.parts_measured}
     planned = [piece for pool in subject.pools for piece in pool.pieces]
     sums = {name: sum(piece.bytes for piece in planned if piece.name == name) for name in found}
+    times = Counter(part_name(piece.name, piece.place) for piece in planned)
     rows = []
     for piece in planned:
-        one = found.get(piece.name)
+        one, name = found.get(piece.name), part_name(piece.name, piece.place)
         whole = one is not None and sums[piece.name] == piece.bytes == one.predicted
         ends = "" if piece.low == piece.high else f"{show(piece.low)} to {show(piece.high)}"
         rows.append(
             (
-                Entry(piece.name, PARTS.get(piece.name, "p5"), piece.note),
+                Entry(
+                    f"{name} ({piece.note})" if times[name] > 1 and piece.note else name,
+                    PARTS.get(piece.name, "p5"),
+                    f"{piece.name}: {piece.note}",
+                ),
                 Entry(piece.place),
                 Entry(show(piece.bytes), exact=f"{piece.bytes:,} bytes"),
                 Entry(ends),
@@ -313,7 +335,7 @@ def _parts_measured(subject: Subject) -> Table:
         head=("part", "predicted", "measured", "difference", "how sure"),
         rows=tuple(
             (
-                Entry(one.name),
+                Entry(part_name(one.name), exact=one.name),
                 Entry(show(one.predicted), exact=f"{one.predicted:,} bytes"),
                 *_held(one.predicted, one.measured),
                 Entry(one.provenance),
@@ -477,6 +499,8 @@ def _users(subject: Subject) -> Section | None:
     if not subject.cells:
         return None
     contexts = sorted({cell.context for cell in subject.cells})
+    padded = subject.plan is not None and subject.plan.runtime == llama_cpp.NAME
+    rounded = f" Tokens are rounded up to blocks of {llama_cpp.CELL_PAD} tokens." if padded else ""
     by_place = {(cell.users, cell.context): cell for cell in subject.cells}
     rows = []
     for users in sorted({cell.users for cell in subject.cells}):
@@ -500,7 +524,7 @@ def _users(subject: Subject) -> Section | None:
         title="KV budget: users × context",
         words=(
             "Bytes of the KV cache for so many users with so many tokens each. ✓: the whole server then fits the "
-            "budget by the upper ends of its parts; ✗: it does not. The same arithmetic as the plan's.",
+            f"budget by the upper ends of its parts; ✗: it does not. The same arithmetic as the plan's.{rounded}",
         ),
         tables=(
             Table(
@@ -535,12 +559,17 @@ def _quality(subject: Subject) -> Section | None:
     )
     against = "against its parent" if found.parent is not None else "without a parent to compare with"
     text = found.text
+    whose = f"Weights with the digest {found.artifact[:12]}"
+    if subject.quality_own:
+        whose = "The very weights of this artifact"
+    elif subject.plan is not None or subject.release is not None:
+        whose += ", which nothing here ties to this one"
     return Section(
         id=f"quality-{subject.letter}",
         title="Quality of the artifact",
         words=(
-            f"The very weights of this artifact, measured {against} on {text.tokens:,} tokens of {text.name} in "
-            f"{text.windows} windows of {text.window}, with {found.runtime}.",
+            f"{whose}, measured {against} on {text.tokens:,} tokens of {text_name(found)} in {text.windows} windows of "
+            f"{text.window}, with {found.runtime}.",
         ),
         tables=(
             Table(
@@ -594,7 +623,7 @@ def _numbers(subject: Subject) -> Section | None:
     return Section(
         id=f"numbers-{subject.letter}",
         title="Where each number comes from",
-        words=(f"{HOW}.", UNITS),
+        words=(f"{HOW}.",),
         tables=(
             Table(
                 caption="Every number, how sure it is, and its source",

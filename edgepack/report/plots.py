@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from edgepack.errors import MissingTool
-from edgepack.report import Option, Piece, Pool, Subject
+from edgepack.report import Option, Piece, Pool, Subject, part_name
 from edgepack.report.colors import COLORS, PARTS, variables
 from edgepack.report.sweep import Pace
 from edgepack.screen import plain
@@ -122,7 +122,8 @@ def _memory(subject: Subject) -> Drawing:
             near = pool.budget <= 3 * most
             right = max(most, pool.budget if near else 0) * 1.04
             unit, name = _unit(right)
-            rows = ["predicted", *(["measured"] if measured or peak else [])]
+            below = f"measured{subject.elsewhere.replace(' on ', chr(10) + 'on ', 1)}"
+            rows = ["predicted", *([below] if measured or peak else [])]
             _bar(page, ax, 0, [(p.name, p.bytes, _piece_title(p)) for p in pool.pieces], unit)
             ax.errorbar(
                 [pool.expected / unit], [0.42], xerr=[[(pool.expected - pool.low) / unit],
@@ -130,7 +131,8 @@ def _memory(subject: Subject) -> Drawing:
             )  # fmt: skip
             if len(rows) > 1:
                 told = [
-                    (part, size, f"{part}: {size:,} bytes measured ({show(size)})") for part, size in measured
+                    (part, size, f"{part_name(part)}: {size:,} bytes measured ({show(size)})")
+                    for part, size in measured
                 ]
                 _bar(page, ax, 1, told, unit)
                 if peak is not None:
@@ -139,7 +141,8 @@ def _memory(subject: Subject) -> Drawing:
                     page.titled(
                         ax.barh(1, rest / unit, 0.5, left=known / unit, facecolor="none", hatch="////",
                                 edgecolor=_MARKERS["p5"], linewidth=0.8)[0],
-                        f"the rest of the peak: {rest:,} bytes ({show(rest)}), which the server does not itemize",
+                        f"the rest of the peak{subject.elsewhere}: {rest:,} bytes ({show(rest)}), which the server "
+                        "does not itemize",
                     )  # fmt: skip
                     ax.plot([peak / unit] * 2, [0.68, 1.32], color=_MARKERS["ink"], linewidth=1.4)
             if near:
@@ -160,7 +163,7 @@ def _memory(subject: Subject) -> Drawing:
             f"of a budget of {show(pool.budget)}"
             for pool in subject.pools
         )
-        peak_told = "" if subject.peak is None else f"; measured peak {show(subject.peak)}"
+        peak_told = "" if subject.peak is None else f"; measured peak{subject.elsewhere} {show(subject.peak)}"
         return page.drawing(f"memory-{subject.letter}", "Memory map", f"{words}{peak_told}")
 
 
@@ -177,7 +180,8 @@ def _bar(page: _Page, ax: Axes, row: int, pieces: Sequence[tuple[str, int, str]]
 def _piece_title(piece: Piece) -> str:
     ends = "" if piece.low == piece.high else f", {show(piece.low)} to {show(piece.high)}"
     return (
-        f"{piece.name} ({piece.place}): {piece.bytes:,} bytes ({show(piece.bytes)}{ends}), {piece.provenance}"
+        f"{part_name(piece.name, piece.place)} ({piece.place}): {piece.bytes:,} bytes ({show(piece.bytes)}{ends}), "
+        f"{piece.provenance}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -27,7 +28,8 @@ def render(report: Report, form: Format) -> str:
         case "md":
             return markdown(report)
         case "json":
-            return serde.to_json(report)
+            # ASCII, so that a file name that is no text can be written too.
+            return json.dumps(serde.dump(report), indent=2, sort_keys=True, allow_nan=False) + "\n"
         case "svg":
             return svg(report)
 

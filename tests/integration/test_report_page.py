@@ -12,24 +12,25 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgepack import check
+from edgepack import check, serde
 from edgepack.cli import cli
-from tests.unit.test_check import judged
+from tests.unit.test_check import judged, recorded_plan
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two subjects: a plan with its reasons, and a check."""
+    """Three subjects with long names: a plan with its reasons, another, and a third with its check."""
     folder = tmp_path_factory.mktemp("report")
-    made = CliRunner().invoke(
-        cli, ["plan", "--profile", "jetson-orin", "--model", "demo", "--explain", "--json"]
-    )
-    (folder / "plan.json").write_text(made.stdout, encoding="utf-8")
+    for name, words in (("plan", "jetson-orin --explain"), ("other", "x86-laptop --runtime onnx-genai")):
+        made = CliRunner().invoke(cli, ["plan", "--model", "demo", "--json", "--profile", *words.split()])
+        (folder / f"{name}.json").write_text(made.stdout, encoding="utf-8")
+    (folder / "checked.json").write_text(serde.to_json(recorded_plan()), encoding="utf-8")
     (folder / "check.json").write_text(json.dumps(check.to_document(judged({}))), encoding="utf-8")
-    words = ["-q", "report", folder / "plan.json", folder / "check.json", "-o", folder / "report.html"]
-    assert CliRunner().invoke(cli, [str(word) for word in words]).exit_code == 0
+    given = [folder / f"{name}.json" for name in ("plan", "other", "checked", "check")]
+    asked = ["-q", "report", *given, "-o", folder / "report.html"]
+    assert CliRunner().invoke(cli, [str(word) for word in asked]).exit_code == 0
     return folder / "report.html"
 
 
@@ -84,6 +85,10 @@ def test_the_page_is_quiet_alone_and_no_wider_than_the_window(
     )
     assert len(drawn) >= 3
     assert all(200 < wide <= width and tall > 60 for wide, tall in drawn)
+    needed, there = seen.page.evaluate(
+        "(e => [e.scrollWidth, e.clientWidth])(document.querySelector('[aria-labelledby=compared] .scroll'))"
+    )
+    assert needed == there or width < 1280
     seen.context.close()
 
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from edgepack import bundle, catalog, check, choice, pipeline, profile, serde
 from edgepack.cli import cli
 from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
+from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
 from edgepack.plan import Plan, Request
 from edgepack.report import Number, Report, Subject, documents, interval, pages, plots, report_of, shown
@@ -28,7 +29,7 @@ from edgepack.units import GIB, MIB
 from tests.plans import example_plan
 from tests.scorers import measured
 from tests.unit.test_bundle import write
-from tests.unit.test_check import judged, recorded_plan
+from tests.unit.test_check import EMULATED, judged, recorded_plan
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$|`*\N{RIGHT-TO-LEFT OVERRIDE}\x1b[31m\n# x"
 VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
@@ -126,8 +127,8 @@ def test_what_inspect_prints_is_read(tmp_path: Path) -> None:
 
     found = documents.read(path)
 
-    assert isinstance(found, documents.Inspected)
-    assert found.manifest_digest == written.manifest_digest
+    assert isinstance(found, documents.Described)
+    assert found.inspected.manifest_digest == written.manifest_digest
 
 
 def test_a_damaged_bundle_is_refused_as_inspect_refuses_it(tmp_path: Path) -> None:
@@ -150,6 +151,9 @@ def test_a_damaged_bundle_is_refused_as_inspect_refuses_it(tmp_path: Path) -> No
         ('{"answer": 42}', "no document of edgepack's that a report shows (it has answer)"),
         ("{}", "it has no fields"),
         ('{"answer": 1e999}', "beyond ±2^63"),
+        ('{"answer": ' + "[" * 900 + "]" * 900 + "}", "nested deeper than 64 levels"),
+        ('{"answer": "\\ud800"}', "half a character"),
+        ('{"\\ud800": 1}', "half a character"),
         ('{"profile": 1, "budget": 2, "memory": 3, "settings": 4}', "profile"),
         ('{"items": [], "residuals": 1, "facts": {}}', "residuals"),
     ],
@@ -223,6 +227,102 @@ def test_a_bundle_takes_the_reasons_of_its_plan(tmp_path: Path) -> None:
     assert subject.release.manifest_digest == written.manifest_digest
 
 
+def bundled(folder: Path) -> documents.Bundled:
+    found = documents.read(write(folder, folder / "out.tar").path)
+    assert isinstance(found, documents.Bundled)
+    return found
+
+
+def test_a_bundle_keeps_its_own_figures_beside_the_plan_that_it_became(tmp_path: Path) -> None:
+    own = bundled(tmp_path)
+    model = replace(own.plan.model, revision="")
+    other = replace(own.plan, model=model, speed=replace(own.plan.speed, decode=99.0))
+
+    subject = only(reported(own, documents.Planned(path="plan.json", plan=other, explanation=None)))
+
+    assert subject.plan == replace(own.plan, rejected=())
+    assert {one.name: one.value for one in subject.numbers}["decode"] == own.plan.speed.decode
+
+
+@pytest.mark.parametrize("change", [{"imatrix": True}, {"warnings": ("of a later version",)}])
+def test_two_plans_to_be_compared_stay_two(tmp_path: Path, change: dict[str, Any]) -> None:
+    plan = chosen()[0]
+    one = documents.Planned(path="one.json", plan=plan, explanation=None)
+    other = documents.Planned(path="other.json", plan=replace(plan, **change), explanation=None)
+    own = bundled(tmp_path)
+    plans = [
+        documents.Planned(path=f"{warned}.json", plan=replace(own.plan, warnings=(warned,)), explanation=None)
+        for warned in ("first", "second")
+    ]
+
+    assert [s.inputs for s in reported(one, other).subjects] == [("one.json",), ("other.json",)]
+    assert only(reported(one, one)).inputs == ("one.json",)
+    assert [s.inputs[-1] for s in reported(own, *plans).subjects] == ["first.json", "second.json"]
+
+
+def test_two_checks_of_one_plan_are_two_subjects_with_that_plan() -> None:
+    plan = documents.Planned(path="plan.json", plan=recorded_plan(), explanation=None)
+    checks = [
+        documents.Checked(path="pi.json", report=judged({})),
+        documents.Checked(path="jetson.json", report=judged({"failure": FAILURE})),
+    ]
+
+    report = reported(*checks, plan)
+
+    assert [one.inputs for one in report.subjects] == [("plan.json", "pi.json"), ("plan.json", "jetson.json")]
+    assert [one.check and one.check.verdict for one in report.subjects] == ["passed", "failed"]
+    assert report.subjects[0].plan == report.subjects[1].plan
+    assert not any("not among the inputs" in note for one in report.subjects for note in one.notes)
+
+
+FAILURE = {"kind": "oom-killed", "stage": "load", "message": "killed"}
+
+
+def test_a_strangers_quality_is_not_the_bundles(tmp_path: Path) -> None:
+    own = bundled(tmp_path)
+    gguf = next(file for file in own.inspected.files if file.path.endswith(".gguf"))
+    stranger = measured(kl=(0.5, 0.4, 0.6))
+    measured_here = replace(stranger, artifact=gguf.digest.removeprefix("sha256:"))
+    folder = replace(own, inspected=replace(own.inspected, files=()))
+    with_own = replace(folder, inspected=replace(folder.inspected, quality=measured(kl=(0.02, 0.01, 0.03))))
+
+    def asked(document: documents.Bundled, quality: Quality) -> list[tuple[bool, bool]]:
+        report = reported(document, documents.Measured(path="quality.json", quality=quality))
+        return [(one.quality is quality, one.quality_own) for one in report.subjects]
+
+    assert asked(own, measured_here) == [(True, True)]
+    assert asked(own, stranger) == [(False, False), (True, False)]
+    assert asked(with_own, replace(stranger, artifact="c" * 64)) == [(False, True), (True, False)]
+    assert asked(folder, stranger) == [(True, False)]
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [(True, "The very weights of this artifact"), (False, "which nothing here ties to this one")],
+)
+def test_only_a_quality_of_the_very_weights_says_so(own: bool, told: str) -> None:
+    quality = documents.Measured(path="quality.json", quality=measured(kl=(0.5, 0.4, 0.6)))
+    subject = replace(only(reported(planned(), quality)), quality_own=own)
+
+    section = next(one for one in pages.sections(subject) if one.title.startswith("Quality"))
+
+    assert told in section.words[0]
+    assert "of the built-in text in" in section.words[0]
+    assert ("very weights" in section.words[0]) == own
+
+
+def test_a_bundle_that_inspect_tells_of_is_not_called_verified(tmp_path: Path) -> None:
+    own = bundled(tmp_path)
+    told = documents.Described(path="inspect.json", inspected=own.inspected)
+
+    described, verified = markdown(reported(told)), markdown(reported(own, told))
+
+    assert "every byte verified" not in described
+    assert "files, as inspect.json says" in described
+    assert "every byte verified" in verified
+    assert "says" not in verified
+
+
 def test_two_devices_are_two_subjects_side_by_side() -> None:
     report = reported(planned(), planned("other.json", "x86-laptop"))
 
@@ -231,6 +331,9 @@ def test_two_devices_are_two_subjects_side_by_side() -> None:
     assert [one.letter for one in report.subjects] == ["A", "B"]
     assert found is not None
     rows = {row[0].words: [entry.words for entry in row[1:]] for row in found.tables[0].rows}
+    assert found.tables[0].head == ("", "A", "B")
+    assert rows["name"] == [one.name for one in report.subjects]
+    assert report.title == "2 plans side by side"
     assert rows["device"] == [one.device for one in report.subjects]
     assert rows["check"] == ["not checked", "not checked"]
     assert pages.comparison(reported(planned())) is None
@@ -274,11 +377,45 @@ def test_the_numbers_of_a_check_are_measured_and_say_on_what() -> None:
     assert numbers["peak memory"].how == "measured"
 
 
-def everything_checked() -> Report:
+def everything_checked(**changes: object) -> Report:
     return reported(
         documents.Planned(path="plan.json", plan=recorded_plan(), explanation=None),
-        documents.Checked(path="check.json", report=judged({})),
+        documents.Checked(path="check.json", report=judged(changes)),
     )
+
+
+def test_the_peak_of_another_machine_is_called_so() -> None:
+    report = everything_checked(match=ELSEWHERE)
+
+    subject = only(report)
+    table = pages.comparison(replace(report, subjects=(subject, replace(subject, letter="B"))))
+
+    assert subject.check is not None
+    assert not subject.check.same_device
+    (peak,) = (one for one in subject.numbers if one.name == "peak memory")
+    assert peak.source.endswith(", on another machine")
+    memory = next(one for one in pages.sections(subject) if one.title == "Memory map")
+    assert any(words.startswith("Measured on another machine: ") for words in memory.words)
+    assert "measured peak on another machine" in svg(report)
+    assert table is not None
+    (row,) = (row for row in table.tables[0].rows if row[0].words == "peak memory")
+    assert row[1].words.endswith("(on another machine)")
+    assert "another machine" not in svg(everything_checked())
+
+
+ELSEWHERE = [{"fact": "cpu", "status": "fail", "expected": "Cortex-A76", "measured": "another"}]
+
+
+def test_an_emulators_peak_and_speed_are_left_out() -> None:
+    subject = only(everything_checked(**EMULATED))
+
+    assert subject.check is not None
+    assert subject.check.emulated is not None
+    assert subject.peak is None
+    assert subject.pace_measured == ()
+    told = {one.name: one.source for one in subject.numbers}
+    assert not {"peak memory", "decode, measured", "prompt reading, measured"} & told.keys()
+    assert told["weights, as the server reports it"] == f"check, under {subject.check.emulated}"
 
 
 @pytest.mark.parametrize(
@@ -545,6 +682,24 @@ def test_the_command_takes_its_form_from_the_name_of_the_output(tmp_path: Path) 
         assert (tmp_path / f"report.{form}").read_text(encoding="utf-8").lstrip().startswith(start)
 
 
+def test_the_page_on_standard_output_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(serde.to_json(chosen()[0]), encoding="utf-8")
+
+    done = CliRunner(charset="latin-1").invoke(cli, ["-q", "report", str(path)])
+
+    assert done.exit_code == 0
+    assert "users × context" in done.stdout_bytes.decode("utf-8")
+
+
+def test_a_path_that_is_no_text_is_written_as_json(tmp_path: Path) -> None:
+    report = reported(planned("plan-\udcff.json"))
+
+    written = render(report, "json")
+
+    assert json.loads(written.encode("utf-8"))["subjects"][0]["inputs"] == ["plan-\udcff.json"]
+
+
 def test_the_command_refuses_what_is_no_document_of_ours(tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text('{"answer": 42}', encoding="utf-8")
@@ -554,6 +709,49 @@ def test_the_command_refuses_what_is_no_document_of_ours(tmp_path: Path) -> None
     assert done.exit_code == BadInput.exit_code
     assert "no document of edgepack's" in done.output
     assert "Traceback" not in done.output
+
+
+def test_parts_are_named_for_people_and_told_apart() -> None:
+    subject = only(reported(planned("p", "consumer-8gb")))
+    memory = next(one for one in pages.sections(subject) if one.title == "Memory map")
+
+    names = [row[0].words for row in memory.tables[0].rows]
+
+    assert "KV cache" in names
+    assert not any("_" in name.partition("(")[0] for name in names)
+    assert sum(name.startswith("compute buffers (") for name in names) == 2
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("change", "label"), [("", "largest part"), ("--desktop", "what binds")])
+def test_only_what_keeps_another_out_is_said_to_bind(change: str, label: str) -> None:
+    subject = only(reported(planned()))
+    assert subject.explanation is not None
+    subject = replace(subject, explanation=replace(subject.explanation, change=change))
+
+    rows = {row[0].words: row[1].words for row in next(pages.sections(subject)).tables[0].rows}
+
+    assert rows[label] == chosen()[1].binding
+    assert ("what binds" in rows) == (label == "what binds")
+
+
+def test_the_users_table_says_how_its_runtime_rounds() -> None:
+    subject = only(reported(planned()))
+    assert subject.plan is not None
+    other = replace(subject, plan=replace(subject.plan, runtime="vllm"))
+
+    told = [
+        next(one for one in pages.sections(s) if one.id.startswith("users-")).words[0]
+        for s in (subject, other)
+    ]
+
+    assert ["blocks of 256 tokens" in words for words in told] == [True, False]
+
+
+def test_units_are_explained_once() -> None:
+    text = html(reported(planned(), planned("other.json", "x86-laptop")))
+
+    assert text.count("1024³ bytes") == 1
 
 
 def test_a_plan_of_a_device_with_a_card_has_two_memories() -> None:
