@@ -1,6 +1,6 @@
 """A build against llama.cpp's own convert_hf_to_gguf.py and llama-quantize: time and peak memory.
 
-    python benchmarks/build.py [--rounds 3] [--folder DIR]
+    python benchmarks/build.py [--rounds 5] [--folder DIR]
 
 Both make Q4_K_M of the same Hugging Face folder with all cores. A build also plans, hashes, records the answers that a
 device is checked against (it runs the model for that; kept for the next build of the same artifact, as in the rows
@@ -94,4 +94,4 @@ def built(model: Path) -> tuple[Run, Run]:
 
 
 if __name__ == "__main__":
-    comparison.main(__doc__, found, compare, rounds=3)
+    comparison.main(__doc__, found, compare, rounds=5)
