@@ -47,12 +47,12 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         bare, first, again = [], [], []
         for number in range(asked.rounds):
             if number % 2:
-                bare.append(converted(model, name))
+                bare.append(converted(model))
             whole, kept = built(model)
             first.append(whole)
             again.append(kept)
             if number % 2 == 0:
-                bare.append(converted(model, name))
+                bare.append(converted(model))
         recording = "recording the answers runs the model, which converting and quantizing does not"
         beside = "a build also starts edgepack, plans, hashes every byte, and writes and syncs the bundle"
         for what, ours, why in (
@@ -68,11 +68,11 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def converted(model: Path, name: str) -> Run:
+def converted(model: Path) -> Run:
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         whole, small = Path(place) / "whole.gguf", Path(place) / "small.gguf"
         return comparison.watched(
-            peers.convert(model, whole, subjects.KNOWN_AS[name]),
+            peers.convert(model, whole, subjects.KNOWN_AS),
             [peers.program("llama-quantize"), whole, small, SCHEME, str(CORES)],
         )
 

@@ -37,7 +37,7 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
     quantize: comparison.Command = [
         peers.program(NAME), "--imatrix", of.matrix, whole, small, SCHEME, str(CORES),
     ]  # fmt: skip
-    comparison.seconds(peers.convert(of.checkpoint.path, whole, subjects.KNOWN_AS["demo"]), quantize)
+    comparison.seconds(peers.convert(of.checkpoint.path, whole, subjects.KNOWN_AS), quantize)
     theirs = budget.quality_of(of, small, tokens=TOKENS)
     base = budget.row(of, SCHEME, "anchor", small.stat().st_size, theirs, theirs, None, 0.0)
     budget.show(base)
