@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import comparison
 import memory
 import pack
+import peers
 import run as bench
 from comparison import Figure, Peer, Row
 
@@ -181,14 +182,14 @@ def test_a_program_that_says_something_else_has_no_estimate(
     estimate: memory.Estimator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "_said", lambda command: "Weights in another form: 3\n")
-    monkeypatch.setattr(memory.peers, "program", lambda name: Path(name))
+    monkeypatch.setattr(peers, "program", lambda name: Path(name))
 
     with pytest.raises(memory.NoEstimate, match="another form"):
         estimate(CASE)
 
 
 def test_an_estimate_is_the_sum_of_what_a_program_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.peers, "program", lambda name: Path(name))
+    monkeypatch.setattr(peers, "program", lambda name: Path(name))
     monkeypatch.setattr(memory, "_said", lambda command: "Host 1 2 3\nCUDA0 10 20 30\n")
     assert memory._fit_params(CASE) == 66 * 2**20
 
