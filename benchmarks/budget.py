@@ -96,13 +96,15 @@ def main() -> None:
         asked.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
-def subject(model: str, root: Path, given: Sequence[Path]) -> Subject:
+def subject(model: str, root: Path, given: Sequence[Path], *, calibrated_on: int | None = None) -> Subject:
+    """``calibrated_on``: tokens; as many as a build takes when it is not given."""
     checkpoint = hub.resolve(model, revision=None, offline=True, progress=Silent())
     spec = pipeline.read_model(checkpoint.path)
     folder = root / checkpoint.path.resolve().name
     folder.mkdir(parents=True, exist_ok=True)
     beside = checkpoint.path / "calibration.txt"
-    data = calibration.of(checkpoint.path, spec, list(given) or ([beside] if beside.is_file() else []))
+    files = list(given) or ([beside] if beside.is_file() else [])
+    data = calibration.of(checkpoint.path, spec, files, tokens=calibrated_on)
     whole = gguf.full_precision(checkpoint, spec, "Q8_0", folder, True, Silent())
     tools = toolchain.find()
     matrix = gguf.importances(data, whole, checkpoint, spec, folder, tools, Terminal())

@@ -1,6 +1,6 @@
 """A build against llama.cpp's own convert_hf_to_gguf.py and llama-quantize: time and peak memory.
 
-    python benchmarks/build.py [--rounds 3] [--folder DIR]
+    python benchmarks/build.py [--rounds 5] [--folder DIR]
 
 Both make Q4_K_M of the same Hugging Face folder with all cores. A build also plans, hashes, records the answers that a
 device is checked against (it runs the model for that; kept for the next build of the same artifact, as in the rows
@@ -47,12 +47,12 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         bare, first, again = [], [], []
         for number in range(asked.rounds):
             if number % 2:
-                bare.append(converted(model, name))
+                bare.append(converted(model))
             whole, kept = built(model)
             first.append(whole)
             again.append(kept)
             if number % 2 == 0:
-                bare.append(converted(model, name))
+                bare.append(converted(model))
         recording = "recording the answers runs the model, which converting and quantizing does not"
         beside = "a build also starts edgepack, plans, hashes every byte, and writes and syncs the bundle"
         for what, ours, why in (
@@ -68,11 +68,11 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def converted(model: Path, name: str) -> Run:
+def converted(model: Path) -> Run:
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         whole, small = Path(place) / "whole.gguf", Path(place) / "small.gguf"
         return comparison.watched(
-            peers.convert(model, whole, subjects.KNOWN_AS[name]),
+            peers.convert(model, whole, subjects.KNOWN_AS),
             [peers.program("llama-quantize"), whole, small, SCHEME, str(CORES)],
         )
 
@@ -94,4 +94,4 @@ def built(model: Path) -> tuple[Run, Run]:
 
 
 if __name__ == "__main__":
-    comparison.main(__doc__, found, compare, rounds=3)
+    comparison.main(__doc__, found, compare, rounds=5)

@@ -11,15 +11,13 @@ alternate; the median ratios are shown.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
+
+import comparison
 
 from edgepack import workspace
 from edgepack.units import show
@@ -51,20 +49,19 @@ def main() -> None:
             cache = folder / "cache"
             cache.mkdir()
             (cache / "toolchain").symlink_to(workspace.cache_root() / "toolchain")
-            bare, bare_peak = timed(
-                [sys.executable, "-c", BARE, str(options.model), str(folder), options.scheme], {}
-            )
+            bare = comparison.watched([sys.executable, "-c", BARE, options.model, folder, options.scheme])
             build = ["build", "--profile", "jetson-orin", "--model", str(options.model), "--scheme", options.scheme,
                      "--min-tokens-per-second", "0", "--no-quality", "-q", "-o", str(folder / "out")]  # fmt: skip
             command = [sys.executable, "-m", "edgepack", *build]
-            whole, peak = timed(command, {"EDGEPACK_CACHE": str(cache)})
+            whole = comparison.watched(command, env={"EDGEPACK_CACHE": str(cache)})
             forget_all_but_answers(cache)
-            plain, _ = timed(command, {"EDGEPACK_CACHE": str(cache)})
-        ratios.append(plain / bare)
-        recorded.append(whole / bare)
-        peaks.append(peak)
-        print(f"run {run + 1}: bare {bare:.1f} s ({show(bare_peak)}), build {plain:.1f} s, ratio {plain / bare:.3f}; "
-              f"with the recording {whole:.1f} s, {whole / bare:.3f} ({show(peak)})", flush=True)  # fmt: skip
+            plain = comparison.watched(command, env={"EDGEPACK_CACHE": str(cache)})
+        ratios.append(plain.seconds / bare.seconds)
+        recorded.append(whole.seconds / bare.seconds)
+        peaks.append(whole.memory)
+        print(f"run {run + 1}: bare {bare.seconds:.1f} s ({show(bare.memory)}), build {plain.seconds:.1f} s, "
+              f"ratio {ratios[-1]:.3f}; with the recording {whole.seconds:.1f} s, {recorded[-1]:.3f} "
+              f"({show(whole.memory)})", flush=True)  # fmt: skip
     print(
         f"median ratio {statistics.median(ratios):.3f}, with the recording {statistics.median(recorded):.3f}; "
         f"peak anonymous memory {show(max(peaks))}"
@@ -79,46 +76,6 @@ def forget_all_but_answers(cache: Path) -> None:
                 artifact.unlink()
         elif not entry.is_symlink():
             shutil.rmtree(entry)
-
-
-def timed(command: list[str], env: dict[str, str]) -> tuple[float, int]:
-    """Seconds, and the highest sum of anonymous memory over the process and its children, sampled at 20 Hz."""
-    began = time.monotonic()
-    process = subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.DEVNULL)
-    peak = 0
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.05):
-            peak = max(peak, sum(anonymous(pid) for pid in family(process.pid)))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    code = process.wait()
-    done.set()
-    watcher.join()
-    if code != 0:
-        sys.exit(f"{command[:4]} ended with status {code}")
-    return time.monotonic() - began, peak
-
-
-def family(pid: int) -> list[int]:
-    import psutil
-
-    try:
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def anonymous(pid: int) -> int:
-    """RssAnon in bytes; 0 when the process is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon")), 0)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,15 @@ from pathlib import Path
 from statistics import median
 from typing import Literal, NoReturn
 
-from build_time import anonymous, family
+import psutil
 
 CORES = len(os.sched_getaffinity(0))
 DRAWS = 2000
 """Of the bootstrap."""
+FEWEST = 5
+"""Rounds of a verdict: two equal programs are on one side of each other in all of 5 rounds once in 16, in all of 3 once
+in 4."""
+Verdict = Literal["edgepack", "peer", "level", "too few rounds", "not compared"]
 UNITS: Mapping[str, tuple[float, str]] = {
     "s": (1, "{:.2f} s"),
     "ms": (1e-3, "{:.0f} ms"),
@@ -136,10 +140,12 @@ def middle(values: Sequence[float]) -> Figure:
     return Figure(value=median(values), low=medians[DRAWS // 20], high=medians[DRAWS - DRAWS // 20 - 1])
 
 
-def ahead(row: Row) -> Literal["edgepack", "peer", "level", "not compared"]:
+def ahead(row: Row) -> Verdict:
     """Who is, by the whole interval of the ratio; level where it holds 1."""
     if row.ratio is None:
         return "not compared"
+    if 1 < row.rounds < FEWEST:
+        return "too few rounds"
     if row.ratio.low <= 1 <= row.ratio.high:
         return "level"
     return "edgepack" if (row.ratio.high < 1) == (row.better == "less") else "peer"
@@ -221,10 +227,12 @@ def main(
     print(listing(found), flush=True)
     given.folder.mkdir(parents=True, exist_ok=True)
     asked = Asked(folder=given.folder.resolve(), rounds=given.rounds)
-    rows = list(compare(asked, {peer.name: peer for peer in found}))
+    rows: list[Row] = []
+    for row in compare(asked, {peer.name: peer for peer in found}):
+        rows.append(row)
+        if given.json:  # after each, so that one that fails later costs no other its figures
+            given.json.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     print(table(rows))
-    if given.json:
-        given.json.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
 
 
 def paired(
@@ -279,13 +287,29 @@ def watched(*commands: Command, env: Mapping[str, str] | None = None) -> Run:
                 [str(word) for word in command], env={**os.environ, **(env or {})}, stdout=said, stderr=said
             )
             while process.poll() is None:
-                peak = max(peak, sum(anonymous(pid) for pid in family(process.pid)))
+                peak = max(peak, sum(_anonymous(pid) for pid in _family(process.pid)))
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(0.05)
             if process.returncode != 0:
                 said.seek(0)
                 _failed(command, process.returncode, said.read())
     return Run(seconds=time.monotonic() - began, memory=peak)
+
+
+def _family(pid: int) -> list[int]:
+    try:
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _anonymous(pid: int) -> int:
+    """RssAnon in bytes; 0 when the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon")), 0)
 
 
 def _failed(command: Command, status: int, said: bytes) -> NoReturn:

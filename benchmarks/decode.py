@@ -1,6 +1,6 @@
 """Decoding speed of the server and flags that a bundle ships against the best that llama-bench finds.
 
-    python benchmarks/decode.py [--rounds 24] [--folder DIR]
+    python benchmarks/decode.py [--rounds 16] [--folder DIR]
 
 llama-bench first sweeps threads and flash attention, and its best pair is the peer, whatever edgepack ships. It chooses
 no token and speaks no HTTP. Rounds are many and short, because rented machines drift by a tenth from second to second
@@ -103,4 +103,4 @@ def bench(model: Path, threads: str, attention: str, repeat: int) -> dict[tuple[
 
 
 if __name__ == "__main__":
-    comparison.main(__doc__, found, compare, rounds=24)
+    comparison.main(__doc__, found, compare, rounds=16)

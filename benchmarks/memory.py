@@ -30,6 +30,7 @@ from edgepack.units import MIB
 
 CASES = (
     ("demo", "Q8_0", 512, "f16"),
+    ("demo", "Q8_0", 512, "q8_0"),
     (subjects.SHAPE, "Q4_K_M", 512, "f16"),
     (subjects.SHAPE, "Q4_K_M", 2048, "f16"),
     (subjects.SHAPE, "Q4_K_M", 2048, "q8_0"),
@@ -91,8 +92,13 @@ class Case:
     head_dim: int
 
 
+class NoEstimate(Exception):
+    """A program that failed, or said something else than was expected of it."""
+
+
 Estimator = Callable[[Case], float]
-"""Bytes."""
+"""Bytes; raises NoEstimate, or ValueError or LookupError for what it cannot read."""
+SAME = "llama-fit-params"
 
 
 def found() -> Sequence[Peer]:
@@ -118,7 +124,7 @@ def estimators() -> Sequence[tuple[Peer, Estimator]]:
     )
     return (
         (
-            peers.llama_cpp("llama-fit-params", "llama-fit-params -m MODEL.gguf -c N -ctk T -ctv T --fit-print on"),
+            peers.llama_cpp(SAME, "llama-fit-params -m MODEL.gguf -c N -ctk T -ctv T --fit-print on"),
             _fit_params,
         ),
         (
@@ -136,7 +142,7 @@ def estimators() -> Sequence[tuple[Peer, Estimator]]:
         (peers.installed("gguf-parser", "go install github.com/gpustack/gguf-parser-go/cmd/gguf-parser",
                          "gguf-parser --path MODEL.gguf --ctx-size N --estimate --json"), _gguf_parser),
         (Peer(name="llmfit", version="1.1.17", command="llmfit plan MODEL",
-              missing="it looks models up in its own table by name; ours are on the disk"), _none),
+              missing="it looks models up in its own table by name; ours are on the disk"), _unasked),
     )  # fmt: skip
 
 
@@ -157,11 +163,16 @@ def compare(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
         if by_name[peer.name].missing:
             yield comparison.absent("memory predicted", "%", "less", peer, by_name[peer.name].missing)
             continue
-        theirs = [estimate(case) for case in cases]
+        try:
+            theirs = [estimate(case) for case in cases]
+        except (NoEstimate, LookupError, ValueError) as error:
+            yield comparison.absent("memory predicted", "%", "less", peer, f"no estimate: {error}")
+            continue
         yield comparison.of(
             "memory predicted", "%", "less", peer, _errors(ours, measured), _errors(theirs, measured),
             note=f"edgepack {_range(ours, measured)}; {peer.name} {_range(theirs, measured)}",
-            why="both ask the same buffers of llama.cpp; what is left is the process itself",
+            why="both ask the same buffers of llama.cpp; what is left is the process itself" if peer.name == SAME
+            else "in these cases it came as near",
         )  # fmt: skip
 
 
@@ -196,14 +207,19 @@ def _fit_params(case: Case) -> float:
         "-ctv", case.kv_type, "-fa", "on", "-np", "1", "--fit-print", "on",
     ])  # fmt: skip
     rows = re.findall(r"^\S+ (\d+) (\d+) (\d+) *$", said, re.MULTILINE)
+    if not rows:
+        raise NoEstimate(f"no row of device and MiB in {said[-200:]!r}")
     return MIB * float(sum(int(number) for row in rows for number in row))
 
 
 def _modelinfo(case: Case) -> float:
     said = _said([peers.venv().parent / "modelinfo", case.file, "--context", str(case.context)])
-    parts = re.findall(r"(?:Weights|KV Cache|Overhead):\s+([\d.]+) (KB|MB|GB)", said)
+    parts = dict(re.findall(r"(Weights|KV Cache|Overhead):\s+([\d.]+ (?:KB|MB|GB))", said))
     scale = {"KB": 2**10, "MB": 2**20, "GB": 2**30}
-    return sum(float(number) * scale[unit] for number, unit in parts)
+    missing = {"Weights", "KV Cache", "Overhead"} - parts.keys()
+    if missing:
+        raise NoEstimate(f"no {', '.join(sorted(missing))} in {said[-200:]!r}")
+    return sum(float(number) * scale[unit] for number, unit in (part.split() for part in parts.values()))
 
 
 def _formula(case: Case) -> float:
@@ -222,14 +238,15 @@ def _gguf_parser(case: Case) -> float:
     return float(json.loads(said)["estimate"]["items"][0]["ram"]["nonuma"])
 
 
-def _none(case: Case) -> float:
-    raise SystemExit(f"no estimate of {case.file}")
+def _unasked(case: Case) -> float:
+    raise NoEstimate(f"nothing asks it for {case.file}")
 
 
 def _said(command: Sequence[str | Path]) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"{command[:3]} ended with status {done.returncode}: {done.stderr[-1500:]}")
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise NoEstimate(f"{Path(command[0]).name} ended with status {done.returncode}: {last}")
     return done.stdout
 
 

@@ -21,6 +21,7 @@ from comparison import Asked, Peer, Row
 MEGABYTES = 400
 PACK = """
 import sys
+from pathlib import Path
 from edgepack.bundle import oci
 source, out, digest = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 weights = oci.Layer(

@@ -75,8 +75,12 @@ def _plans(asked: Asked, peer: Peer) -> Row:
         return comparison.with_ours(alone, [ours() for _ in range(asked.rounds)])
     command: comparison.Command = [peers.venv().parent / "llmfit", "--json", "recommend"]
     a, b = comparison.paired(asked.rounds, ours, partial(comparison.seconds, command))
-    why = "llmfit is compiled and looks its models up in a table; edgepack lays out each candidate's buffers"
-    return comparison.of(what, "ms", "less", peer, a, b, why=why)
+    return comparison.of(
+        what, "ms", "less", peer, a, b,
+        note="unlike work: llmfit ranks its own table of models for this machine; edgepack plans its catalog for a "
+        "profile",
+        why="llmfit is compiled and looks its models up; edgepack lays out each candidate's buffers",
+    )  # fmt: skip
 
 
 def _plan(name: str) -> comparison.Command:
@@ -88,4 +92,4 @@ def _edgepack(*words: str | Path) -> comparison.Command:
 
 
 if __name__ == "__main__":
-    comparison.main(__doc__, found, compare, rounds=3)
+    comparison.main(__doc__, found, compare, rounds=5)

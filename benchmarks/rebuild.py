@@ -1,6 +1,6 @@
 """A change of configuration alone: what it takes to build again, and what crosses the wire to a device.
 
-    python benchmarks/rebuild.py [--rounds 3] [--folder DIR]
+    python benchmarks/rebuild.py [--rounds 5] [--folder DIR]
 
 The bundle of a model with random weights is built again with another context, against the whole build, and against a
 container image of the same files whose layers buildah keeps, its file written as edgepack writes its bundle. Then the
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import comparison
@@ -43,7 +42,8 @@ def found() -> Sequence[Peer]:
         peers.installed(
             IMAGE,
             "apt install buildah",
-            "buildah build --layers CONTEXT; buildah push -D IMAGE oci-archive:OUT",
+            "buildah --storage-driver vfs build --layers --isolation chroot CONTEXT; "
+            "buildah --storage-driver vfs push --disable-compression IMAGE oci-archive:OUT",
         ),
         peers.installed(RSYNC, "apt install rsync", "rsync --no-whole-file --stats NEW.tar OLD.tar"),
     )
@@ -58,12 +58,10 @@ def _builds(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
     model = subjects.source(subjects.SMALL, asked.folder)
     what = "rebuild, another context"
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        cache, out = Path(place) / "cache", Path(place) / "out"
-        cache.mkdir()
-        (cache / "toolchain").symlink_to(workspace.cache_root() / "toolchain")
+        kept, out = _cache(Path(place) / "cache"), Path(place) / "out"
         contexts = iter(range(1024, 1 << 16, 256))
 
-        def build() -> float:
+        def build(cache: Path = kept) -> float:
             """With a context that no build has had."""
             command: comparison.Command = [
                 sys.executable, "-m", "edgepack", "-q", "build", "--profile", "jetson-orin", "--model", model,
@@ -72,73 +70,81 @@ def _builds(asked: Asked, by_name: Mapping[str, Peer]) -> Iterator[Row]:
             ]  # fmt: skip
             return comparison.seconds(command, env={"EDGEPACK_CACHE": str(cache)})
 
-        whole = build()
-        again = [build() for _ in range(asked.rounds)]
-        yield comparison.of(
-            what,
-            "s",
-            "less",
-            by_name[WHOLE],
-            again,
-            [whole] * len(again),
-            why="most of a build is what is kept",
-        )
+        def whole() -> float:
+            with tempfile.TemporaryDirectory(prefix="bench-") as fresh:
+                return build(_cache(Path(fresh) / "cache"))
+
+        build()  # what the next builds have in the cache
+        a, b = comparison.paired(asked.rounds, build, whole)
+        yield comparison.of(what, "s", "less", by_name[WHOLE], a, b, why="most of a build is what is kept")
         peer = by_name[IMAGE]
         if peer.missing:
-            yield comparison.with_ours(comparison.absent(what, "s", "less", peer, peer.missing), again)
+            yield comparison.with_ours(comparison.absent(what, "s", "less", peer, peer.missing), a)
             return
-        bundle = next(out.glob("*.tar"))
-        unpacked = Path(place) / "context"
-        comparison.seconds([sys.executable, "-m", "edgepack", "-q", "unpack", bundle, "-o", unpacked])
-        image = Path(place) / "image.tar"
-        weights = max(
-            (file for file in unpacked.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
-        )
+        image = Image(Path(place), next(out.glob("*.tar")))
         try:
-            layered(unpacked, weights, image, Path(place), 0)
+            image.built()
         except subprocess.CalledProcessError as error:
-            reason = f"it does not build here: {error.stderr.strip().splitlines()[-1]}"
-            yield comparison.with_ours(comparison.absent(what, "s", "less", peer, reason), again)
+            reason = (
+                f"it does not build here: {(error.stderr.strip().splitlines() or ['it said nothing'])[-1]}"
+            )
+            yield comparison.with_ours(comparison.absent(what, "s", "less", peer, reason), a)
             return
-        a, b = comparison.paired(
-            asked.rounds, build, partial(layered, unpacked, weights, image, Path(place), 1)
-        )
+        a, b = comparison.paired(asked.rounds, build, image.built)
         yield comparison.of(
             what, "s", "less", peer, a, b,
             why="both write the whole file again; edgepack also plans, checks what it kept, and syncs to the disk",
         )  # fmt: skip
 
 
-def layered(context: Path, weights: Path, image: Path, place: Path, change: int) -> float:
-    """Seconds to build and write an image with the weights in one layer and the rest in another."""
-    rest = context / "changed.txt"
-    previous = int(rest.read_text(encoding="utf-8")) if rest.exists() else 0
-    rest.write_text(f"{previous + change}\n", encoding="utf-8")
-    containerfile = place / "Containerfile"
-    containerfile.write_text(
-        f"FROM scratch\nCOPY {weights.relative_to(context)} /model/\nCOPY . /bundle/\n", encoding="utf-8"
-    )
-    (context / ".containerignore").write_text("", encoding="utf-8")
-    image.unlink(missing_ok=True)
-    storage = ["--root", str(place / "storage"), "--runroot", str(place / "run"), "--storage-driver", "vfs"]
-    began = comparison.clock()
-    for words in (
-        [
-            "build",
-            "--layers",
-            "--isolation",
-            "chroot",
-            "-q",
-            "-f",
-            str(containerfile),
-            "-t",
-            "bench",
-            str(context),
-        ],
-        ["push", "-q", "--disable-compression", "bench", f"oci-archive:{image}"],
-    ):
-        subprocess.run(["buildah", *storage, *words], check=True, capture_output=True, text=True)
-    return comparison.clock() - began
+def _cache(folder: Path) -> Path:
+    """One with nothing but the toolchain."""
+    folder.mkdir()
+    (folder / "toolchain").symlink_to(workspace.cache_root() / "toolchain")
+    return folder
+
+
+class Image:
+    """A container image of a bundle's files, the weights in one layer and the rest in another."""
+
+    def __init__(self, place: Path, bundle: Path) -> None:
+        self.place, self.context = place, place / "context"
+        self.rest = self.context / "bundle"
+        self.context.mkdir()
+        comparison.seconds([sys.executable, "-m", "edgepack", "-q", "unpack", bundle, self.rest])
+        files = [file for file in self.rest.rglob("*") if file.is_file()]
+        weights = max(files, key=lambda file: file.stat().st_size)
+        folder = weights.parent.relative_to(self.rest)
+        weights.rename(self.context / weights.name)
+        workspace.write_text(
+            place / "Containerfile",
+            f"FROM scratch\nCOPY {weights.name} /bundle/{folder.as_posix()}/\nCOPY bundle/ /bundle/\n",
+        )
+        self.changes = 0
+
+    def built(self) -> float:
+        """Seconds to build it after a change of the rest, and to write it as one file; raises CalledProcessError."""
+        self.changes += 1
+        workspace.write_text(self.rest / "changed.txt", f"{self.changes}\n")
+        out = self.place / "image.tar"
+        out.unlink(missing_ok=True)
+        storage = [
+            "--root",
+            self.place / "storage",
+            "--runroot",
+            self.place / "run",
+            "--storage-driver",
+            "vfs",
+        ]
+        file = self.place / "Containerfile"
+        began = comparison.clock()
+        for words in (
+            ["build", "--layers", "--isolation", "chroot", "-q", "-f", file, "-t", "bench", self.context],
+            ["push", "-q", "--disable-compression", "bench", f"oci-archive:{out}"],
+        ):
+            command = [str(word) for word in ("buildah", *storage, *words)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        return comparison.clock() - began
 
 
 def _wire(peer: Peer) -> Iterator[Row]:
@@ -173,4 +179,4 @@ def _wire(peer: Peer) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    comparison.main(__doc__, found, compare, rounds=3)
+    comparison.main(__doc__, found, compare, rounds=5)

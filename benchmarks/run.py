@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Results:
     """By comparison."""
     rows: Mapping[str, tuple[Row, ...]]
     failed: Mapping[str, str]
-    """The last line of what a comparison said that ended early."""
+    """Why a comparison has not all its rows: the last line that it said, or that the run was ended before it."""
 
 
 def main() -> int:
@@ -85,10 +85,16 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.earlier:
         results = read(json.loads(asked.earlier.read_text(encoding="utf-8")))
+        names = {*results.rows, *results.failed}
     else:
+        names = set(asked.only)
+    absent = [name for name in COMPARISONS if name not in names]
+    if asked.update_readme and absent:
+        parser.error(f"--update-readme replaces the whole table, and this is without {', '.join(absent)}")
+    if not asked.earlier:
         asked.folder.mkdir(parents=True, exist_ok=True)
-        results = run(asked.only, asked.folder)
-        workspace.write_text(asked.folder / "results.json", document(results))
+        for results in run(asked.only, asked.folder):
+            workspace.write_text(asked.folder / "results.json", document(results))
     print(text(results))
     if asked.json:
         workspace.write_text(asked.json, document(results))
@@ -100,8 +106,8 @@ def main() -> int:
     return 1 if results.failed else 0
 
 
-def run(names: Sequence[str], folder: Path) -> Results:
-    """The peers of all, then each comparison in a process of its own."""
+def run(names: Sequence[str], folder: Path) -> Iterator[Results]:
+    """The peers of all, then each comparison in a process of its own; yields what there is after each."""
     load = os.getloadavg()[0] / CORES
     peers = {name: tuple(Peer(**one) for one in _asked(name, folder, "--peers")[0]) for name in names}
     print("Peers\n")
@@ -111,38 +117,40 @@ def run(names: Sequence[str], folder: Path) -> Results:
     for command, what in LONGER.items():
         print(f"python benchmarks/{command}: {what}")
     rows: dict[str, tuple[Row, ...]] = {}
-    failed: dict[str, str] = {}
+    failed = dict.fromkeys(names, "the run was ended before it")
     began = time.monotonic()
     for name in names:
         started = time.monotonic()
         print(f"\n$ python benchmarks/{name}.py --folder {folder}", flush=True)
         found, said = _asked(name, folder, "--json")
         rows[name] = tuple(_row(one) for one in found)
+        del failed[name]
         if said:
             failed[name] = said
             print(f"{name} ended early: {said}")
         print(f"{time.monotonic() - started:.0f} s", flush=True)
-    return Results(
-        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        machine=machine(),
-        software=f"edgepack {__version__}, llama.cpp {toolchain.COMMIT[:9]}, Python {platform.python_version()}",
-        load=load,
-        seconds=time.monotonic() - began,
-        peers=peers,
-        rows=rows,
-        failed=failed,
-    )
+        yield Results(
+            date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            machine=machine(),
+            software=f"edgepack {__version__}, llama.cpp {toolchain.COMMIT[:9]}, Python {platform.python_version()}",
+            load=load,
+            seconds=time.monotonic() - began,
+            peers=peers,
+            rows=dict(rows),
+            failed=dict(failed),
+        )
 
 
 def _asked(name: str, folder: Path, option: str) -> tuple[list[dict[str, Any]], str]:
-    """What a comparison writes as JSON, and the last line that it said when it failed."""
+    """What a comparison writes as JSON, all of it or until it failed, and the last line that it said then."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out.json"
         command = [sys.executable, str(HERE / f"{name}.py"), "--folder", str(folder), option, str(out)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        said = ""
         if done.returncode != 0:
-            return [], (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        return json.loads(out.read_text(encoding="utf-8")), ""
+            said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return json.loads(out.read_text(encoding="utf-8")) if out.exists() else [], said
 
 
 def machine() -> str:
@@ -180,15 +188,26 @@ def heading(results: Results) -> str:
 
 LEGEND = (
     "ratio: edgepack's figure over the peer's, of one round; the median over rounds and the interval that holds it "
-    "nine times of ten; ahead: by the whole interval"
+    f"nine times of ten; ahead: by the whole interval, of {comparison.FEWEST} rounds at least"
 )
 
 
 def text(results: Results) -> str:
-    rows = [row for name in COMPARISONS for row in results.rows.get(name, ())]
-    lines = ["", heading(results), "", comparison.table(rows), "", LEGEND]
-    lines += [f"{name} ended early: {said}" for name, said in results.failed.items()]
-    return "\n".join(lines)
+    rows = [row for _, row in _listed(results)]
+    return "\n".join(["", heading(results), "", comparison.table(rows), "", LEGEND])
+
+
+def _listed(results: Results) -> Iterator[tuple[str, Row]]:
+    """Each row with its comparison's name; one that has not all its rows ends with the reason."""
+    for name in COMPARISONS:
+        for row in results.rows.get(name, ()):
+            yield name, row
+        if name in results.failed:
+            rest = Peer(name="the rest", version="", command="")
+            yield (
+                name,
+                comparison.absent(name, "s", "less", rest, f"{name} ended early: {results.failed[name]}"),
+            )
 
 
 def markdown(results: Results) -> str:
@@ -200,15 +219,13 @@ def markdown(results: Results) -> str:
         f"|{' --- |' * 7}",
     ]
     notes: dict[str, int] = {}
-    for name in COMPARISONS:
-        for row in results.rows.get(name, ()):
-            cells = [cell.replace("|", "\\|") for cell in comparison.cells(row)]
-            if row.note:
-                cells[-1] += f" ({notes.setdefault(row.note, len(notes) + 1)})"
-            lines.append(f"| {' | '.join(cells)} | `python benchmarks/{name}.py` |")
+    for name, row in _listed(results):
+        cells = [cell.replace("|", "\\|") for cell in comparison.cells(row)]
+        if row.note:
+            cells[-1] += f" ({notes.setdefault(row.note, len(notes) + 1)})"
+        lines.append(f"| {' | '.join(cells)} | `python benchmarks/{name}.py` |")
     lines += ["", f"{LEGEND[0].upper()}{LEGEND[1:]}."]
     lines += ["", *(f"{number}. {note[0].upper()}{note[1:]}." for note, number in notes.items())]
-    lines += [f"`{name}` ended early: {said}" for name, said in results.failed.items()]
     return "\n".join(lines).rstrip() + "\n"
 
 

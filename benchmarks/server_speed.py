@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import resource
 import subprocess
 import sys
@@ -30,8 +29,8 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 
+import comparison
 import psutil
 
 from edgepack import runtimes
@@ -117,9 +116,8 @@ def main() -> None:
 
 def summary(ratios: list[float]) -> str:
     """The median, the interval that holds it nine times of ten (bootstrap), and the rounds' least and greatest."""
-    drawn = random.Random(0)
-    medians = sorted(median(drawn.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return f"{median(ratios):.3f} [{medians[100]:.3f}, {medians[1900]:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
+    of = comparison.middle(ratios)
+    return f"{of.value:.3f} [{of.low:.3f}, {of.high:.3f}] ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 Decode = Callable[[int], tuple[float, float]]

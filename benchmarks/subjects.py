@@ -14,8 +14,8 @@ from edgepack.progress import Silent
 SHAPE = "qwen2.5-0.5b"
 SMALL = "qwen2-0.15b"
 """For what is built again and again."""
-KNOWN_AS = {"demo": "gpt-2", SMALL: "qwen2"}
-"""How llama.cpp calls what the tokenizer does before it merges."""
+KNOWN_AS = "qwen2"
+"""How llama.cpp calls what the tokenizers of all these models do before they merge."""
 
 
 def source(name: str, folder: Path) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import runpy
 import sys
+import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import comparison
+import memory
+import pack
+import peers
 import run as bench
 from comparison import Figure, Peer, Row
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PEER = Peer(name="other", version="1.2", command="other FILE")
+CASE = memory.Case(
+    folder="folder", file="model.gguf", scheme="Q8_0", context=512, kv_type="f16", parameters=1000, layers=2,
+    hidden=64, heads=4, kv_heads=2, head_dim=16,
+)  # fmt: skip
 SCRIPTS = sorted(
     path.stem for path in BENCHMARKS.glob("*.py") if "\nif __name__ ==" in path.read_text(encoding="utf-8")
 )
@@ -60,11 +70,20 @@ def test_no_rounds_are_no_figure() -> None:
 )
 def test_only_a_whole_interval_decides_who_is_ahead(better: str, ours: list[float], verdict: str) -> None:
     row = comparison.of(
-        "x", "s", "less" if better == "less" else "more", PEER, ours, [2.0, 2.0], why="because"
+        "x", "s", "less" if better == "less" else "more", PEER, 3 * ours, [2.0] * 6, why="because"
     )
 
     assert comparison.ahead(row) == verdict
     assert row.note == ("" if verdict == "edgepack" else "because")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "verdict"), [(1, "edgepack"), (2, "too few rounds"), (4, "too few rounds")]
+)
+def test_no_verdict_is_of_a_few_rounds(rounds: int, verdict: str) -> None:
+    row = comparison.of("x", "s", "less", PEER, [1.0] * rounds, [2.0] * rounds, why="because")
+
+    assert comparison.ahead(row) == verdict
 
 
 def test_two_intervals_that_overlap_are_level() -> None:
@@ -101,14 +120,14 @@ def test_a_missing_peer_stays_in_every_table_with_its_reason() -> None:
 
 
 def test_figures_are_shown_in_their_unit() -> None:
-    row = comparison.of("pack", "MiB", "less", PEER, [2**20, 2**20], [2**22, 2**22], why="")
+    row = comparison.of("pack", "MiB", "less", PEER, [2**20] * 5, [2**22] * 5, why="")
 
     assert comparison.cells(row) == (
         "pack",
         "1 MiB",
         "other 1.2",
         "4 MiB",
-        "0.25 [0.25, 0.25], n = 2",
+        "0.25 [0.25, 0.25], n = 5",
         "edgepack",
     )
 
@@ -145,6 +164,91 @@ def test_a_busy_machine_is_named(load: float) -> None:
     results = _results(comparison.exactly("x", "bytes", "less", PEER, 1, 2, why=""), load=load)
 
     assert ("the machine was busy" in bench.heading(results)) == (load > bench.QUIET)
+
+
+def test_what_packs_in_the_comparison_packs(tmp_path: Path) -> None:
+    content = b"weights"
+    (tmp_path / "weights").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+
+    comparison.seconds([sys.executable, "-c", pack.PACK, tmp_path / "weights", tmp_path / "out.tar", digest])
+
+    with tarfile.open(tmp_path / "out.tar") as out:
+        assert f"blobs/sha256/{digest}" in out.getnames()
+
+
+@pytest.mark.parametrize("estimate", [memory._fit_params, memory._modelinfo])
+def test_a_program_that_says_something_else_has_no_estimate(
+    estimate: memory.Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_said", lambda command: "Weights in another form: 3\n")
+    monkeypatch.setattr(peers, "program", lambda name: Path(name))
+
+    with pytest.raises(memory.NoEstimate, match="another form"):
+        estimate(CASE)
+
+
+def test_an_estimate_is_the_sum_of_what_a_program_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "program", lambda name: Path(name))
+    monkeypatch.setattr(memory, "_said", lambda command: "Host 1 2 3\nCUDA0 10 20 30\n")
+    assert memory._fit_params(CASE) == 66 * 2**20
+
+    said = "Weights:    1.5 MB\nKV Cache:   2 KB (at 512)\nOverhead:   1 GB\n"
+    monkeypatch.setattr(memory, "_said", lambda command: said)
+    assert memory._modelinfo(CASE) == 1.5 * 2**20 + 2 * 2**10 + 2**30
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        (["--only", "pack"], "without plan_latency, build"),
+        (["--from", "earlier.json"], "without plan_latency, build"),
+    ],
+)
+def test_part_of_the_comparisons_does_not_replace_the_table(
+    words: list[str],
+    without: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = _results(comparison.exactly("x", "bytes", "less", PEER, 1, 2, why=""))
+    Path("earlier.json").write_text(bench.document(results), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["run.py", *words, "--update-readme"])
+
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+
+    assert ended.value.code == 2
+    assert without in capsys.readouterr().err
+
+
+def test_a_comparison_that_fails_keeps_its_rows_and_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three, the second ends with an error after its first row; what there is is told after each."""
+    row = comparison.exactly("x", "bytes", "less", PEER, 1, 2, why="")
+    code = f"""
+import json, sys
+from pathlib import Path
+option, out = sys.argv[3:]
+Path(out).write_text(json.dumps([] if option == "--peers" else [json.loads({json.dumps(asdict(row))!r})]))
+if option == "--json" and Path(sys.argv[0]).stem == "pack":
+    sys.exit("no disk")
+"""
+    for name in ("plan_latency", "pack", "build"):
+        (tmp_path / f"{name}.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+
+    first, _, last = bench.run(["plan_latency", "pack", "build"], tmp_path)
+
+    assert first.rows == {"plan_latency": (row,)}
+    assert "pack ended early: the run was ended before it" in bench.text(first)
+    assert last.rows == dict.fromkeys(("plan_latency", "pack", "build"), (row,))
+    assert last.failed == {"pack": "no disk"}
+    assert "| the rest | - | - | not compared (1) | `python benchmarks/pack.py` |" in bench.markdown(last)
+    assert "1. Pack ended early: no disk." in bench.markdown(last)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
