@@ -79,6 +79,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "edgepack quantize --model demo --scheme gptq-int4-g128 --calibration mine.jsonl -o out/",
         "edgepack quality out/demo-gptq-int4-g128 --against demo --tasks questions.jsonl",
         "edgepack quantize --model ./my-model --preset article --calibration chats.jsonl --max-ppl-loss 2% -o out/",
+        "edgepack quantize --model ./my-model --scheme gptq-int4-g128 --calibration chats.jsonl -o out/",
         "edgepack quantize --model ./my-model --scheme onnx-int4 --profile consumer-8gb --context 8192 -o out/",
         "edgepack quantize --model ./my-model --scheme IQ3_XXS --calibration chats.jsonl -o out/",
         "edgepack quality out/my-model-gptq-int4-g128 --against ./my-model --text held-out.jsonl "
@@ -91,7 +92,7 @@ NOT_RUN: dict[str, tuple[str, ...]] = {
         "edgepack build --profile raspberry-pi-5-4gb --teacher demo --distill --data mine.jsonl -o out/",
         "edgepack distill --teacher ./my-7b --student ./my-0.5b --data chats.jsonl -o student/",
         "edgepack distill --teacher ./my-model --prune layers=0.5 --data domain.txt --steps 2000 -o half/",
-        "edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --preset article",
+        "edgepack distill --teacher ./my-model --profile jetson-orin --data chats.jsonl --steps 2000",
         "edgepack build --profile jetson-orin --teacher ./my-model --distill --data chats.jsonl -o out/",
     ),
     "serves with a runtime in Python (tests/integration/test_served_bundles.py)": (

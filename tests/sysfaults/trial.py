@@ -29,7 +29,6 @@ STATUS: Mapping[Fault, int] = {"ENOSPC": 10, "EIO": 2}
 
 Links = Collection[tuple[str | None, str | None]]
 NEW: Links = {("second", "first")}
-OLD: Links = {("first", "second")}
 ALONE: Links = {("first", None)}
 
 
@@ -112,13 +111,13 @@ def stage(
         Command(name="bundle", before=one, again=_consumed, ends=NEW, words=(
             "install", "{folder}/bundle.tar", "--consume", "--force-device", "--no-self-test")),
         Command(name="bad release", before=blobs, words=install, status=5, again=_refused, ends=ALONE),
-        Command(name="rollback", before=both, words=("rollback",), again=_rolled_back, ends=OLD),
+        Command(name="rollback", before=both, words=("rollback",), again=_rolled_back, ends=ALONE),
         # A boot is over when current is right; that previous names the same does no harm.
         Command(name="boot", before=state(both, _never_good(second)), words=("boot",), again=_booted,
                 ends={*ALONE, ("first", "first")}),
         Command(name="gc", before=state(back, _unneeded), words=("gc", "--keep", "1"), again=_collected, ends=ALONE),
         Command(name="fsck", before=state(back, _flipped(what)), hurt=frozenset({what.damaged}),
-                words=("fsck", "--repair-from", "{folder}/bundle.tar"), again=_mended, ends=OLD),
+                words=("fsck", "--repair-from", "{folder}/bundle.tar"), again=_mended, ends=ALONE),
     )  # fmt: skip
     return Stage(what=what, commands=made, agent=place)
 
@@ -160,10 +159,7 @@ def _never_good(release: str) -> Callable[[Device], None]:
 
 
 def _unneeded(device: Device) -> None:
-    """Nothing names the other release any more, and an upload was given up."""
-    (device.root / "previous").unlink()
-    other = next(name for name in device.store.releases() if name != device.current())
-    (device.root / "releases" / f"{other}.good").unlink()
+    """Nothing names the release that was rolled back from, and an upload was given up."""
     (device.root / "incoming" / ("a" * 64 + ".part")).write_bytes(b"left by an upload")
 
 
@@ -201,8 +197,8 @@ def _refused(what: Flash, device: Device) -> Answer:
 
 
 def _rolled_back(what: Flash, device: Device) -> Answer:
-    """Once; whoever asks again after it was done goes forth."""
-    done = (device.current(), device.previous()) == (what.releases["first"], what.releases["second"])
+    """Once; whoever asks again after it was done is refused."""
+    done = (device.current(), device.previous()) == (what.releases["first"], None)
     return device.run("status" if done else "rollback")
 
 
