@@ -45,6 +45,8 @@ SPEED_COLLAPSE = 0.5
 """A fitted speed is an estimate; below this share of its lower end the promise is broken."""
 BUSY_LOAD = 0.75
 """Load per core, before the server starts, above which this machine is too busy to judge speed."""
+BUSY_OTHERS = 0.1
+"""Share of the cores above which other programs, while speed was measured, took too much to judge it."""
 DRIFT = 0.05
 """Mean drift of the recorded log-probabilities, in nats, up to which the answers are the same. Measured with the
 built-in model at Q6_K: another number of threads 0, other batches 0.001, no flash attention 0.014, no repacking
@@ -170,6 +172,8 @@ class SpeedFacts:
     decode_per_second: float | None
     decode_runs: tuple[float | None, ...]
     first_token_seconds: float | None
+    others_cores: float | None = None
+    """Cores that other programs kept busy meanwhile; None where that cannot be told, or the agent is an older one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -983,14 +987,13 @@ def _speed(judged: _Judged) -> Iterator[Item]:
 
 
 def _decode(judged: _Judged, measured: float) -> Item:
-    promise, machine = judged.plan.speed, judged.facts.machine
+    promise = judged.plan.speed
     status: Status = "pass"
     message = ""
-    busy = f"the load was {machine.load:.1f} on {machine.cores} cores before the start"
+    busy = _busy(judged.facts)
     if not (judged.same_device and judged.same_backend):
-        status = "note"
-        message = busy if machine.load > BUSY_LOAD * machine.cores else ""
-    elif machine.load > BUSY_LOAD * machine.cores:
+        status, message = "note", busy
+    elif busy:
         status = "warn" if measured < promise.decode_low else "pass"
         if status == "warn":
             message = f"not judged: {busy}"
@@ -1007,6 +1010,16 @@ def _decode(judged: _Judged, measured: float) -> Item:
         measured=f"{measured:.1f} tok/s",
         message=message,
     )
+
+
+def _busy(facts: Facts) -> str:
+    """Why this machine was too busy to judge speed; empty where it was not."""
+    machine, others = facts.machine, facts.speed.others_cores if facts.speed else None
+    if machine.load > BUSY_LOAD * machine.cores:
+        return f"the load was {machine.load:.1f} on {machine.cores} cores before the start"
+    if others is not None and others > BUSY_OTHERS * machine.cores:
+        return f"other programs, or this machine's neighbors, took {others:.1f} of {machine.cores} cores meanwhile"
+    return ""
 
 
 def _turns(facts: Facts) -> Iterator[Item]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from edgepack import catalog, profile, runtimes
+from edgepack.device import agent
 from edgepack.memory import MemoryEstimate, Part, Place
 from edgepack.plan import ModelRef, Plan, Quality
 from edgepack.runtimes import llama_cpp
@@ -15,6 +19,18 @@ from edgepack.units import GIB, MIB, Bytes
 SERVED = (("vllm", "rtx-4060-8gb"), ("onnx-genai", "x86-laptop-ddr5"), ("transformers", "x86-laptop-ddr5"))
 """Runtimes in Python, each on a device that it is made for."""
 PROFILES = ("jetson-orin-nano-8gb", "rtx-4060-8gb", "raspberry-pi-5-8gb")
+
+
+def this_machine() -> profile.DeviceProfile:
+    """A profile that this machine matches, whatever its CPU."""
+    memory = agent.machine_facts()["memory_total"]
+    arch: profile.Arch = "aarch64" if platform.machine() == "aarch64" else "x86_64"
+    return replace(profile.load("x86-laptop"), arch=arch, memory=Bytes(memory), match=profile.Match())
+
+
+def broken(report: Mapping[str, Any]) -> set[str]:
+    """What a check failed on, speed aside: how fast a machine is beside its other work is no matter of a test."""
+    return {item["name"] for item in report["items"] if item["status"] == "fail"} - {"decode"}
 
 
 def example_plan(profile_name: str, *, model: str = "Qwen/Qwen2.5-1.5B-Instruct") -> Plan:

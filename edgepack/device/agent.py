@@ -2018,6 +2018,39 @@ def _reading(pid: int) -> Dict[str, int]:
     return found
 
 
+class Processors:
+    """Whose the processors' time is, from its making on."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._began = time.monotonic()
+        self._before = self._busy()
+
+    def others(self) -> Optional[float]:
+        """Cores kept busy by what is neither the server nor this process, a hypervisor's other guests included.
+
+        None where the kernel does not tell, or where the time was too short for its ticks.
+        """
+        after, seconds = self._busy(), time.monotonic() - self._began
+        if self._before is None or after is None or seconds < PROCESSOR_SECONDS:
+            return None
+        return round(max(0.0, after - self._before) / seconds, 2)
+
+    def _busy(self) -> Optional[float]:
+        """Seconds of all cores that others used since the start; only differences mean something."""
+        line = re.match(r"cpu +(\d+(?: \d+){7})", _read("/proc/stat") or "")
+        server = self._meter.now().get("cpu_ticks")
+        if line is None or server is None:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, line.group(1).split())
+        ticks = user + nice + system + irq + softirq + steal - server
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
+PROCESSOR_SECONDS = 0.5
+"""The kernel counts processor time in hundredths of a second: what was shorter tells nothing."""
+
+
 def _session(leader: int) -> List[int]:
     """Pids of the session that a process leads, its own too while it runs."""
     found: List[int] = []
@@ -2585,7 +2618,12 @@ SPEED_SECONDS = 15
 
 
 def measure_speed(server: Server, per_slot: int) -> Dict[str, Any]:
-    """Prefill and decode speed on an otherwise empty slot; decode is the median of up to three runs."""
+    """Prefill and decode speed on an otherwise empty slot; decode is the median of up to three runs.
+
+    ``others_cores`` is how many cores others kept busy meanwhile: a server whose threads wait for each other in a busy
+    loop is slowed down several times by one that loses its core.
+    """
+    processors = Processors(server.meter)
     prompt = text_tokens(server, max(8, min(512, per_slot // 2)))
     predict = max(8, min(16, per_slot // 8))
     runs = [complete(server, prompt, predict=predict, stage="speed")]
@@ -2601,6 +2639,7 @@ def measure_speed(server: Server, per_slot: int) -> Dict[str, Any]:
         "decode_per_second": _median([run["predicted_per_second"] for run in runs]),
         "decode_runs": [run["predicted_per_second"] for run in runs],
         "first_token_seconds": _median([run["first_token_seconds"] for run in runs]),
+        "others_cores": processors.others(),
     }
 
 

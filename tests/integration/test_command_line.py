@@ -23,6 +23,7 @@ import random_model
 from edgepack import workspace
 from tests.documents import obeys
 from tests.integration.test_stories import CONTINUATION, PROMPT
+from tests.plans import broken
 
 pytestmark = pytest.mark.integration
 
@@ -101,13 +102,15 @@ def test_the_loop_closes_on_this_machine(tiny: Path, cache: Path, tmp_path: Path
     signers = ("--allowed-signers", f"{key}.allowed_signers")
 
     shown = obeys("inspect", succeeded(edgepack("inspect", bundle, *signers, "--json")))
-    report = obeys("check", succeeded(edgepack("check", bundle, *signers, "--json", cache=cache)))
+    checked = edgepack("check", bundle, *signers, "--json", cache=cache)
+    report = obeys("check", checked.stdout)
     succeeded(edgepack("unpack", bundle, *signers, tmp_path / "unpacked"))
     text = succeeded(edgepack("run", bundle, *signers, "--prompt", "ab", "--tokens", 8, cache=cache))
 
     assert shown["signature"]["state"] == "verified"
     assert shown["files"][-1]["path"] == "model.gguf"
-    assert report["passed"] is True
+    assert not broken(report), checked.stderr
+    assert checked.returncode == (0 if report["passed"] else 5)
     obeys("plan", (tmp_path / "unpacked" / "plan.json").read_bytes())
     obeys("server", (tmp_path / "unpacked" / "server.json").read_bytes())
     obeys("selftest", (tmp_path / "unpacked" / "selftest.json").read_bytes())

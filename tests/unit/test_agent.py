@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -557,6 +558,56 @@ def test_a_repacked_mapped_model_is_two_buffers_and_slots_are_one_cache() -> Non
 
 
 # ── Python 3.8 and the standard library, nothing else ──
+
+
+class Ticking:
+    """A server that used so many ticks of processor time."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+
+    def now(self) -> dict[str, int]:
+        return {"cpu_ticks": self.ticks}
+
+
+def test_what_others_take_of_the_processors_is_neither_the_servers_time_nor_idleness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tick = os.sysconf("SC_CLK_TCK")
+    clock = {"now": 100.0, "own": 7.0}
+    seen = {"stat": "cpu  10 0 5 1000 3 0 0 0 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n"}
+    monkeypatch.setattr(agent, "_read", lambda path: seen["stat"] if path == "/proc/stat" else None)
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(os, "times", lambda: (clock["own"], 0.0, 0.0, 0.0, 0.0))
+    server = Ticking()
+    processors = agent.Processors(server)  # type: ignore[arg-type]  # only now() is asked
+
+    clock["now"] += 0.2
+    assert processors.others() is None  # too short for the kernel's ticks
+
+    # In 2 s: the server 3 s of its cores, this process 0.5 s, others 1 s, and 0.6 s stolen by the hypervisor.
+    clock.update(now=102.0, own=7.5)
+    server.ticks = 3 * tick
+    user = 10 + int(4.5 * tick)
+    seen["stat"] = f"cpu  {user} 0 5 9999 7777 0 0 {int(0.6 * tick)} 0 0\n"
+    assert processors.others() == pytest.approx((1.0 + 0.6) / 2)
+
+    seen["stat"] = ""
+    assert processors.others() is None
+
+
+def test_a_program_that_spins_beside_the_server_is_seen() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as server:
+        meter = agent.Meter(server, 1)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+            processors = agent.Processors(meter)
+            time.sleep(2)
+            taken = processors.others()
+            other.kill()
+        server.kill()
+
+    assert taken is not None
+    assert taken > 0.1
 
 
 def test_the_agent_is_python_3_8_and_imports_only_the_standard_library() -> None:
