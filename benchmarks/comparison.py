@@ -151,6 +151,21 @@ def ahead(row: Row) -> Verdict:
     return "edgepack" if (row.ratio.high < 1) == (row.better == "less") else "peer"
 
 
+def hardest(rows: Sequence[Row]) -> list[Row]:
+    """Of each quantity the row of the peer that edgepack does worst against; one without a ratio where none has one."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.what not in found or _behind(row) > _behind(found[row.what]):
+            found[row.what] = row
+    return list(found.values())
+
+
+def _behind(row: Row) -> float:
+    if row.ratio is None:
+        return 0.0
+    return row.ratio.value if row.better == "less" else 1 / row.ratio.value
+
+
 # ── as text ──
 
 

@@ -5,7 +5,8 @@
 
 All peers, their versions and commands are listed before the first result. A peer that is not there stays in the table
 with the reason, and where edgepack is not ahead, the table says why. The results are kept in FOLDER/results.json;
---update-readme writes them into README.md between its two markers, as they were measured: with machine, date and load.
+--update-readme writes them, with machine, date and load, into benchmarks/RESULTS.md and, of each quantity the peer that
+is hardest to beat, into README.md between its two markers.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from edgepack.units import GIB
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
+RESULTS = HERE / "RESULTS.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 COMPARISONS = ("plan_latency", "pack", "build", "memory", "decode", "rebuild", "quality")
@@ -77,8 +79,10 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=COMPARISONS, metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the README's table here")
-    parser.add_argument("--update-readme", action="store_true", help=f"write it between {BEGIN} and {END}")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the whole table here")
+    parser.add_argument(
+        "--update-readme", action="store_true", help=f"{RESULTS.name}, and README.md between its markers"
+    )
     parser.add_argument(
         "--from", type=Path, dest="earlier", metavar="FILE", help="show an earlier run's results"
     )
@@ -102,7 +106,8 @@ def main() -> int:
         workspace.write_text(asked.markdown, markdown(results))
     if asked.update_readme:
         page = README.read_text(encoding="utf-8")
-        workspace.write_text(README, with_block(page, markdown(results)))
+        workspace.write_text(README, with_block(page, short(results)))
+        workspace.write_text(RESULTS, TITLE + markdown(results))
     return 1 if results.failed else 0
 
 
@@ -210,16 +215,27 @@ def _listed(results: Results) -> Iterator[tuple[str, Row]]:
             )
 
 
+TITLE = "# Results of `make bench`\n\nWritten by `benchmarks/run.py --update-readme`.\n\n"
+
+
 def markdown(results: Results) -> str:
-    """A table with the command of each row, and below it why edgepack is not ahead where it is not."""
-    lines = [
-        f"{heading(results)}.",
-        "",
-        f"| {' | '.join((*comparison.HEADS, 'command'))} |",
-        f"|{' --- |' * 7}",
-    ]
+    """The whole table with the command of each row, and below it why edgepack is not ahead where it is not."""
+    return f"{heading(results)}.\n\n{_table(list(_listed(results)))}"
+
+
+def short(results: Results) -> str:
+    """The table of the peers that are hardest to beat, one a quantity."""
+    listed = list(_listed(results))
+    chosen = comparison.hardest([row for _, row in listed])
+    whole = f"[all {len(listed)} rows]({RESULTS.relative_to(README.parent)})"
+    rest = f"Of several peers the one that is hardest to beat; {whole}"
+    return f"{heading(results)}. {rest}.\n\n{_table([pair for pair in listed if pair[1] in chosen])}"
+
+
+def _table(rows: Sequence[tuple[str, Row]]) -> str:
+    lines = [f"| {' | '.join((*comparison.HEADS, 'command'))} |", f"|{' --- |' * 7}"]
     notes: dict[str, int] = {}
-    for name, row in _listed(results):
+    for name, row in rows:
         cells = [cell.replace("|", "\\|") for cell in comparison.cells(row)]
         if row.note:
             cells[-1] += f" ({notes.setdefault(row.note, len(notes) + 1)})"

@@ -7,8 +7,9 @@ import json
 import runpy
 import sys
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -96,6 +97,32 @@ def test_two_intervals_that_overlap_are_level() -> None:
     assert row.ratio.high == pytest.approx(1.3 / 1.2)
     assert comparison.ahead(row) == "level"
     assert row.note == "n; because"
+
+
+def test_of_several_peers_the_hardest_to_beat_is_told() -> None:
+    def row(what: str, ours: float, theirs: float, better: Literal["less", "more"] = "less") -> Row:
+        return comparison.exactly(what, "bytes", better, PEER, ours, theirs, why="")
+
+    missing = comparison.absent("a", "bytes", "less", PEER, "not installed")
+    lone = comparison.absent("c", "bytes", "less", PEER, "not installed")
+    near, far = row("a", 9, 10), row("a", 1, 10)
+    faster, slower = row("b", 20, 10, "more"), row("b", 20, 30, "more")
+
+    assert comparison.hardest([missing, far, near, faster, slower, lone]) == [near, slower, lone]
+
+
+def test_the_short_table_names_the_whole_one() -> None:
+    weak, strong = replace(PEER, name="weak"), replace(PEER, name="strong")
+    rows = [
+        comparison.exactly("x", "bytes", "less", peer, 5, size, why="w")
+        for peer, size in ((weak, 9), (strong, 6))
+    ]
+    results = replace(_results(rows[0]), rows={bench.COMPARISONS[0]: tuple(rows)})
+
+    assert "weak" in bench.markdown(results)
+    assert "weak" not in bench.short(results)
+    assert "strong" in bench.short(results)
+    assert "[all 2 rows](benchmarks/RESULTS.md)" in bench.short(results)
 
 
 def test_rounds_take_turns_at_going_first() -> None:
@@ -232,6 +259,7 @@ def test_a_comparison_that_fails_keeps_its_rows_and_does_not_end_the_run(
     code = f"""
 import json, sys
 from pathlib import Path
+from typing import Literal
 option, out = sys.argv[3:]
 Path(out).write_text(json.dumps([] if option == "--peers" else [json.loads({json.dumps(asdict(row))!r})]))
 if option == "--json" and Path(sys.argv[0]).stem == "pack":
