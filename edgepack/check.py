@@ -74,14 +74,6 @@ class BundleFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SignatureFacts:
-    state: Literal["verified", "unenrolled", "unsigned", "unverified"]
-    principal: str | None
-    key: str | None
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuFacts:
     name: str
     memory_total: int | None
@@ -338,7 +330,7 @@ class Facts:
     schema_version: int
     agent: str
     bundle: BundleFacts
-    signature: SignatureFacts
+    signature: bundles.Signature
     machine: MachineFacts
     match: tuple[MatchFact, ...]
     preflight: PreflightFacts
@@ -1195,7 +1187,7 @@ def check(
         )
     progress.step(f"verifying {bundle.name}")
     found, signature = bundles.verified(bundle, allowed_signers)
-    verified = signature["state"] == "verified"
+    verified = signature.state == "verified"
     measured = bundles.quality_in(found, bundle)
     with bundles.translated(bundle):
         plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")

@@ -695,13 +695,13 @@ def inspect(bundle: Path, allowed_signers: Path | None, as_json: bool) -> None:
       edgepack inspect out/demo.tar --allowed-signers signers --json
     """
     from edgepack import bundle as bundles
-    from edgepack import tables
+    from edgepack import serde, tables
 
-    document = bundles.inspect(_existing(bundle), allowed_signers=allowed_signers)
+    found = bundles.inspect(_existing(bundle), allowed_signers=allowed_signers)
     if as_json:
-        _print_json(document)
+        _print_json(serde.dump(found))
     else:
-        click.echo(tables.inspect(document, _screen()), nl=False)
+        click.echo(tables.inspect(found, _screen()), nl=False)
 
 
 @cli.command()

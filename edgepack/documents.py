@@ -111,7 +111,7 @@ DOCUMENTS = (
     Document(
         name="inspect",
         title="What is in a verified bundle",
-        of=bundle.InspectDocument,
+        of=bundle.Inspected,
         written_by=("inspect --json",),
     ),
     Document(

@@ -128,7 +128,7 @@ def load(path: Path, signers: Path | None) -> Cargo:
     An unsigned one is refused: no device takes it.
     """
     found, signature = bundles.verified(path, signers)
-    if signature["state"] == "unsigned":
+    if signature.state == "unsigned":
         raise Untrusted(
             f"{path} is not signed, and devices take only what an enrolled key signed",
             hint="build it with --key (edgepack key new PATH makes one)",

@@ -38,7 +38,7 @@ def speak(
     """
     progress.step(f"verifying {bundle.name}")
     found, signature = bundles.verified(bundle, allowed_signers)
-    verified = signature["state"] == "verified"
+    verified = signature.state == "verified"
     with bundles.translated(bundle):
         document = agent.read_document(found, "server.json")
         args, environment = agent.server_arguments(document, None)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
+from edgepack import serde
 from edgepack.choice import Explanation
 from edgepack.plan import ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.screen import PLAIN, Screen, Style, plain
 from edgepack.units import show
+
+if TYPE_CHECKING:
+    from edgepack.bundle import Inspected
 
 
 def fit(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
@@ -244,30 +248,29 @@ def pareto(chosen: Plan, screen: Screen = PLAIN) -> str:
     return _text(["", *screen.columns([header, *cells], below=(1, 2))])
 
 
-def inspect(document: Mapping[str, Any], screen: Screen = PLAIN) -> str:
+def inspect(found: Inspected, screen: Screen = PLAIN) -> str:
     """What a verified bundle says about itself; where a screen has no room for whole digests, their beginning."""
-    signature, files = document["signature"], document["files"]
-    state: Style = "good" if signature["state"] == "verified" else "warning"
+    state: Style = "good" if found.signature.state == "verified" else "warning"
     lines = [
-        *screen.line(plain(document["name"]), "title"),
-        *screen.line(f"manifest   {document['manifest_digest']}"),
-        *screen.line(f"signature  {signature['message']}", state),
-        *screen.line(f"bytes      {document['bytes']} ({show(document['bytes'])}), every one verified"),
+        *screen.line(plain(found.name), "title"),
+        *screen.line(f"manifest   {found.manifest_digest}"),
+        *screen.line(f"signature  {found.signature.message}", state),
+        *screen.line(f"bytes      {found.bytes} ({show(found.bytes)}), every one verified"),
         "",
     ]
-    notes = sorted((plain(name), plain(value)) for name, value in document["annotations"].items())
+    notes = sorted((plain(name), plain(value)) for name, value in found.annotations.items())
     if screen.width is None:
-        lines += [f"{f['path']:<24}{f['bytes']:>14}  {f['digest']}" for f in files]
+        lines += [f"{f.path:<24}{f.bytes:>14}  {f.digest}" for f in found.files]
         lines += ["", *(f"{name:<44}{value}" for name, value in notes)]
     else:
-        wide = max(len(f["path"]) for f in files) + len("sha256:") + 64 + 16
-        digests = [f["digest"] if wide <= screen.width else f"{f['digest'][:19]}…" for f in files]
-        rows = [(f["path"], f"{f['bytes']:>12}", digest) for f, digest in zip(files, digests, strict=True)]
+        wide = max(len(f.path) for f in found.files) + len("sha256:") + 64 + 16
+        digests = [f.digest if wide <= screen.width else f"{f.digest[:19]}…" for f in found.files]
+        rows = [(f.path, f"{f.bytes:>12}", digest) for f, digest in zip(found.files, digests, strict=True)]
         lines += screen.columns([("file", f"{'bytes':>12}", "digest"), *rows])
-        lines += _predicted(document["annotations"], screen)
+        lines += _predicted(found.annotations, screen)
         lines += ["", *screen.columns([("annotation", "value"), *notes])]
-    if document["quality"] is not None:
-        lines += ["", *screen.lines(quality_lines(document["quality"]))]
+    if found.quality is not None:
+        lines += ["", *screen.lines(quality_lines(cast(Mapping[str, Any], serde.dump(found.quality))))]
     return _text(lines)
 
 

@@ -96,7 +96,8 @@ def write(
     )
 
 
-class Signature(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
     """Who signed a bundle; verified only for a key among those that were allowed."""
 
     state: Literal["verified", "unenrolled", "unsigned", "unverified"]
@@ -105,26 +106,28 @@ class Signature(TypedDict):
     message: str
 
 
-class FileDocument(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectedFile:
     path: str
     bytes: int
     digest: str
     """sha256:… of its bytes, which were read and are these."""
 
 
-class InspectDocument(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspected:
     """What a bundle says of itself, after every byte of it was verified."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1] = 1
     path: str
     bytes: int
     name: str
     manifest_digest: str
     signature: Signature
-    annotations: dict[str, str]
+    annotations: Mapping[str, str]
     quality: Quality | None
     """What was measured of the artifact; null when nothing was."""
-    files: list[FileDocument]
+    files: tuple[InspectedFile, ...]
 
 
 class ServerDocument(TypedDict):
@@ -188,7 +191,7 @@ def translated(path: Path) -> Iterator[None]:
         raise NoSpace(f"the disk is full while unpacking {path}", hint=_MORE_SPACE) from error
 
 
-def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, object]:
+def inspect(path: Path, *, allowed_signers: Path | None = None) -> Inspected:
     """Verifies every byte of a bundle with the device's own verifier and says what it is.
 
     Raises NotFound, Untrusted for anything that is not what it must be, and MissingTool when a signature
@@ -197,22 +200,21 @@ def inspect(path: Path, *, allowed_signers: Path | None = None) -> dict[str, obj
     return described(path, *verified(path, allowed_signers))
 
 
-def described(path: Path, found: agent.Bundle, signature: Mapping[str, object]) -> dict[str, object]:
+def described(path: Path, found: agent.Bundle, signature: Signature) -> Inspected:
     """What a verified bundle is, as `inspect` tells it. Raises Untrusted, BadInput."""
-    measured = quality_in(found, path)
-    return {
-        "schema_version": 1,
-        "path": str(path),
-        "bytes": found["size"],
-        "name": found["name"],
-        "manifest_digest": found["manifest_digest"],
-        "signature": signature,
-        "annotations": found["annotations"],
-        "quality": None if measured is None else serde.dump(measured),
-        "files": [
-            {"path": file["path"], "bytes": file["size"], "digest": file["digest"]} for file in found["files"]
-        ],
-    }
+    return Inspected(
+        path=str(path),
+        bytes=found["size"],
+        name=found["name"],
+        manifest_digest=found["manifest_digest"],
+        signature=signature,
+        annotations=found["annotations"],
+        quality=quality_in(found, path),
+        files=tuple(
+            InspectedFile(path=file["path"], bytes=file["size"], digest=file["digest"])
+            for file in found["files"]
+        ),
+    )
 
 
 def quality_in(found: agent.Bundle, path: Path) -> Quality | None:

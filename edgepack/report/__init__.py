@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from edgepack import bundle as bundles
 from edgepack import check
 from edgepack.check import CheckReport, Item
 from edgepack.choice import Explanation
@@ -25,7 +26,6 @@ from edgepack.report.documents import (
     Described,
     Document,
     Examined,
-    Inspected,
     Measured,
     Planned,
 )
@@ -247,7 +247,7 @@ class _Group:
     plans: tuple[str, ...] = ()
     """Digests: of the plan itself, then of the one that gave a bundle its reasons."""
     explanation: Explanation | None = None
-    inspected: Inspected | None = None
+    inspected: bundles.Inspected | None = None
     told_by: str = ""
     check: CheckReport | None = None
     checked: str = ""

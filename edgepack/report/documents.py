@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from edgepack import bundle as bundles
 from edgepack import serde
@@ -32,48 +31,18 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
-    state: str
-    principal: str | None
-    key: str | None
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InspectedFile:
-    path: str
-    bytes: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inspected:
-    """What `edgepack inspect` says of a bundle."""
-
-    path: str
-    bytes: int
-    name: str
-    manifest_digest: str
-    signature: Signature
-    annotations: Mapping[str, str]
-    quality: Quality | None
-    files: tuple[InspectedFile, ...]
-    schema_version: Literal[1] = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Described:
     """What the JSON of `inspect` says of a bundle that is not at hand."""
 
     path: str
-    inspected: Inspected
+    inspected: bundles.Inspected
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundled:
     """A bundle, every byte of it verified, and the plan in it."""
 
-    inspected: Inspected
+    inspected: bundles.Inspected
     plan: Plan
 
 
@@ -122,7 +91,8 @@ def _bundle(path: Path, allowed_signers: Path | None) -> Bundled:
     from edgepack.device import agent  # here, since only bundles need it and its imports take 30 ms
 
     found, signature = bundles.verified(path, allowed_signers)
-    inspected = serde.load(Inspected, bundles.described(path, found, signature), source=str(path))
+    inspected = bundles.described(path, found, signature)
+    _require_usable(str(path), serde.dump(inspected))
     with bundles.translated(path):
         document = agent.read_document(found, "plan.json")
     _require_usable(f"{path}: plan.json", document)
@@ -186,7 +156,7 @@ def _document(path: str, document: dict[str, object]) -> Document:
         case "check":
             return Checked(path=path, report=_checked(path, document))
         case "inspect":
-            return Described(path=path, inspected=serde.load(Inspected, document, source=path))
+            return Described(path=path, inspected=serde.load(bundles.Inspected, document, source=path))
         case "plan":
             return _planned(path, document)
         case "doctor":

@@ -200,12 +200,12 @@ def test_a_signed_bundle_is_verified_by_an_enrolled_key_only(tmp_path: Path, key
     strangers = tmp_path / "strangers"
     strangers.write_text(sign.allowed_signer(other))
 
-    enrolled = bundle.inspect(written.path, allowed_signers=signers)["signature"]
-    unenrolled = bundle.inspect(written.path)["signature"]
+    enrolled = bundle.inspect(written.path, allowed_signers=signers).signature
+    unenrolled = bundle.inspect(written.path).signature
 
     assert written.signed
-    assert isinstance(enrolled, dict) and enrolled["state"] == "verified"
-    assert isinstance(unenrolled, dict) and unenrolled["state"] == "unenrolled"
+    assert enrolled.state == "verified"
+    assert unenrolled.state == "unenrolled"
     with pytest.raises(Untrusted):
         bundle.inspect(written.path, allowed_signers=strangers)
 

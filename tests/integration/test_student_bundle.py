@@ -43,7 +43,7 @@ def test_the_bundle_of_a_student_names_the_student_and_no_longer_the_teachers_we
 
     exact, made = pipeline.build(chosen, options, Silent())
 
-    document = inspect(made.path)
+    inspected = inspect(made.path)
     carried = json.loads((tmp_path / "out" / f"{exact.name}.plan.json").read_text(encoding="utf-8"))
     revision = hub.content_revision(tmp_path / "student", Silent())
     assert exact.model.parameters == chosen.model.parameters
@@ -51,5 +51,5 @@ def test_the_bundle_of_a_student_names_the_student_and_no_longer_the_teachers_we
     assert carried["model"]["source"] == str(tmp_path / "student")
     assert (carried["model"]["teacher"], carried["model"]["lesson"]) == ("demo", None)
     assert not [text for text in carried["warnings"] if text.startswith(TO_BE_MADE)]
-    assert revision in json.dumps(document["annotations"])
+    assert revision in json.dumps(dict(inspected.annotations))
     assert pipeline.read_plan(tmp_path / "out" / f"{exact.name}.plan.json") == exact

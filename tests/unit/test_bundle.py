@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgepack import bundle, serde, tables
+from edgepack import bundle, tables
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import Bundle
 from edgepack.device import agent
@@ -71,7 +71,7 @@ def test_what_was_measured_travels_with_the_bundle(tmp_path: Path) -> None:
 
     shown = bundle.inspect(tmp_path / "b.tar")
 
-    assert shown["quality"] == serde.dump(given)
+    assert shown.quality == given
     assert "KL to the parent  0.02 [0.018, 0.022] nats a token" in tables.inspect(shown)
     found, _ = bundle.verified(tmp_path / "b.tar", None)
     assert bundle.quality_in(found, tmp_path / "b.tar") == given
@@ -80,7 +80,7 @@ def test_what_was_measured_travels_with_the_bundle(tmp_path: Path) -> None:
 def test_a_bundle_that_was_not_measured_says_so(tmp_path: Path) -> None:
     write(tmp_path, tmp_path / "b.tar")
 
-    assert bundle.inspect(tmp_path / "b.tar")["quality"] is None
+    assert bundle.inspect(tmp_path / "b.tar").quality is None
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -96,10 +96,9 @@ def test_a_written_bundle_is_verified_by_the_devices_agent(tmp_path: Path, name:
 
     found = bundle.inspect(written.path)
 
-    assert found["manifest_digest"] == written.manifest_digest
-    assert found["bytes"] == written.bytes == written.path.stat().st_size
-    annotations = found["annotations"]
-    assert isinstance(annotations, dict)
+    assert found.manifest_digest == written.manifest_digest
+    assert found.bytes == written.bytes == written.path.stat().st_size
+    annotations = found.annotations
     assert annotations["org.edgepack.profiles"] == name
     assert annotations["org.edgepack.release-sequence"] == "7"
     assert int(annotations["org.edgepack.required-memory-bytes"]) == example_plan(name).memory.high

@@ -123,7 +123,7 @@ def test_a_bundle_is_verified_and_gives_its_plan(tmp_path: Path) -> None:
 
 def test_what_inspect_prints_is_read(tmp_path: Path) -> None:
     written = write(tmp_path, tmp_path / "out.tar")
-    path = saved(tmp_path, "inspect.json", bundle.inspect(written.path))
+    path = saved(tmp_path, "inspect.json", serde.dump(bundle.inspect(written.path)))
 
     found = documents.read(path)
 

@@ -141,7 +141,7 @@ def test_a_carried_server_runs_only_when_its_signer_is_verified(
     path = bundle(tmp_path, carried=SERVER.replace("once ", "carried, once "))
 
     unsigned = say(path, program(tmp_path))
-    signed = {"state": "verified", "principal": "me", "key": "k", "message": ""}
+    signed = bundles.Signature(state="verified", principal="me", key="k", message="")
     monkeypatch.setattr(bundles, "verified", lambda path, _: (agent.read_bundle(str(path)), signed))
     verified = say(path, None)
 

@@ -186,11 +186,11 @@ def test_what_a_bundle_says_of_itself_cannot_repaint_the_terminal() -> None:
         "org.edgepack.note": "\x1b[2J\x1b[Hsignature  verified",
         "org.edgepack.weights-bytes": "9" * 5000,
     }
-    told = {
-        "name": "b\x07", "manifest_digest": "sha256:00", "bytes": 1, "annotations": notes, "quality": None,
-        "signature": {"state": "unsigned", "message": "not signed"},
-        "files": [{"path": "plan.json", "bytes": 1, "digest": "sha256:" + "0" * 64}],
-    }  # fmt: skip
+    told = bundle.Inspected(
+        path="b.tar", name="b\x07", manifest_digest="sha256:00", bytes=1, annotations=notes, quality=None,
+        signature=bundle.Signature(state="unsigned", principal=None, key=None, message="not signed"),
+        files=(bundle.InspectedFile(path="plan.json", bytes=1, digest="sha256:" + "0" * 64),),
+    )  # fmt: skip
     for screen in (Screen(), Screen(width=80)):
         text = tables.inspect(told, screen)
 
