@@ -499,7 +499,7 @@ def status_table(found: Status, host: str) -> str:
     lines = [f"{host}: mode {store.mode}, {show(store.free)} free, highest sequence {store.sequence}"]
     for one in sorted(store.releases, key=lambda one: one.sequence or 0, reverse=True):
         told = [one.name or "?", *(name for name in ("current", "previous") if getattr(one, name))]
-        told += ["good" if one.good else "not good yet", *([] if one.whole else ["DAMAGED: --fsck"])]
+        told += ["good" if one.good else "not known good", *([] if one.whole else ["DAMAGED: --fsck"])]
         lines.append(
             f"{one.digest[:12]}  {show(one.bytes or 0):>10}  {one.sequence or 0:>4}  {', '.join(told)}"
         )

@@ -183,9 +183,13 @@ class Budget:
     @property
     def equation(self) -> str:
         """``"5.51 GiB = 7.43 GiB memory the system reports - 700.0 MiB operating system (headless) - …"``."""
-        first, *rest = [(name, value) for name, value in self.arithmetic if value]
-        terms = [f"{'-' if value < 0 else '+'} {show(abs(value))} {name}" for name, value in rest]
-        return " ".join([f"{show(self.device)} = {show(first[1])} {first[0]}", *terms])
+        terms = [(value < 0, f"{show(abs(value))} {name}") for name, value in self.arithmetic if value]
+        if not terms:  # a plan that somebody wrote by hand
+            return show(self.device)
+        (_, first), *rest = terms
+        return " ".join(
+            [f"{show(self.device)} = {first}", *(f"{'-' if less else '+'} {term}" for less, term in rest)]
+        )
 
 
 def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:

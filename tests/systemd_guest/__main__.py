@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -154,6 +155,7 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     for mode in MODES:
         flash(told, mode, made.third, "good")
     running(told, made, made.third)
+    off_again(told)
 
 
 # ── steps ────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,6 +271,25 @@ def cut(told: Told, made: Releases, seconds: float) -> None:
     power_cut(told, flashing)
     for mode in MODES:
         assert settled(told, made, mode) in (release_of(made.second), release_of(made.third))
+
+
+def off_again(told: Told) -> None:
+    """What the docs say takes edgepack off a device leaves no file, unit or process of it."""
+    page = (Path(__file__).parents[2] / "docs" / "flashing.md").read_text(encoding="utf-8")
+    told_there = page.partition("## And off again")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```\n(.*?)^```$", told_there, re.M | re.S)
+    for mode, block in zip(MODES, blocks, strict=True):
+        script = block.replace("sudo ", "")  # as root, where a guest has no sudo
+        inside(told.device, mode.user, f"export XDG_RUNTIME_DIR=/run/user/$(id -u); set -e\n{script}")
+    others = " ".join(f"! -path '{place}*'" for place in ("/proc/", "/sys/", "/etc/edgepack"))
+    left = inside(told.device, "root", f"find / -xdev -name '*edgepack*' {others}")
+    left += told.device.run("root", "pgrep -a llama-server")[1]
+    loaded = [
+        told.device.run(m.user, f"{m.systemctl} list-units --all --plain --no-legend 'edgepack*'")[1]
+        for m in MODES
+    ]
+    told.row("off again", left=left.split("\n"), units=loaded)
+    assert not left and not any(loaded), (left, loaded)
 
 
 def power_cut(told: Told, flashing: list[subprocess.Popen[str]]) -> None:

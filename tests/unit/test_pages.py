@@ -35,6 +35,12 @@ def test_every_page_is_in_the_index() -> None:
     assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"} <= listed
 
 
+def test_every_command_has_its_row_in_the_readme() -> None:
+    rows = re.findall(r"^\| `([a-z]+)` \| ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+
+    assert sorted(rows) == sorted(cli.commands)
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.text}")
 def test_the_command_line_reads_every_command_with_all_its_options(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ import pytest
 from edgepack import profile, serde
 from edgepack.errors import BadInput, NotFound
 from edgepack.profile import DeviceProfile, budget
-from edgepack.units import MIB, Bytes
+from edgepack.units import MIB, Bytes, show
 
 CASES = Path(__file__).parent.parent / "cases" / "profiles.yaml"
 
@@ -102,6 +102,14 @@ def test_the_terms_of_a_budget_add_up_to_it(name: str) -> None:
         assert sum(value for _, value in left.arithmetic) == left.device
         assert left.unified == loaded.unified
         assert left.host == left.device or not left.unified
+
+
+def test_a_budget_without_its_terms_says_what_it_is() -> None:
+    left = budget(profile.load("jetson-orin-nano-8gb"))
+
+    assert left.equation.startswith(f"{show(left.device)} = 7.43 GiB ")
+    assert left.equation.count(" - ") == 3
+    assert replace(left, arithmetic=()).equation == show(left.device)
 
 
 def test_a_mode_with_constants_of_its_own_overrides_the_profiles() -> None:
