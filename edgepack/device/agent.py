@@ -1097,7 +1097,9 @@ def _make_cgroup(size: Optional[int]) -> Optional[Tuple[str, str]]:
         else:
             settings = [("memory.limit_in_bytes", str(size)), ("memory.memsw.limit_in_bytes", str(size))]
         for left_over in os.listdir(parent):
-            if left_over.startswith("edgepack-check-"):  # of a killed check; one in use cannot be removed
+            maker = re.fullmatch(r"edgepack-check-(\d+)", left_over)
+            # Of a killed check. One that is about to start its server has an empty group too, but is alive.
+            if maker is not None and not os.path.exists("/proc/" + maker.group(1)):
                 with contextlib.suppress(OSError):
                     os.rmdir(os.path.join(parent, left_over))
         try:

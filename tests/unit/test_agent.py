@@ -560,6 +560,22 @@ def test_a_repacked_mapped_model_is_two_buffers_and_slots_are_one_cache() -> Non
 # ── Python 3.8 and the standard library, nothing else ──
 
 
+def test_the_group_of_a_killed_check_is_removed_and_that_of_one_about_to_start_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty group is no dead one: two checks began at once, and the second took the first one's away."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as done:
+        pass
+    dead, alive = tmp_path / f"edgepack-check-{done.pid}", tmp_path / f"edgepack-check-{os.getppid()}"
+    for folder in (dead, alive):
+        folder.mkdir()
+    monkeypatch.setattr(agent, "_cgroup_parents", lambda: iter([("cgroup-v2", str(tmp_path))]))
+
+    with agent.memory_limit(None):
+        assert not dead.exists()
+        assert alive.exists()
+
+
 class Ticking:
     """A server that used so many ticks of processor time."""
 
