@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1211,10 +1210,7 @@ def check(
         server = toolchain.python_for(plan.runtime)
     elif server is None and not runs:
         server = toolchain.find_server() if emulator is None else toolchain.find_static(arch)
-    cache = workspace.cache_root()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="check-", dir=cache) as folder:
-        place = Path(folder)
+    with workspace.scratch("check") as place:
         program, notes = _agent(found, place, verified=verified, foreign=own and arch != here)
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
         words += ["--work", work or place / "work"]

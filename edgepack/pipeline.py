@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -551,9 +550,8 @@ def calibrate(
             warnings.append(
                 f"the load was {load:.1f} on {cores} cores before measuring: do it again on an idle machine"
             )
-        workspace.cache_root().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="calibrate-") as folder:
-            readings, refused = calibrations.measure(device, tools, Path(folder), progress)
+        with workspace.scratch("calibrate") as folder:
+            readings, refused = calibrations.measure(device, tools, folder, progress)
     found = calibrations.calibrate(device, mode, readings, refused, warnings=warnings)
     base = os.path.relpath(name, beside) if Path(name).is_file() else name
     return found, calibrations.to_yaml(found, base=base)

@@ -7,7 +7,6 @@ independent units: tokens of one window share their context, so that an interval
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -99,18 +98,17 @@ def subject(named: Path, progress: Progress) -> Iterator[Subject]:
 
     progress.step(f"verifying {named.name}")
     found, _ = bundle.verified(named, None)
-    workspace.cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="quality-") as place:
+    with workspace.scratch("quality") as place:
         with bundle.translated(named):
             plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
         artifact = runtimes.named(plan.runtime).ARTIFACT
         wanted = [file for file in found["files"] if file["path"].startswith((artifact, f"{artifact}/"))]
         size = sum(file["size"] for file in wanted)
-        workspace.require_space(Path(place), size)
+        workspace.require_space(place, size)
         with bundle.translated(named), progress.bar("unpacking", size) as advance:
             for file in wanted:
-                agent.extract(found, file["path"], place, advance)
-        yield Subject(path=Path(place) / artifact, kv_type=plan.settings.kv_type, fingerprints=())
+                agent.extract(found, file["path"], str(place), advance)
+        yield Subject(path=place / artifact, kv_type=plan.settings.kv_type, fingerprints=())
 
 
 def refuse(
@@ -279,9 +277,8 @@ def _runnable(parent: Path, artifact: Path, progress: Progress) -> Iterator[Path
 
     # llama.cpp rounds a matrix's inputs to the matrix's type: F16 is off by 1e-7 nats from F32, BF16 by 5e-6, and a
     # BF16 checkpoint's weights are the same in F16 but for those below 6e-5, which are off by 3e-8 at most.
-    workspace.cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="parent-") as folder:
-        yield convert.convert(parent, Path(folder) / "parent.gguf", outtype="F16", progress=progress)
+    with workspace.scratch("parent") as folder:
+        yield convert.convert(parent, folder / "parent.gguf", outtype="F16", progress=progress)
 
 
 def _windows(scorer: Model, cut: Cut) -> list[list[int]]:

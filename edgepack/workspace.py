@@ -8,8 +8,9 @@ import glob
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgepack.errors import NoSpace
@@ -87,6 +88,20 @@ def whole_dir(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch(kind: str) -> Iterator[Path]:
+    """A folder of one run in the cache, gone when the block ends; what killed runs left of this kind goes first."""
+    place = part(cache_root() / kind)
+    place.mkdir(parents=True, exist_ok=True)
+    sweep(place.parent, kind)
+    try:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            yield Path(folder)
+    finally:
+        with suppress(OSError):  # another of this kind, in this process, is not done yet
+            place.rmdir()
 
 
 def part(path: Path) -> Path:

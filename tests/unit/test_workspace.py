@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edgepack import workspace
 from edgepack.errors import NoSpace
 from edgepack.workspace import require_space, whole_dir, whole_file, write_text
 
@@ -59,6 +60,28 @@ def test_what_a_killed_process_left_of_a_folder_is_removed_and_a_living_ones_par
         assert not left.exists()
 
     assert other.exists()
+
+
+def test_a_killed_run_leaves_its_scratch_folder_to_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed check left the gigabytes that it had unpacked in the cache for good."""
+    monkeypatch.setenv("EDGEPACK_CACHE", str(tmp_path / "cache"))
+    script = "import os; from edgepack import workspace\n"
+    script += (
+        "with workspace.scratch('check') as place: (place / 'model').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    assert list((tmp_path / "cache").rglob("model"))
+
+    with workspace.scratch("other"):
+        assert list((tmp_path / "cache").rglob("model"))
+    with workspace.scratch("check") as first, workspace.scratch("check") as second:
+        assert not list((tmp_path / "cache").rglob("model"))
+        assert first != second
+        assert first.stat().st_mode & 0o777 == 0o700
+
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_write_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:

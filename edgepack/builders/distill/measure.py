@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,9 +60,8 @@ def measure(
             f"{examples} has the token {highest}, and the models have {vocabulary} in common",
             hint="prepare the data with the tokenizer of these models",
         )
-    workspace.cache_root().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=workspace.cache_root(), prefix="measure-") as place:
-        out = Path(place) / "readings.json"
+    with workspace.scratch("measure") as place:
+        out = place / "readings.json"
         job = _Job(
             models=[str(model.resolve()) for model in models],
             teacher=str(teacher.resolve()),
@@ -73,13 +71,13 @@ def measure(
             threads=threads or len(os.sched_getaffinity(0)),
             out=str(out),
         )
-        words = Path(place) / "job.json"
+        words = place / "job.json"
         words.write_text(json.dumps(asdict(job)), encoding="utf-8")
         child.run(
             __name__,
             [words],
             title="measuring the students",
-            cwd=Path(place),
+            cwd=place,
             log=workspace.cache_root() / "measure.log",
             threads=job.threads,
             progress=progress,
