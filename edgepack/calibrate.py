@@ -17,6 +17,7 @@ from typing import Any, Literal, TypedDict
 
 from edgepack import catalog, ggufheader, modelspec, schemes, serde, speed
 from edgepack.check import BUSY_LOAD as BUSY_LOAD
+from edgepack.check import too_busy
 from edgepack.errors import BadInput, EdgepackError
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants
@@ -696,11 +697,11 @@ def _check_reading(
         return Refused(
             where=where, reason=f"{name} was checked on a device that its profile does not describe"
         )
-    load, cores = machine.get("load"), machine.get("cores")
-    if isinstance(load, int | float) and isinstance(cores, int) and load > BUSY_LOAD * cores:
-        return Refused(
-            where=where, reason=f"the load was {load:.1f} on {cores} cores before the check of {name}"
-        )
+    load, cores, others = machine.get("load"), machine.get("cores"), measured.get("others_cores")
+    if isinstance(load, int | float) and isinstance(cores, int):
+        busy = too_busy(cores, load, others if isinstance(others, int | float) else None)
+        if busy:
+            return Refused(where=where, reason=f"{name} was checked on a busy device: {busy}")
     found = _bundle_model(name, profile, extra)
     if isinstance(found, str):
         return Refused(where=where, reason=found)

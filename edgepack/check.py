@@ -981,7 +981,9 @@ def _decode(judged: _Judged, measured: float) -> Item:
     promise = judged.plan.speed
     status: Status = "pass"
     message = ""
-    busy = _busy(judged.facts)
+    machine = judged.facts.machine
+    others = judged.facts.speed.others_cores if judged.facts.speed else None
+    busy = too_busy(machine.cores, machine.load, others)
     if not (judged.same_device and judged.same_backend):
         status, message = "note", busy
     elif busy:
@@ -1003,13 +1005,12 @@ def _decode(judged: _Judged, measured: float) -> Item:
     )
 
 
-def _busy(facts: Facts) -> str:
-    """Why this machine was too busy to judge speed; empty where it was not."""
-    machine, others = facts.machine, facts.speed.others_cores if facts.speed else None
-    if machine.load > BUSY_LOAD * machine.cores:
-        return f"the load was {machine.load:.1f} on {machine.cores} cores before the start"
-    if others is not None and others > BUSY_OTHERS * machine.cores:
-        return f"other programs, or this machine's neighbors, took {others:.1f} of {machine.cores} cores meanwhile"
+def too_busy(cores: int, load: float, others: float | None) -> str:
+    """Why a machine was too busy to judge speed, or to learn it; empty where it was not."""
+    if load > BUSY_LOAD * cores:
+        return f"the load was {load:.1f} on {cores} cores before the start"
+    if others is not None and others > BUSY_OTHERS * cores:
+        return f"other programs, or this machine's neighbors, took {others:.1f} of {cores} cores meanwhile"
     return ""
 
 

@@ -477,6 +477,15 @@ def test_a_check_of_a_busy_machine_is_refused(tmp_path: Path) -> None:
     assert "the load was 7.5 on 4 cores" in found
 
 
+def test_a_check_beside_another_program_is_refused(tmp_path: Path) -> None:
+    document: dict[str, Any] = report("qwen2.5-0.5b-instruct-q8_0-raspberry-pi-5-8gb", 15.0)
+    document["facts"]["speed"]["others_cores"] = 1.0
+
+    (found,) = reasons(write(tmp_path / "x.json", document))
+
+    assert "took 1.0 of 4 cores" in found
+
+
 @pytest.mark.parametrize(
     ("gpu", "reason"),
     [
