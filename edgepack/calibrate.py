@@ -16,8 +16,7 @@ from statistics import median
 from typing import Any, Literal, TypedDict
 
 from edgepack import catalog, ggufheader, modelspec, schemes, serde, speed
-from edgepack.check import BUSY_LOAD as BUSY_LOAD
-from edgepack.check import too_busy
+from edgepack.check import too_busy as too_busy
 from edgepack.errors import BadInput, EdgepackError
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants

@@ -546,10 +546,8 @@ def calibrate(
 
         tools = toolchain.find()
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
-        if load > calibrations.BUSY_LOAD * cores:
-            warnings.append(
-                f"the load was {load:.1f} on {cores} cores before measuring: do it again on an idle machine"
-            )
+        if busy := calibrations.too_busy(cores, load, None):
+            warnings.append(f"{busy}: do it again on an idle machine")
         with workspace.scratch("calibrate") as folder:
             readings, refused = calibrations.measure(device, tools, folder, progress)
     found = calibrations.calibrate(device, mode, readings, refused, warnings=warnings)
