@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import template
 from ..sampling import Chooser, likeliest, log_probabilities
 from . import Sampling, Token
 from .detokenize import Detokenizer
@@ -127,3 +128,64 @@ class Reader:
             yield prompt[first : min(first + self.ubatch, end)]
         if self.last_alone:
             yield prompt[end:]
+
+
+class Words(Protocol):
+    """A model's tokenizer."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """`Engine` over a model that a library has loaded into this process."""
+
+    name: str
+    version: str
+    vocabulary: int
+    context: int
+    slots: int
+    chat_template: str | None
+    marks: template.ChatTemplate
+    """Of it also the texts of the special tokens."""
+    words: Words
+    parts: Mapping[str, int]
+    reader: Reader
+    sequences: tuple[Slot, ...]
+    end: Callable[[], None]
+    """Gives back what the library holds."""
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        return self.words.encode(text, special=special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        return self.words.decode(tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        text = template.render(self.chat_template, messages, bos=self.marks.bos, eos=self.marks.eos)
+        return self.words.encode(text, special=False)
+
+    def memory(self) -> Mapping[str, int]:
+        return self.parts
+
+    def generate(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        limit: int,
+        *,
+        reuse: bool,
+        cancelled: Callable[[], bool],
+    ) -> Iterator[Token]:
+        return self.reader.answer(
+            self.sequences[slot], prompt, sampling, limit, reuse=reuse, cancelled=cancelled
+        )
+
+    def cached(self, slot: int, prompt: Sequence[int]) -> int:
+        return self.sequences[slot].common(prompt)
+
+    def close(self) -> None:
+        self.end()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import template
-from . import CannotLoad, Options, Sampling, Token
-from .answering import Reader, Slot
+from . import CannotLoad, Options
+from .answering import Loaded, Reader, Slot
 from .genai import GenaiError, Generator, Library, Model
 
 NAME = "onnx-genai"
@@ -31,61 +31,7 @@ it a pass takes no longer, and memory at its largest moment is that of the tenso
 _KV_BYTES: Mapping[str, Mapping[str, int]] = {"cpu": {"f32": 4}, "cuda": {"f16": 2, "bf16": 2}}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnnxEngine:
-    """`Engine` over a folder that onnxruntime-genai's builder made."""
-
-    name: str
-    version: str
-    vocabulary: int
-    context: int
-    slots: int
-    chat_template: str | None
-    marks: template.ChatTemplate
-    """Of it also the texts of the special tokens."""
-    model: Model
-    parts: Mapping[str, int]
-    reader: Reader
-    sequences: tuple[Slot, ...]
-    generators: tuple[Generator, ...]
-
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return self.model.encode(text, special=special)
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return self.model.decode(tokens)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = template.render(self.chat_template, messages, bos=self.marks.bos, eos=self.marks.eos)
-        return self.model.encode(text, special=False)
-
-    def memory(self) -> Mapping[str, int]:
-        return self.parts
-
-    def generate(
-        self,
-        slot: int,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        limit: int,
-        *,
-        reuse: bool,
-        cancelled: Callable[[], bool],
-    ) -> Iterator[Token]:
-        return self.reader.answer(
-            self.sequences[slot], prompt, sampling, limit, reuse=reuse, cancelled=cancelled
-        )
-
-    def cached(self, slot: int, prompt: Sequence[int]) -> int:
-        return self.sequences[slot].common(prompt)
-
-    def close(self) -> None:
-        for generator in self.generators:
-            generator.close()
-        self.model.close()
-
-
-def load(options: Options) -> OnnxEngine:
+def load(options: Options) -> Loaded:
     """The model of a folder with genai_config.json and its slots. Raises CannotLoad."""
     config = _config(options.model)
     _check(options, config)
@@ -107,7 +53,7 @@ def load(options: Options) -> OnnxEngine:
     except GenaiError as error:
         raise CannotLoad(f"onnxruntime-genai does not load {options.model.name}: {error}") from error
     ends = config["eos_token_id"]
-    return OnnxEngine(
+    return Loaded(
         name=NAME,
         version=library.version,
         vocabulary=vocabulary,
@@ -115,7 +61,7 @@ def load(options: Options) -> OnnxEngine:
         slots=options.slots,
         chat_template=marks.source,
         marks=marks,
-        model=model,
+        words=model,
         parts=_memory(options, config),
         reader=Reader(
             ubatch=options.ubatch,
@@ -125,8 +71,14 @@ def load(options: Options) -> OnnxEngine:
             last_alone=options.slots > 1,
         ),
         sequences=tuple(Slot(cache=generator) for generator in generators),
-        generators=generators,
+        end=partial(_close, model, generators),
     )
+
+
+def _close(model: Model, generators: Sequence[Generator]) -> None:
+    for generator in generators:
+        generator.close()
+    model.close()
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Checkpoints are safetensors of the folder; no code that comes with a model is ru
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import template
-from . import CannotLoad, Options, Sampling, Token
-from .answering import Reader, Slot
+from . import CannotLoad, Options
+from .answering import Loaded, Reader, Slot
 
 if TYPE_CHECKING:
     from .preallocated import Preallocated
@@ -100,59 +100,7 @@ class Words:
             return text
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformersEngine:
-    """`Engine` over a folder of safetensors."""
-
-    name: str
-    version: str
-    vocabulary: int
-    context: int
-    slots: int
-    chat_template: str | None
-    marks: template.ChatTemplate
-    """Of it also the texts of the special tokens."""
-    words: Words
-    parts: Mapping[str, int]
-    model: Model
-    reader: Reader
-    sequences: tuple[Slot, ...]
-
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return self.words.encode(text, special=special)
-
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        return self.words.decode(tokens)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = template.render(self.chat_template, messages, bos=self.marks.bos, eos=self.marks.eos)
-        return self.words.encode(text, special=False)
-
-    def memory(self) -> Mapping[str, int]:
-        return self.parts
-
-    def generate(
-        self,
-        slot: int,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        limit: int,
-        *,
-        reuse: bool,
-        cancelled: Callable[[], bool],
-    ) -> Iterator[Token]:
-        return self.reader.answer(
-            self.sequences[slot], prompt, sampling, limit, reuse=reuse, cancelled=cancelled
-        )
-
-    def cached(self, slot: int, prompt: Sequence[int]) -> int:
-        return self.sequences[slot].common(prompt)
-
-    def close(self) -> None:
-        self.model.thread.shutdown()
-
-
-def load(options: Options) -> TransformersEngine:
+def load(options: Options) -> Loaded:
     """The checkpoint of a folder and its slots. Raises CannotLoad."""
     if not any(options.model.glob("*.safetensors")):
         raise CannotLoad(f"{options.model.name} has no safetensors", hint="other formats are not read here")
@@ -164,7 +112,7 @@ def load(options: Options) -> TransformersEngine:
         raise
 
 
-def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
+def _load(options: Options, thread: ThreadPoolExecutor) -> Loaded:
     """In the thread of the model, whose number of threads is its own."""
     try:
         import torch
@@ -197,7 +145,7 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
     step = max(options.ubatch // _LENGTHS, 1)
     model = Model(network=network, device=device, thread=thread, step=step)
     words = Words(tokenizer=tokenizer, lock=threading.Lock())
-    return TransformersEngine(
+    return Loaded(
         name=NAME,
         version=transformers.__version__,
         vocabulary=int(network.config.get_text_config().vocab_size),
@@ -207,9 +155,9 @@ def _load(options: Options, thread: ThreadPoolExecutor) -> TransformersEngine:
         marks=marks,
         words=words,
         parts={"weights": weights, "kv_cache": sum(cache.nbytes for cache in caches)},
-        model=model,
         reader=Reader(ubatch=options.ubatch, ends=_ends(network), decode=words.decode, reading=None),
         sequences=tuple(Slot(cache=Kept(model=model, cache=cache)) for cache in caches),
+        end=thread.shutdown,
     )
 
 
