@@ -137,6 +137,7 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
         flash(told, mode, made.first, "good")
     running(told, made, made.first)
     units(told)
+    hangs(told, made)
     device.reboot()
     told.row("rebooted", seconds=device.boots[-1])
     running(told, made, made.first)
@@ -242,6 +243,20 @@ def units(told: Told) -> None:
     )
     timers = inside(device, "root", "systemctl list-timers --no-pager edgepack-health.timer | sed -n 2p")
     told.row("secured", said=said.splitlines(), timer=timers)
+
+
+def hangs(told: Told, made: Releases) -> None:
+    """A server that is alive and no longer answers is restarted by its health check, whose own user may not."""
+    asked = "systemctl show --value --property=MainPID edgepack.service"
+    before = inside(told.device, "root", asked)
+    healthy = told.device.run("root", "systemctl start edgepack-health.service")[0]
+    inside(told.device, "root", f"kill -STOP {before}")
+    began = time.monotonic()
+    hung = told.device.run("root", "systemctl start edgepack-health.service")[0]
+    after = inside(told.device, "root", asked)
+    told.row("hung and restarted", healthy=healthy, hung=hung, seconds=round(time.monotonic() - began))
+    assert healthy == 0 and hung != 0 and after not in (before, "0"), (healthy, hung, before, after)
+    settled(told, made, SYSTEM)
 
 
 def goes_back_at_boot(told: Told, made: Releases) -> None:
