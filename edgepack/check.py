@@ -1163,15 +1163,13 @@ def check(
     *,
     progress: Progress,
     server: Path | None = None,
-    work: Path | None = None,
     full: bool = False,
     memory_limit: int | None = None,
     allowed_signers: Path | None = None,
     strict_device: bool = False,
-    load_mode: str | None = None,
     emulate: bool = False,
 ) -> CheckReport:
-    """Runs a bundle on this machine and judges it; the weights are unpacked under ``work`` or the cache.
+    """Runs a bundle on this machine and judges it; the weights are unpacked in the cache, for as long as it takes.
 
     Our own agent verifies first. The bundle's own agent runs when it is ours, or when its signer is verified;
     otherwise ours runs in its place. ``server``: llama-server, or the Python (for vLLM also its ``vllm``) that runs
@@ -1192,10 +1190,9 @@ def check(
     with bundles.translated(bundle):
         plan = serde.load(Plan, agent.read_document(found, "plan.json"), source="plan.json")
     own = plan.runtime == llama_cpp.NAME
-    if not own and (emulate or load_mode is not None):
+    if not own and emulate:
         raise BadInput(
-            f"{'--emulate' if emulate else '--load-mode'} is for {llama_cpp.NAME} bundles, and this is one for "
-            f"{plan.runtime}",
+            f"--emulate is for {llama_cpp.NAME} bundles, and this is one for {plan.runtime}",
             hint="leave it out",
         )
     arch, here = plan.profile.arch, platform.machine()
@@ -1214,13 +1211,12 @@ def check(
     with workspace.scratch("check") as place:
         program, notes = _agent(found, place, verified=verified, foreign=own and arch != here)
         words: list[str | Path] = [sys.executable, program, "check", bundle, "--out", place / "facts.json"]
-        words += ["--work", work or place / "work"]
+        words += ["--work", place / "work"]
         words += ["--server", server] if server is not None else []
         words += ["--app", toolchain.app_in(place / "app")] if not own else []
         words += ["--allowed-signers", allowed_signers] if allowed_signers is not None else []
         words += ["--full"] if full else []
         words += ["--memory-limit", str(memory_limit)] if memory_limit is not None else []
-        words += ["--load-mode", load_mode] if load_mode is not None else []
         words += ["--emulator", emulator] if emulator is not None else []
         finished = run(words, check=False, on_line=progress.step)
         if finished.returncode not in (0, 5):

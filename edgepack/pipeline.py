@@ -186,15 +186,12 @@ def make_plan(request: Request, models: Sequence[Candidate]) -> Plan:
     chosen = choice.choose(list(plan.survey(request, models)), request, models)
     if chosen.model.lesson is None:
         return chosen
-    return replace(chosen, warnings=(*chosen.warnings, *_teacher_fits(chosen, request)))
+    teachers = [model.teacher for model in models if model.teacher is not None]
+    return replace(chosen, warnings=(*chosen.warnings, *_teacher_fits(chosen, request, teachers[0])))
 
 
-def _teacher_fits(chosen: Plan, request: Request) -> tuple[str, ...]:
+def _teacher_fits(chosen: Plan, request: Request, teacher: Candidate) -> tuple[str, ...]:
     """A warning where the teacher itself runs on the device, and is surely no worse than its student is hoped to be."""
-    lesson = chosen.model.lesson
-    if lesson is None:
-        return ()
-    teacher = named(lesson.teacher, revision=lesson.revision, offline=True)
     try:
         whole = choice.choose(list(plan.survey(request, [teacher])), request, [teacher])
     except NothingFits:
@@ -314,7 +311,7 @@ def request_from(options: Mapping[str, Any]) -> Request:
     floor = options.get("min_decode")
     if floor is not None and not math.isfinite(floor):
         raise BadInput(f"--min-tokens-per-second {floor} is no speed", hint="0 switches the floor off")
-    _divisible(options)
+    _a_token_for_each_slot(options)
     return Request(
         profile=profile.load(name),
         session="desktop" if options.get("desktop") else "headless",
@@ -443,15 +440,15 @@ def quantization_options(options: Mapping[str, Any]) -> quantization.Options:
 
 def fit_document(options: Mapping[str, Any], progress: Progress) -> fit.FitDocument:
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
-    _divisible(options)
+    _a_token_for_each_slot(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
-    spec = named(options["model"], extra=extra_models(options)).spec
     machine = Machine.of(device) if device else Machine(backend="cuda")
     asked = _scheme(options)
     wanted = _runtime(options)
     if wanted is None and asked and not schemes.is_gguf(asked):
         wanted = runtimes.reading(asked, machine)[0].NAME
     runtime = runtimes.named(wanted or llama_cpp.NAME)
+    spec = named(options["model"], extra=extra_models(options), converted=runtime is llama_cpp).spec
     default = spec.gguf_scheme or DEFAULT_SCHEME if runtime is llama_cpp else runtime.SCHEMES[0]
     scheme = asked or schemes.canonical(default)
     context = options.get("context") or min(plan.DEFAULT_CONTEXT, spec.context_train) * options["slots"]
@@ -555,7 +552,7 @@ def calibrate(
     return found, calibrations.to_yaml(found, base=base)
 
 
-def _divisible(options: Mapping[str, Any]) -> None:
+def _a_token_for_each_slot(options: Mapping[str, Any]) -> None:
     context, slots = options.get("context"), options["slots"]
     if context is not None and context < slots:
         raise BadInput(
@@ -611,6 +608,7 @@ def _from_hub(repository: str, *, revision: str | None, offline: bool, converted
         architecture=spec.family,
         parameters=spec.parameters,
         license=checkpoint.license,
+        commercial=catalog.allows_commerce(checkpoint.license),
     )
     return Candidate(model=reference, spec=spec, panels={})
 
@@ -702,7 +700,7 @@ def _taught(model: catalog.CatalogModel, teacher: Candidate) -> Candidate:
         license=joint_license(own.model.license, teacher.model.license),
         commercial=own.model.commercial and teacher.model.commercial,
     )
-    return replace(own, model=reference)
+    return replace(own, model=reference, teacher=teacher)
 
 
 def _taught_by(
@@ -741,7 +739,7 @@ def _cut(teacher: Candidate, config: Mapping[str, object], prune: students.Prune
         teacher.model, id=name, parameters=spec.parameters, teacher=teacher.model.id, lesson=lesson
     )
     lost = students.expected(teacher.spec.parameters, spec.parameters)
-    return replace(teacher, model=reference, spec=spec, lost=lost)
+    return replace(teacher, model=reference, spec=spec, lost=lost, teacher=teacher)
 
 
 def _with_provenance(model: ModelRef, checkpoint: Checkpoint) -> ModelRef:

@@ -83,6 +83,8 @@ class Candidate:
     lost: Expected | None = None
     """Of a student that is still to be made: what it is expected to lose against its teacher, whose scores ``panels``
     then has."""
+    teacher: Candidate | None = None
+    """Of a student that is still to be made: who will teach it."""
 
     def measure(self, panel: str) -> Measure:
         return self.measures.get(panel, "answers")

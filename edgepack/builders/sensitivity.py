@@ -16,7 +16,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -55,8 +54,6 @@ _DIGITS = 5
 
 Costs = Mapping[str, Mapping[str, float]]
 """Tensor -> type -> nats a token."""
-
-_PROGRESS_LINE = re.compile(r"^progress (\d+) (\d+)$")
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -86,9 +87,16 @@ def panels() -> Mapping[str, Panel]:
 
 
 def allows_commerce(license: str) -> bool:
-    """Whether a licence, or each that an expression names, is none that the catalog knows to forbid commercial use."""
+    """Whether a licence, or each that an expression names, is not known to forbid commercial use.
+
+    By its name: one of the catalog's that do, or one with a word for it (CC-BY-NC-4.0, MNPL-0.1, …-research).
+    """
+    name = license.lower()
     forbidding = {model.license.lower() for model in models() if not model.commercial}
-    return not any(name in license.lower() for name in forbidding)
+    return not any(other in name for other in forbidding) and _NOT_FOR_SALE.search(name) is None
+
+
+_NOT_FOR_SALE = re.compile(r"(?<![a-z])(?:nc|non-?commercial|non-?production|research|mnpl|mrl)(?![a-z])")
 
 
 def find(name: str, extra: Sequence[CatalogModel] = ()) -> CatalogModel | None:

@@ -153,8 +153,8 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     goes_back_at_boot(told, made)
     for _ in range(cuts):
         cut(told, made, chance.uniform(0.0, told.longest))
-    for mode in MODES:
-        flash(told, mode, made.third, "good")
+    for mode in MODES:  # a cut flash may have come to its end all the same
+        flash(told, mode, made.third, "good", *(("current",) if cuts else ()))
     running(told, made, made.third)
     off_again(told)
 
@@ -177,7 +177,7 @@ def enroll(told: Told, made: Releases) -> None:
     assert again.returncode == 0 and "enable-linger" not in again.stderr, again.stderr
 
 
-def flash(told: Told, mode: Mode, bundle: Path, outcome: str) -> None:
+def flash(told: Told, mode: Mode, bundle: Path, *outcomes: str) -> None:
     """Flashes a bundle by the command line, and holds its own account of it against what is expected."""
     began = time.monotonic()
     done = edgepack("flash", bundle, f"{mode.user}@device", "--json", ssh=told.device.ssh)
@@ -187,7 +187,7 @@ def flash(told: Told, mode: Mode, bundle: Path, outcome: str) -> None:
         "flashed", mode=mode.name, bundle=bundle.stem, outcome=said["outcome"], status=done.returncode,
         seconds=round(time.monotonic() - began), switched=said["seconds_to_switch"], reasons=said["reasons"],
     )  # fmt: skip
-    assert said["outcome"] == outcome, done.stderr
+    assert said["outcome"] in outcomes, done.stderr
     told.longest = max(told.longest, time.monotonic() - began)
 
 

@@ -148,6 +148,20 @@ def test_only_the_research_licence_forbids_commercial_use() -> None:
     assert [model.id for model in catalog.models() if not model.commercial] == ["qwen2.5-3b-instruct"]
 
 
+@pytest.mark.parametrize(
+    ("license", "allows"),
+    [
+        ("Apache-2.0", True), ("mit", True), ("llama3.1", True), ("unknown", True), ("gemma", True),
+        ("cc-by-nc-4.0", False), ("CC-BY-NC-SA-4.0", False), ("cc-by-nc-nd-4.0", False), ("mnpl-0.1", False),
+        ("fair-noncommercial-research-license", False), ("qwen-research", False),
+        ("Apache-2.0 AND cc-by-nc-4.0", False),
+        ("hippocratic-uncommon", True), ("cc-by-4.0", True),
+    ],
+)  # fmt: skip
+def test_a_licence_that_says_so_in_its_name_forbids_commercial_use(license: str, allows: bool) -> None:
+    assert catalog.allows_commerce(license) is allows
+
+
 def test_ids_and_repositories_name_one_model_each_and_unknown_ones_none() -> None:
     ids = [name for model in catalog.models() for name in sorted({model.id, model.repo.lower()})]
 

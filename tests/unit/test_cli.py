@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from edgepack import profile
+from edgepack import catalog, profile
 from edgepack.cli import cli
 from edgepack.errors import NothingFits
 
@@ -147,6 +148,19 @@ def test_an_unknown_runtime_lists_the_known() -> None:
     assert result.exit_code == 11
     assert "did you mean 'vllm'" in result.stderr
     assert "llama.cpp, vllm, onnx-genai, transformers" in result.stderr
+
+
+def test_fit_of_another_runtime_asks_no_conversion_of_a_tokenizer(tmp_path: Path) -> None:
+    """vLLM reads the folder as it is; only a GGUF needs a tokenizer that llama.cpp knows."""
+    folder = tmp_path / "model"
+    shutil.copytree(catalog.built_in()["demo"], folder)
+    words = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    words["model"] = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    (folder / "tokenizer.json").write_text(json.dumps(words), encoding="utf-8")
+    asked = ("fit", "--model", str(folder), "--profile", "rtx-4060-8gb", "--json")
+
+    assert document(*asked, "--runtime", "vllm")["fits"] is True
+    assert "WordLevel" in run(*asked).stderr
 
 
 def test_fit_of_another_runtime_has_the_same_names(tmp_path: Path) -> None:

@@ -276,6 +276,18 @@ def test_a_teacher_that_runs_there_itself_is_not_passed_over_in_silence() -> Non
     assert not [text for text in small.warnings if "the teacher itself" in text]
 
 
+def test_a_teacher_of_the_users_own_catalog_is_not_looked_up_again(tmp_path: Path) -> None:
+    """It is in no catalog of ours, and no file of it is on this disk."""
+    known = catalog.find("qwen2.5-7b-instruct")
+    assert known is not None
+    own = replace(known, id="my-teacher", repo="acme/my-teacher", revision="1" * 40)
+    models = [c for c in pipeline.candidates(None, "my-teacher", extra=(own,), distill=True) if c.model.prune]
+
+    found = pipeline.make_plan(Request(profile=NANO), models)
+
+    assert [text for text in found.warnings if "the teacher itself runs here: my-teacher" in text]
+
+
 def test_what_is_taught_further_says_that_its_score_is_of_before() -> None:
     models = pipeline.candidates(None, "qwen2.5-7b-instruct", distill=True)
 
