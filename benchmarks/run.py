@@ -193,7 +193,8 @@ def heading(results: Results) -> str:
 
 LEGEND = (
     "ratio: edgepack's figure over the peer's, of one round; the median over rounds and the interval that holds it "
-    f"nine times of ten; ahead: by the whole interval, of {comparison.FEWEST} rounds at least"
+    f"nine times of ten; ahead: by the whole interval, of {comparison.FEWEST} rounds at least where there are rounds "
+    "(bytes have no spread)"
 )
 
 

@@ -185,14 +185,18 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
 
 def _model_options(command: Command) -> Command:
     for option in (
-        click.option("--kv-type", metavar="T", help="KV cache type, or K/V pair: f16, q8_0, q8_0/q4_0 …"),
+        click.option("--kv-type", metavar="T",
+                     help="KV cache type, or K/V pair: f16, q8_0, q8_0/q4_0 … (left out: planned; fit: the "
+                          "runtime's first)."),
         click.option("--ubatch", type=click.IntRange(32, 8192), default=512, show_default=True,
                      help="Tokens computed at once; bounds the compute buffer."),
         click.option("--slots", type=click.IntRange(1, 256), default=1, show_default=True,
                      help="Users served at the same time."),
         click.option("--context", type=click.IntRange(1), metavar="N",
-                     help="Tokens in all slots together."),
-        click.option("--runtime", metavar="R", help="llama.cpp (the default), vllm, onnx-genai, transformers.",
+                     help="Tokens in all slots together (left out: 4096 a slot)."),
+        click.option("--runtime", metavar="R",
+                     help="llama.cpp, vllm, onnx-genai or transformers; left out, the planner weighs those that "
+                          "the device runs, and fit takes the scheme's, llama.cpp first.",
                      shell_complete=_completed(_runtime_names)),
         click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="YAML file of more models, in the form of edgepack/catalog/*.yaml."),
@@ -393,13 +397,13 @@ def plan(
         options |= {"imatrix": True, "budgeted": True}
     request, models = _asked(pipeline, options)
     chosen = pipeline.make_plan(request, models)
-    if output is not None:
-        workspace.write_text(output, serde.to_json(chosen))
     explanation = choice.explain(chosen, request, models) if explain else None
+    document: Any = serde.dump(chosen)
+    if explanation is not None:
+        document |= {"explanation": serde.dump(explanation)}
+    if output is not None:
+        workspace.write_text(output, serde.to_json(document))
     if as_json:
-        document: Any = serde.dump(chosen)
-        if explanation is not None:
-            document |= {"explanation": serde.dump(explanation)}
         _print_json(document)
     else:
         click.echo(tables.plan(chosen, explanation, _screen()), nl=False)
@@ -1193,10 +1197,13 @@ def run(progress: Progress, /, bundle: Path, prompt: str, **options: Any) -> Non
     """
     from edgepack.run import speak
 
-    click.echo(prompt, nl=False)
+    before = (
+        prompt  # said with the first words that follow it: a bundle may be refused, or its server not start
+    )
     for piece in speak(_existing(bundle), prompt, progress=progress, **options):
-        click.echo(piece, nl=False)
-    click.echo()
+        click.echo(before + piece, nl=False)
+        before = ""
+    click.echo(before)
 
 
 @cli.command()
@@ -1361,9 +1368,15 @@ def profiles_validate(files: tuple[Path, ...]) -> None:
     """
     from edgepack import profile
 
-    for file in files:
-        profile.load(str(_existing(file)))
-        click.echo(f"{file}: valid")
+    refused: list[BadInput] = []
+    for file in map(_existing, files):
+        try:
+            profile.load(str(file.absolute()))
+            click.echo(f"{file}: valid")
+        except BadInput as error:
+            refused.append(error)
+    if refused:
+        raise BadInput("\n".join(error.message for error in refused), hint=refused[0].hint)
 
 
 @profiles.command("schema")

@@ -442,6 +442,10 @@ def fit_document(options: Mapping[str, Any], progress: Progress) -> fit.FitDocum
     """The JSON document of ``edgepack fit``; with ``exact`` also llama.cpp's own figures."""
     _a_token_for_each_slot(options)
     device = profile.load(options["profile"]) if options.get("profile") else None
+    if device is None and (options.get("power_mode") or options.get("desktop")):
+        raise BadInput("--power-mode and --desktop are a device's", hint="name it with --profile")
+    if device is not None:
+        plan.power_mode(device, options.get("power_mode"))
     machine = Machine.of(device) if device else Machine(backend="cuda")
     asked = _scheme(options)
     wanted = _runtime(options)
@@ -523,11 +527,7 @@ def calibrate(
             else "--from and --run exclude each other"
         )
     device = profile.load(name)
-    try:
-        mode = device.mode(power_mode)
-    except KeyError as error:
-        known = ", ".join(m.name for m in device.power_modes)
-        raise BadInput(f"{device.name} has no power mode {power_mode!r}", hint=f"it has: {known}") from error
+    mode = plan.power_mode(device, power_mode)
     readings: list[calibrations.Reading] = []
     refused: list[calibrations.Refused] = []
     extra = () if catalog_file is None else catalog.read(catalog_file)
@@ -563,7 +563,9 @@ def _a_token_for_each_slot(options: Mapping[str, Any]) -> None:
 
 def read_plan(path: Path) -> Plan:
     """A plan that `edgepack plan -o` or an earlier build wrote; every problem at once."""
-    return serde.load_json(Plan, path)
+    document = serde.read_object(path)
+    document.pop("explanation", None)  # of `plan --explain -o`, which a report shows
+    return serde.load(Plan, document, source=str(path))
 
 
 def _runtime(options: Mapping[str, Any]) -> str | None:

@@ -238,7 +238,7 @@ class Plan:
 def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan | Rejection]:
     """Every model, runtime, scheme and KV type on this device: a Plan where it fits, else why it does not."""
     room = budget(request.profile, request.session)
-    mode = _power_mode(request)
+    mode = power_mode(request.profile, request.power_mode)
     machine = Machine.of(request.profile)
     models = list(candidates)
     panels = assign_panels(models)
@@ -362,14 +362,13 @@ def with_spec(plan: Plan, spec: ModelSpec, model: ModelRef) -> Plan:
     return replace(plan, model=model, memory=estimate, start_up=start_up, warnings=warnings)
 
 
-def _power_mode(request: Request) -> PowerMode:
+def power_mode(device: DeviceProfile, name: str | None) -> PowerMode:
+    """The named power mode of a device, or its default one. Raises BadInput for a name it does not have."""
     try:
-        return request.profile.mode(request.power_mode)
+        return device.mode(name)
     except KeyError as error:
-        known = ", ".join(m.name for m in request.profile.power_modes)
-        raise BadInput(
-            f"{request.profile.name} has no power mode {request.power_mode!r}", hint=f"it has: {known}"
-        ) from error
+        known = ", ".join(m.name for m in device.power_modes)
+        raise BadInput(f"{device.name} has no power mode {name!r}", hint=f"it has: {known}") from error
 
 
 def _memory(

@@ -197,7 +197,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
 
     folded = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
+    longer = [name for name in folded if len(word) > 2 and name.startswith(word.lower())]
+    near = sorted(longer, key=len) or difflib.get_close_matches(word.lower(), folded, n=1, cutoff=0.6)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""
 
 

@@ -202,7 +202,9 @@ def substituted(text: str) -> str:
 
 def compare(command: Command, printed: str) -> None:
     where = f"{command.page}: $ {command.text}\n{printed}"
-    if command.shown and substituted(command.text) == command.text:
+    # A check of another bundle of the same kind has the same rows.
+    same = substituted(command.text) == command.text or command.text.startswith("edgepack check")
+    if command.shown and same:
         line = pages.missing(command.shown, printed, figures=command.text.startswith(PURE))
         assert line is None, f"not printed: {line}\n{where}"
 

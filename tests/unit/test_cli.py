@@ -150,6 +150,57 @@ def test_an_unknown_runtime_lists_the_known() -> None:
     assert "llama.cpp, vllm, onnx-genai, transformers" in result.stderr
 
 
+def test_a_plan_written_with_its_reasons_is_shown_by_a_report_and_built_from(tmp_path: Path) -> None:
+    place = tmp_path / "plan.json"
+
+    printed = document("plan", "--profile", "jetson-orin", "--explain", "--json", "-o", place)
+
+    assert json.loads(place.read_text(encoding="utf-8")) == printed
+    assert printed["explanation"]
+    assert run("build", "--plan", place, "--dry-run").exit_code == 0
+    assert "Why this one" in run("report", place, "--format", "md").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--profile", "jetson-orin", "--power-mode", "30W"), "no power mode '30W'"),
+        (("--power-mode", "30W"), "a device's"),
+        (("--desktop",), "a device's"),
+    ],
+)
+def test_fit_takes_no_power_mode_or_session_that_is_not_there(words: tuple[str, ...], told: str) -> None:
+    result = run("fit", "--model", "qwen2.5-7b-instruct", *words)
+
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("qwen2.5-7b", "qwen2.5-7b-instruct"),
+        ("qwen2.5-1.5b", "qwen2.5-1.5b-instruct"),
+        ("qwen3-4bb", "qwen3-4b"),
+    ],
+)
+def test_a_model_is_found_by_how_its_name_begins(typed: str, meant: str) -> None:
+    assert f"did you mean '{meant}'?" in run("fit", "--model", typed).stderr
+
+
+def test_all_profiles_are_validated_before_the_first_problem_ends_it(tmp_path: Path) -> None:
+    names = ("good", "bad", "worse")
+    for name, memory in zip(names, ("4GiB", "4 apples", "0"), strict=True):
+        text = f"extends: raspberry-pi-5-8gb\nname: {name}\nmemory: {memory}\n"
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+    result = run("profiles", "validate", *(tmp_path / f"{name}.yaml" for name in reversed(names)))
+
+    assert result.exit_code == 2
+    assert "good.yaml: valid" in result.stdout
+    assert "bad.yaml" in result.stderr and "worse.yaml" in result.stderr
+
+
 def test_fit_of_another_runtime_asks_no_conversion_of_a_tokenizer(tmp_path: Path) -> None:
     """vLLM reads the folder as it is; only a GGUF needs a tokenizer that llama.cpp knows."""
     folder = tmp_path / "model"
