@@ -12,6 +12,7 @@ from edgepack.parts import Part
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import llama_cpp, onnx_genai, transformers, vllm
 from edgepack.runtimes.support import Machine as Machine
+from edgepack.runtimes.support import Source
 from edgepack.settings import Settings
 
 
@@ -31,6 +32,9 @@ class Runtime(Protocol):
     """What its Python must have; empty for a program."""
     FRONT: bool
     """Whether its own server lacks /chat, so that the front (edgepack/server) may stand before it."""
+
+    def source(self, backend: Backend) -> Source:
+        """Where what runs on this backend comes from."""
 
     def reads(self, scheme: str) -> bool:
         """Whether it runs ``scheme`` on any machine."""

@@ -68,6 +68,14 @@ _WATCHERS = 4
 """Connections for /health, /metrics and /slots beside them."""
 
 
+def source(backend: Backend) -> support.Source:
+    return support.Source(
+        repository="https://github.com/ggml-org/llama.cpp",
+        purl="pkg:github/ggml-org/llama.cpp",
+        license="MIT",
+    )
+
+
 def reads(scheme: str) -> bool:
     return support.reads(KERNELS, scheme)
 

@@ -43,6 +43,13 @@ KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16")
 _KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
+def source(backend: Backend) -> support.Source:
+    package = "onnxruntime-genai-cuda" if backend == "cuda" else "onnxruntime-genai"
+    return support.Source(
+        repository="https://github.com/microsoft/onnxruntime-genai", purl=f"pkg:pypi/{package}", license="MIT"
+    )
+
+
 def reads(scheme: str) -> bool:
     return support.reads(KERNELS, scheme)
 

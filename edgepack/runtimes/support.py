@@ -48,6 +48,20 @@ class Kernel:
     """Where the row comes from; a refusal quotes it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a runtime comes from, for the provenance and the SBOM of a bundle."""
+
+    repository: str
+    """Address of its source code."""
+    purl: str
+    """Its package without a version (https://github.com/package-url/purl-spec)."""
+    license: str
+    """SPDX identifier."""
+    version: str | None = None
+    """Of this package, where it is not the one that the plan's figures hold for."""
+
+
 def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machine) -> str | None:
     """Why ``runtime`` cannot run ``scheme`` on this machine; None when it can, or nothing speaks against it."""
     of_scheme = [row for row in kernels if _holds(row, scheme)]

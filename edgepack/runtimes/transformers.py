@@ -58,6 +58,14 @@ left out."""
 KV_TYPES: tuple[str, ...] = ("bf16", "f16")
 
 
+def source(backend: Backend) -> support.Source:
+    return support.Source(
+        repository="https://github.com/huggingface/transformers",
+        purl="pkg:pypi/transformers",
+        license="Apache-2.0",
+    )
+
+
 def reads(scheme: str) -> bool:
     return support.reads(KERNELS, scheme)
 

