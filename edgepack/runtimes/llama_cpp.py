@@ -28,6 +28,12 @@ VERSION = "0.5.0-dev (0c1e57098)"
 ARTIFACT = "model.gguf"
 MODULES: tuple[str, ...] = ()
 FRONT = True
+INSTALL = ""
+READERS: Mapping[str, tuple[str, ...]] = {}
+IMAGES: Mapping[Backend, str] = {}
+SPEED_FAMILY: support.Family = "llama.cpp"
+EAGER: tuple[Backend, ...] = ()
+ONE_BY_ONE = False
 KERNELS: tuple[support.Kernel, ...] = tuple(
     support.Kernel(schemes=("gguf",), backend=backend, why="ggml has every GGUF type on every backend")
     for backend in ("cpu", "cuda", "vulkan", "metal")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from edgepack import layouts, schemes
 from edgepack.profile import Arch, Backend, DeviceProfile
+
+Family = Literal["llama.cpp", "torch"]
+"""Of runtimes, by whose published runs their speed is counted (speed.LAW)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
