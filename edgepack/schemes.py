@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from edgepack import layouts, serde
 from edgepack.errors import Unsupported
@@ -106,6 +107,13 @@ def is_gguf(scheme: str) -> bool:
     """Whether the scheme is a GGUF's: a file type of llama-quantize, or a budget."""
     name = canonical(scheme)
     return name in _BASE or is_budget(name)
+
+
+def file_format(scheme: str) -> Literal["gguf", "onnx", "safetensors"]:
+    """What weights in this scheme are stored as, in the words of ModelPack's examples."""
+    if is_gguf(scheme):
+        return "gguf"
+    return "onnx" if scheme.startswith("onnx") else "safetensors"
 
 
 def is_budget(scheme: str) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from edgepack import schemes
+from edgepack import runtimes, schemes
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Backend, DeviceProfile, PowerMode, SpeedConstants
 
@@ -181,14 +181,6 @@ FLOP_PER_BYTE: Mapping[str, float] = {
 """FP32 peak over bandwidth where a profile gives none, by generation: RTX 3060 35, 4090 82, Orin 18 to 26, GTX 1050 Ti
 19, M1 to M4 26 to 38 (tests/truth/speed_devices.jsonl)."""
 
-FAMILY: Mapping[str, str] = {
-    "llama.cpp": "llama.cpp",
-    "vllm": "torch",
-    "transformers": "torch",
-    "onnx-genai": "torch",
-}
-"""Family of each runtime; nobody published onnxruntime-genai's speed on these devices: taken for PyTorch's."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seconds:
@@ -205,15 +197,10 @@ CHOICE = _Seconds(low=5e-9, middle=13e-9, high=35e-9)
 """Seconds it takes for each token of the vocabulary to choose one, on one core: with 151936 it took 2.2 ms a token
 longer than llama-bench, which chooses none, beside an H200, and 2.7 ms on 8 cores of that host (a Xeon of 2023); cores
 of boards are two to three times slower."""
-EAGER: Mapping[str, _Seconds] = {"transformers": _Seconds(low=500e-6, middle=900e-6, high=3500e-6)}
+EAGER = _Seconds(low=500e-6, middle=900e-6, high=3500e-6)
 """Seconds a layer that a runtime takes to start its operations one by one, on the host. Of transformers Qwen2.5's own
 table (bf16, A100) has 0.88 to 0.90 ms a layer for 0.5B, 1.5B, 3B and 7B alike; 1.2 ms on one core of an x86-64 server
 (demo against demo-half). Cores of boards are two to three times slower."""
-EAGER_ON_CPU: Mapping[str, _Seconds] = {**EAGER, "vllm": EAGER["transformers"]}
-"""vLLM starts the same operations of PyTorch there, without the CUDA graphs that spare them on a card: 3 to 90 tokens a
-second were measured of the built-in model, where bandwidth alone would give 1431."""
-ONE_BY_ONE = ("onnx-genai", "transformers")
-"""Runtimes of edgepack's own server: slots are computed each by itself, the weights read for each."""
 
 
 @lru_cache(maxsize=4096)
@@ -318,7 +305,8 @@ def estimate(
     ``kv_bytes``: KV cache of one slot, read whole when it is full. A device's own constants hold where the profile
     has them for this mode and runtime; else those of its class, with the width that left-out devices showed.
     """
-    on, family = machine(profile, mode), FAMILY[runtime]
+    on, how = machine(profile, mode), runtimes.named(runtime)
+    family = how.SPEED_FAMILY
     own = profile.constants(mode.name)
     if own is not None and own.runtime != runtime:
         own = None
@@ -331,8 +319,7 @@ def estimate(
         flops, unsure = own.prefill_tflops * 1e12, OWN_SPREAD_PREFILL
     rate = flops / (2 * work.weights)
     wide = math.exp(width)
-    by_one = EAGER_ON_CPU if profile.backend == "cpu" else EAGER
-    eager = _plus(_NONE, by_one.get(runtime, _NONE), work.layers)
+    eager = _plus(_NONE, EAGER, work.layers) if profile.backend in how.EAGER else _NONE
     reading = _reading(prompt / rate, unsure, _plus(_NONE, eager, -(-prompt // PROMPT)))
     beside = _plus(SERVER, eager, 1)
     if runtime == "llama.cpp":
@@ -343,7 +330,7 @@ def estimate(
     best = parts.total + (slots - 1) * 2 * work.weights / flops
     again = terms(on, work, family=family).compute
     worst = parts.total + (slots - 1) * max(again, 2 * work.weights / flops)
-    if runtime in ONE_BY_ONE:
+    if how.ONE_BY_ONE:
         best = worst = slots * parts.total
     return Speed(
         decode_all=slots / (best + slots * (cache + beside.middle)),

@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Literal
 
+from edgepack import runtimes
 from edgepack.errors import BuildFailed, MissingTool, Offline, Unsupported, Untrusted
 from edgepack.progress import Progress
 from edgepack.shell import run
@@ -135,14 +136,6 @@ def find_emulator(arch: Machine) -> Path | None:
     return None
 
 
-_PYTHONS = {
-    "onnx-genai": "pip install 'edgepack[serve,onnx]', or name a Python that has them: EDGEPACK_PYTHON=PATH",
-    "transformers": "pip install 'edgepack[serve,torch]', or name a Python that has them: EDGEPACK_PYTHON=PATH",
-    "vllm": "vLLM needs an environment of its own: python3 -m venv VENV, VENV/bin/pip install vllm, and "
-    "EDGEPACK_PYTHON=VENV/bin/python",
-}
-
-
 def python_for(runtime: str) -> Path:
     """The Python that can run a runtime's server: EDGEPACK_PYTHON, this one, or python3 on PATH.
 
@@ -153,7 +146,7 @@ def python_for(runtime: str) -> Path:
     try:
         program, _ = agent.find_python(agent.RUNTIMES[runtime], None)
     except agent.MissingProgram as error:
-        raise MissingTool(str(error), hint=_PYTHONS[runtime]) from error
+        raise MissingTool(str(error), hint=runtimes.named(runtime).INSTALL) from error
     return Path(program)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import edgepack
-from edgepack import runtimes, serde
+from edgepack import runtimes, schemes, serde
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle import oci, sign
 from edgepack.bundle.provenance import provenance
@@ -295,11 +295,16 @@ def _layers(
     artifacts = _artifact_layers(plan, artifact)
     weights = tuple(layer for layer in artifacts if layer.kind == "weight")
     small += [layer for layer in artifacts if layer.kind != "weight"]
-    image = image_for(plan, image_digest)
+    bom = sbom(
+        plan,
+        artifact,
+        checkpoint,
+        runtime=runtime,
+        image=image_for(plan, image_digest),
+        requirements=requirements(plan),
+    )
     small += [
-        oci.text_layer(
-            "sbom.cdx.json", "doc", sbom(plan, artifact, checkpoint, runtime=runtime, image=image)
-        ),
+        oci.text_layer("sbom.cdx.json", "doc", bom),
         oci.text_layer(
             "provenance.json",
             "doc",
@@ -372,7 +377,7 @@ def _config(
         },
         "config": {
             "architecture": "transformer",
-            "format": _format(plan, artifact),
+            "format": schemes.file_format(plan.scheme),
             "paramSize": _count(plan.model.parameters),
             "quantization": artifact.scheme,
         },
@@ -411,13 +416,6 @@ def _annotations(
 def _reference_name(plan: Plan) -> str:
     """The plan's name in the characters that image references may have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", plan.name).strip("-.") or "model"
-
-
-def _format(plan: Plan, artifact: Artifact) -> str:
-    """As ModelPack's examples name formats."""
-    if artifact.path.is_file():
-        return "gguf"
-    return "onnx" if plan.runtime == runtimes.onnx_genai.NAME else "safetensors"
 
 
 def _count(parameters: int) -> str:

@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 
 import edgepack
+from edgepack import runtimes, schemes
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle.oci import Layer
 from edgepack.plan import Plan
 
-BUILD_TYPE = "urn:edgepack:build:gguf:v1"
 BUILDER = "urn:edgepack:builder"
 
 
@@ -26,12 +26,13 @@ def provenance(
 
     ``plan_json`` is plan.json as it lies in the bundle; ``layers`` are the other files of the bundle.
     """
+    source = runtimes.named(plan.runtime).source(plan.profile.backend)
     materials: list[dict[str, object]] = [
         {"name": "model", "uri": checkpoint.source, "digest": _revision(checkpoint.revision)},
         {
             "name": plan.runtime,
-            "uri": "https://github.com/ggml-org/llama.cpp",
-            "annotations": {"version": plan.runtime_version},
+            "uri": source.repository,
+            "annotations": {"version": source.version or plan.runtime_version},
         },
     ]
     if artifact.imatrix_sha256 is not None:
@@ -47,7 +48,7 @@ def provenance(
         ],
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
+                "buildType": f"urn:edgepack:build:{schemes.file_format(plan.scheme)}:v1",
                 "externalParameters": {
                     "model": plan.model.id,
                     "profile": plan.profile.name,

@@ -15,7 +15,7 @@ from edgepack.device import installer
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
-from edgepack.runtimes import transformers, vllm
+from edgepack.runtimes import vllm
 from edgepack.settings import Settings
 
 if TYPE_CHECKING:
@@ -77,26 +77,9 @@ def front(settings: Settings) -> tuple[str, ...]:
     return ("--ctx-size", str(settings.context), "--parallel", str(settings.slots))
 
 
-READERS: Mapping[str, tuple[str, ...]] = {
-    "bnb": ("bitsandbytes==0.50.2", "accelerate==1.15.0"),
-    "gptq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
-    "awq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
-    "autoround": ("auto-round==0.15.1", "accelerate==1.15.0"),
-}
-"""By family of schemes: the libraries that transformers reads such a checkpoint with."""
-
-
 def readers(plan: Plan) -> tuple[str, ...]:
     """Requirements of the plan's checkpoint beside those of its runtime."""
-    return READERS.get(plan.scheme.partition("-")[0], ()) if plan.runtime == transformers.NAME else ()
-
-
-IMAGES: Mapping[tuple[str, str], str] = {
-    ("onnx-genai", "cpu"): "localhost/edgepack/edgepack-server:onnx-genai-0.18.0",
-    ("onnx-genai", "cuda"): "localhost/edgepack/edgepack-server:onnx-genai-0.18.0-cuda13",
-    ("transformers", "cpu"): "localhost/edgepack/edgepack-server:transformers-5.17.0",
-}
-"""By runtime and backend: images of docker/, where the profile names none."""
+    return runtimes.named(plan.runtime).READERS.get(plan.scheme.partition("-")[0], ())
 
 
 def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
@@ -113,7 +96,7 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
         if image.runtime == plan.runtime:
             known = digest or image.digest
             return replace(image, digest=known)
-    own = None if readers(plan) else IMAGES.get((plan.runtime, plan.profile.backend))
+    own = None if readers(plan) else runtimes.named(plan.runtime).IMAGES.get(plan.profile.backend)
     return (
         None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")
     )

@@ -1,4 +1,4 @@
-"""What a bundle is made of, as CycloneDX 1.6: model, runtime, edgepack; the same bytes for the same bundle.
+"""What a bundle is made of and runs with, as CycloneDX 1.6; the same bytes for the same bundle.
 
 Format: https://cyclonedx.org/docs/1.6/json/. Time and random serial numbers are optional there and left out
 or derived, so that a bundle stays reproducible.
@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import edgepack
+from edgepack import runtimes
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.plan import Plan
 from edgepack.profile import RuntimeImage
@@ -31,11 +32,17 @@ def sbom(
     *,
     runtime: Path | None = None,
     image: RuntimeImage | None = None,
+    requirements: str = "",
 ) -> str:
-    """The CycloneDX document as JSON text; ``runtime`` is the server binary in the bundle, if any."""
+    """The CycloneDX document as JSON text; ``runtime`` is the server binary in the bundle, if any.
+
+    ``requirements``: the bundle's requirements.txt; what it pins is listed where the runtime is one in Python.
+    """
+    served = _runtime(plan, runtime)
+    libraries = _libraries(requirements) if runtimes.named(plan.runtime).MODULES else []
     components: list[dict[str, object]] = [
         _model(plan, artifact, checkpoint),
-        _llama_cpp(plan, runtime),
+        served,
         {
             "type": "application",
             "bom-ref": "edgepack",
@@ -45,6 +52,7 @@ def sbom(
             "purl": f"pkg:pypi/edgepack@{edgepack.__version__}",
         },
     ]
+    components += [library for library in libraries if library["purl"] != served["purl"]]
     if image is not None:
         components.append(_container(image))
     serial = uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(components, sort_keys=True))
@@ -91,7 +99,7 @@ def _model(plan: Plan, artifact: Artifact, checkpoint: Checkpoint) -> dict[str, 
             }
         },
         "properties": [
-            {"name": "edgepack:file", "value": "model.gguf"},
+            {"name": "edgepack:file", "value": runtimes.named(plan.runtime).ARTIFACT},
             {"name": "edgepack:scheme", "value": artifact.scheme},
             {"name": "edgepack:parameters", "value": str(plan.model.parameters)},
             {"name": "edgepack:made-by", "value": artifact.tool},
@@ -99,20 +107,36 @@ def _model(plan: Plan, artifact: Artifact, checkpoint: Checkpoint) -> dict[str, 
     }
 
 
-def _llama_cpp(plan: Plan, runtime: Path | None) -> dict[str, object]:
-    version = commit(plan.runtime_version) or plan.runtime_version
+def _runtime(plan: Plan, binary: Path | None) -> dict[str, object]:
+    source = runtimes.named(plan.runtime).source(plan.profile.backend)
+    version = source.version or plan.runtime_version
     component: dict[str, object] = {
         "type": "application",
         "bom-ref": "runtime",
         "name": plan.runtime,
-        "version": plan.runtime_version,
-        "licenses": [{"license": {"id": "MIT"}}],
-        "purl": f"pkg:github/ggml-org/llama.cpp@{quote(version, safe='')}",
+        "version": version,
+        "licenses": [{"license": {"id": source.license}}],
+        "purl": f"{source.purl}@{quote(commit(version) or version, safe='')}",
     }
-    if runtime is not None:
-        component["hashes"] = [{"alg": "SHA-256", "content": sha256_file(runtime)}]
+    if binary is not None:
+        component["hashes"] = [{"alg": "SHA-256", "content": sha256_file(binary)}]
         component["properties"] = [{"name": "edgepack:file", "value": "bin/llama-server"}]
     return component
+
+
+def _libraries(requirements: str) -> list[dict[str, object]]:
+    """A component for each line "name[extras]==version"."""
+    pins = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^\]]*\])?==(\S+)$", requirements, re.MULTILINE)
+    return [
+        {
+            "type": "library",
+            "bom-ref": f"library-{name}",
+            "name": name,
+            "version": version,
+            "purl": f"pkg:pypi/{name.lower().replace('_', '-')}@{quote(version, safe='')}",
+        }
+        for name, version in dict(pins).items()
+    ]
 
 
 def _container(image: RuntimeImage) -> dict[str, object]:

@@ -11,6 +11,7 @@ from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import llama_cpp, onnx_genai, transformers, vllm
+from edgepack.runtimes.support import Family, Source
 from edgepack.runtimes.support import Machine as Machine
 from edgepack.settings import Settings
 
@@ -31,6 +32,22 @@ class Runtime(Protocol):
     """What its Python must have; empty for a program."""
     FRONT: bool
     """Whether its own server lacks /chat, so that the front (edgepack/server) may stand before it."""
+
+    INSTALL: str
+    """How to get a Python that has them; empty for a program."""
+    READERS: Mapping[str, tuple[str, ...]]
+    """By family of schemes: requirements beside its own that it reads such a checkpoint with."""
+    IMAGES: Mapping[Backend, str]
+    """Images of docker/ that run it where the profile names none; none for what needs more than its requirements."""
+    SPEED_FAMILY: Family
+    """Whose constants of the speed law it has."""
+    EAGER: tuple[Backend, ...]
+    """Where it starts the operations of a layer one by one from the host, without graphs."""
+    ONE_BY_ONE: bool
+    """Whether slots are computed each by itself, the weights read for each."""
+
+    def source(self, backend: Backend) -> Source:
+        """Where what runs on this backend comes from."""
 
     def reads(self, scheme: str) -> bool:
         """Whether it runs ``scheme`` on any machine."""

@@ -28,6 +28,12 @@ VERSION = "0.5.0-dev (0c1e57098)"
 ARTIFACT = "model.gguf"
 MODULES: tuple[str, ...] = ()
 FRONT = True
+INSTALL = ""
+READERS: Mapping[str, tuple[str, ...]] = {}
+IMAGES: Mapping[Backend, str] = {}
+SPEED_FAMILY: support.Family = "llama.cpp"
+EAGER: tuple[Backend, ...] = ()
+ONE_BY_ONE = False
 KERNELS: tuple[support.Kernel, ...] = tuple(
     support.Kernel(schemes=("gguf",), backend=backend, why="ggml has every GGUF type on every backend")
     for backend in ("cpu", "cuda", "vulkan", "metal")
@@ -66,6 +72,14 @@ _FILES = 256
 """Files beside those connections: others' connections, the model, a card's driver."""
 _WATCHERS = 4
 """Connections for /health, /metrics and /slots beside them."""
+
+
+def source(backend: Backend) -> support.Source:
+    return support.Source(
+        repository="https://github.com/ggml-org/llama.cpp",
+        purl="pkg:github/ggml-org/llama.cpp",
+        license="MIT",
+    )
 
 
 def reads(scheme: str) -> bool:

@@ -22,6 +22,16 @@ VERSION = "0.18.0"
 ARTIFACT = "model"
 MODULES: tuple[str, ...] = ("onnxruntime_genai", "fastapi", "uvicorn", "jinja2")
 FRONT = False
+INSTALL = "pip install 'edgepack[serve,onnx]', or name a Python that has them: EDGEPACK_PYTHON=PATH"
+READERS: Mapping[str, tuple[str, ...]] = {}
+IMAGES: Mapping[Backend, str] = {
+    "cpu": "localhost/edgepack/edgepack-server:onnx-genai-0.18.0",
+    "cuda": "localhost/edgepack/edgepack-server:onnx-genai-0.18.0-cuda13",
+}
+SPEED_FAMILY: support.Family = "torch"
+"""Nobody published its speed on these devices: taken for PyTorch's."""
+EAGER: tuple[Backend, ...] = ()
+ONE_BY_ONE = True
 
 SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn")
 STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn", "onnx-int4-b128-rtn")
@@ -41,6 +51,13 @@ KERNELS: tuple[support.Kernel, ...] = (
 
 KV_TYPES: tuple[str, ...] = ("f32", "f16", "bf16")
 _KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def source(backend: Backend) -> support.Source:
+    package = "onnxruntime-genai-cuda" if backend == "cuda" else "onnxruntime-genai"
+    return support.Source(
+        repository="https://github.com/microsoft/onnxruntime-genai", purl=f"pkg:pypi/{package}", license="MIT"
+    )
 
 
 def reads(scheme: str) -> bool:

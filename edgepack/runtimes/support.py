@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from edgepack import layouts, schemes
 from edgepack.profile import Arch, Backend, DeviceProfile
+
+Family = Literal["llama.cpp", "torch"]
+"""Of runtimes, by whose published runs their speed is counted (speed.LAW)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,20 @@ class Kernel:
     """Compute capabilities above it for which the published binaries hold no code."""
     why: str
     """Where the row comes from; a refusal quotes it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a runtime comes from, for the provenance and the SBOM of a bundle."""
+
+    repository: str
+    """Address of its source code."""
+    purl: str
+    """Its package without a version (https://github.com/package-url/purl-spec)."""
+    license: str
+    """SPDX identifier."""
+    version: str | None = None
+    """Of this package, where it is not the one that the plan's figures hold for."""
 
 
 def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machine) -> str | None:

@@ -25,6 +25,17 @@ VERSION = "5.17.0"
 ARTIFACT = "model"
 MODULES: tuple[str, ...] = ("torch", "transformers", "fastapi", "uvicorn", "jinja2")
 FRONT = False
+INSTALL = "pip install 'edgepack[serve,torch]', or name a Python that has them: EDGEPACK_PYTHON=PATH"
+READERS: Mapping[str, tuple[str, ...]] = {
+    "bnb": ("bitsandbytes==0.50.2", "accelerate==1.15.0"),
+    "gptq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
+    "awq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
+    "autoround": ("auto-round==0.15.1", "accelerate==1.15.0"),
+}
+IMAGES: Mapping[Backend, str] = {"cpu": "localhost/edgepack/edgepack-server:transformers-5.17.0"}
+SPEED_FAMILY: support.Family = "torch"
+EAGER: tuple[Backend, ...] = ("cpu", "cuda")
+ONE_BY_ONE = True
 
 SCHEMES: tuple[str, ...] = ("bf16", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")
 STEPS_DOWN: tuple[str, ...] = (
@@ -56,6 +67,14 @@ KERNELS: tuple[support.Kernel, ...] = (
 left out."""
 
 KV_TYPES: tuple[str, ...] = ("bf16", "f16")
+
+
+def source(backend: Backend) -> support.Source:
+    return support.Source(
+        repository="https://github.com/huggingface/transformers",
+        purl="pkg:pypi/transformers",
+        license="Apache-2.0",
+    )
 
 
 def reads(scheme: str) -> bool:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from edgepack import toolchain
-from edgepack.bundle.render import CONTAINER_UID, IMAGES, READERS
+from edgepack import runtimes, toolchain
+from edgepack.bundle.render import CONTAINER_UID
 from edgepack.profile import load, names
+from edgepack.runtimes import transformers
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -292,7 +293,7 @@ def test_no_more_threads_than_cores_are_started_here() -> None:
 def test_the_images_that_bundles_name_are_built_here() -> None:
     tags = {tag for target in TARGETS.values() for tag in target["tags"]}
 
-    assert set(IMAGES.values()) <= tags
+    assert {image for runtime in runtimes.RUNTIMES for image in runtime.IMAGES.values()} <= tags
 
 
 def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_needs() -> None:
@@ -307,5 +308,5 @@ def test_the_image_of_transformers_serves_the_bitsandbytes_schemes_that_the_plan
 ):
     lock = (DOCKER / "requirements-transformers.txt").read_text(encoding="utf-8")
 
-    for package in READERS["bnb"]:
+    for package in transformers.READERS["bnb"]:
         assert f"\n{package} " in lock

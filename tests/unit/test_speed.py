@@ -142,7 +142,7 @@ def test_pytorch_reads_a_long_context_far_slower() -> None:
 
 def test_vllm_starts_its_operations_one_by_one_where_there_are_no_graphs() -> None:
     laptop, card = profile.load("x86-laptop"), CARD
-    layers = LLAMA.layers * speed.EAGER["transformers"].middle
+    layers = LLAMA.layers * speed.EAGER.middle
 
     beside = {
         device: [1 / estimate(device, runtime=name).decode for name in ("vllm", "transformers")]
