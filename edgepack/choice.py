@@ -49,13 +49,14 @@ def choose(outcomes: Sequence[Plan | Rejection], request: Request, candidates: S
     if not plans:
         raise _nothing_fits(rejections, request, candidates)
     best, front = plans[0], {id(p) for p in pareto(fitting)}
+    top = max((_sure(p) for p in fitting if p.quality.panel == best.quality.panel), default=0.0)
     others = tuple(
         Rejection(
             model=p.model.id,
             scheme=p.scheme,
             kv_type=p.settings.kv_type,
             context=p.settings.context,
-            reason=p.forced or _why_not(best, p, request.goal),
+            reason=p.forced or _why_not(best, p, request.goal, top=top),
             runtime=p.runtime,
             figures=None if p.forced else figures(p, on_front=id(p) in front),
         )
@@ -154,12 +155,17 @@ def _by_sure_score(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _sure(plan: Plan) -> float:
+    return _discounted(plan.quality.low, plan.runtime)
+
+
+def _discounted(low: float, runtime: str) -> float:
     """The score that counts for quality. What another runtime than llama.cpp keeps of a model is known less well, and
     it needs a Python on the device: it is taken where it is better by more than the noise of both."""
-    return plan.quality.low * (1.0 if plan.runtime == runtimes.llama_cpp.NAME else 1.0 - NOISE)
+    return low * (1.0 if runtime == runtimes.llama_cpp.NAME else 1.0 - NOISE)
 
 
-def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
+def _why_not(best: Plan, other: Plan, goal: Goal, *, top: float) -> str:
+    """``top``: the highest score that counts among those that fit, whose noise decides what is equal."""
     if other.quality.panel != best.quality.panel:
         return f"no score in {best.quality.panel}; scores of different sources are not compared"
     quality = f"scores at least {other.quality.low:.1f} against {best.quality.low:.1f}"
@@ -175,10 +181,12 @@ def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
             return f"{other.speed.decode_all:.1f} tok/s in all slots together against {best.speed.decode_all:.1f}"
         case "context" if other.settings.context != best.settings.context:
             return f"holds {other.settings.context} tokens against {best.settings.context}"
-        case _ if _sure(other) >= _sure(best) * (1.0 - NOISE):
+        case "quality" if _sure(other) >= top * (1.0 - NOISE):
             return f"{quality}, within the noise, and {pace}"
-        case _ if other.quality.low > best.quality.low:
+        case "quality" if other.quality.low > best.quality.low:
             return f"{quality}, no more than the noise of two runtimes"
+        case "quality" if _sure(other) >= _sure(best) * (1.0 - NOISE):
+            return f"{quality}, more than the noise below the best that fits"
         case _:
             return quality
 
@@ -187,10 +195,12 @@ def _why_not(best: Plan, other: Plan, goal: Goal) -> str:
 
 
 def _why(chosen: Plan, goal: Goal) -> str:
-    fitting = [
-        r for r in chosen.rejected if r.figures is not None and r.figures.panel == chosen.quality.panel
+    others = [
+        (r.figures.quality_low, r.runtime)
+        for r in chosen.rejected
+        if r.figures is not None and r.figures.panel == chosen.quality.panel
     ]
-    size = f"of {len(fitting) + 1} that fit and are scored in {chosen.quality.panel}"
+    size = f"of {len(others) + 1} that fit and are scored in {chosen.quality.panel}"
     match goal:
         case "latency":
             return f"the fastest for one user {size}, at {WORTH:.0%} or more of the best sure score"
@@ -201,10 +211,12 @@ def _why(chosen: Plan, goal: Goal) -> str:
         case "context":
             return f"the longest context {size}, then the best sure score"
         case "quality":
-            top = chosen.quality.low * (1.0 - NOISE)
-            ties = sum(r.figures.quality_low >= top for r in fitting if r.figures is not None)
-            equal = f"; {ties} more within {NOISE:.0%} of it, of which it is the fastest" if ties else ""
-            return f"the best score one can be sure of, {chosen.quality.low:.1f}, {size}{equal}"
+            scores = [_sure(chosen), *(_discounted(low, runtime) for low, runtime in others)]
+            equal = sum(score >= max(scores) * (1.0 - NOISE) for score in scores)
+            low = f"{chosen.quality.low:.1f}"
+            if equal == 1:
+                return f"the best score one can be sure of, {low}, {size}"
+            return f"surely scores {low}, {size}: the fastest of {equal} within {NOISE:.0%} of the best"
 
 
 def _against(chosen: Plan) -> Iterator[str]:

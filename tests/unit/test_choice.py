@@ -121,6 +121,21 @@ def test_speed_is_not_bought_with_most_of_the_quality(name: str) -> None:
     assert fast.quality.low >= choice.WORTH * best.quality.low
 
 
+@pytest.mark.parametrize(
+    ("name", "goal"), [*((name, "quality") for name in profile.names()), ("jetson-orin", "context")]
+)
+def test_nothing_within_the_noise_is_faster_than_what_was_chosen(name: str, goal: plan.Goal) -> None:
+    request = Request(profile=profile.load(name), goal=goal)
+
+    chosen = pipeline.make_plan(request, models())
+
+    equal = [r for r in chosen.rejected if r.figures is not None and "within the noise" in r.reason]
+    assert all(r.figures.decode <= chosen.speed.decode_full for r in equal if r.figures is not None)
+    why = choice.explain(chosen, request, [c for c in models() if c.model == chosen.model]).why
+    told = re.search(r"the fastest of (\d+) within", why)
+    assert (int(told[1]) if told else 1) == (1 + len(equal) if goal == "quality" else 1)
+
+
 def test_the_longest_context_is_one_that_is_still_fast_enough() -> None:
     model = [pipeline.named("qwen2.5-1.5b-instruct")]
     request = Request(
