@@ -428,7 +428,7 @@ def _changes(case: _Case) -> Iterator[Change]:
 
 def _within(case: _Case) -> Iterator[Change]:
     """Changes of settings, then of the scheme, then of all at once."""
-    lighter = runtimes.named(case.runtime).lighter_kv(case.settings.kv_type, case.machine)
+    lighter = _lighter(case)
     light = [lighter] if lighter is not None else []
     small = [_SMALL_UBATCH] if case.settings.ubatch > _SMALL_UBATCH and _bounded(case) else []
     yield from (Change(kv_type=kv) for kv in light)
@@ -447,6 +447,16 @@ def _within(case: _Case) -> Iterator[Change]:
             context = _shorter(_changed(case, least))
             if context:
                 yield replace(least, context=context)
+
+
+def _lighter(case: _Case) -> str | None:
+    """A KV type that takes less and that heads of this size can have."""
+    lighter = runtimes.named(case.runtime).lighter_kv(case.settings.kv_type, case.machine)
+    try:
+        _changed(case, Change(kv_type=lighter)).estimate()
+    except Unsupported:
+        return None
+    return lighter
 
 
 def _bounded(case: _Case) -> bool:

@@ -89,6 +89,15 @@ def test_the_hint_is_the_cheapest_change_that_fits(missing: int, hint: str) -> N
     assert result.hint == hint
 
 
+def test_heads_that_no_8_bit_cache_can_have_are_helped_by_scheme_and_context_alone() -> None:
+    """Heads of 48, and q8_0 comes in blocks of 32."""
+    least = try_it("odd-heads", "Q2_K", PI, context=512).estimate.high
+
+    result = try_it("odd-heads", "F16", with_memory(PI, least), context=32768)
+
+    assert result.hint == "--scheme Q5_K_M --context 256"
+
+
 def test_a_smaller_scheme_is_proposed_when_the_weights_are_too_much() -> None:
     needed = try_it("qwen2.5-7b", "Q4_K_M", PI, context=512).estimate.high
 
