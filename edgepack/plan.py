@@ -444,7 +444,7 @@ def _try(
         context = quick or longest(limit, fits) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
-    warnings = list(_warnings(request, candidate.model, spec, runtime, scheme))
+    warnings = list(_warnings(request, candidate.model, runtime, estimate))
     if need > there_is:
         reason = (
             f"needs {show(need)}, {show(need - there_is)} more than the {show(there_is)} there is; "
@@ -544,9 +544,7 @@ def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, ima
     )
 
 
-def _warnings(
-    request: Request, model: ModelRef, spec: ModelSpec, runtime: Runtime, scheme: str
-) -> Iterator[str]:
+def _warnings(request: Request, model: ModelRef, runtime: Runtime, estimate: MemoryEstimate) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
     if model.lesson is not None:
@@ -569,7 +567,7 @@ def _warnings(
     if caution:
         yield caution
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
-    weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
+    weights = sum(part.bytes for part in estimate.parts if (part.name, part.place) == ("weights", "device"))
     if limit is not None and weights > limit and runtime is llama_cpp:
         yield (
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "
