@@ -14,7 +14,7 @@ from typing import Literal
 from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
 from edgepack.degradation import Loss, Measure
 from edgepack.errors import BadInput, Unsupported
-from edgepack.fit import binding, excess, longest, started, tightest
+from edgepack.fit import binding, excess, longest, oversize, started, tightest, too_large
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -126,6 +126,11 @@ class Request:
     """None: all that run on the device are weighed."""
     budgeted: bool = False
     """Whether a GGUF that fills the budget is considered too: calibration data to choose its types by will be there."""
+
+    @property
+    def room_on_disk(self) -> Bytes | None:
+        """Bytes the artifact may take; None where nothing limits it."""
+        return self.profile.disk if self.disk is None else self.disk
 
     @property
     def takes_gguf(self) -> bool:
@@ -453,11 +458,10 @@ def _try(
         if not request.force:
             return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
         warnings.append(f"{FORCED}{reason}")
-    room_on_disk = request.disk if request.disk is not None else request.profile.disk
-    if room_on_disk is not None and estimate.file_bytes > room_on_disk:
-        reason = f"its file has {show(estimate.file_bytes)}, and {show(room_on_disk)} of disk may be used"
+    over = oversize(estimate, request.room_on_disk)
+    if over:
+        reason = too_large(estimate, over)
         if not request.force:
-            over = estimate.file_bytes - room_on_disk
             hint = f"--disk {-(-estimate.file_bytes // MIB)}MiB"
             return _reject(candidate, scheme, kv_type, context, reason, oversize=over, hint=hint)
         warnings.append(f"{FORCED}{reason}")
@@ -516,8 +520,7 @@ def _filled(
         arch=request.profile.arch,
         unified=room.unified,
     )
-    disk = request.disk if request.disk is not None else request.profile.disk
-    spec, name = allocation.planned(candidate.spec, scheme, place, room=room, disk=disk)
+    spec, name = allocation.planned(candidate.spec, scheme, place, room=room, disk=request.room_on_disk)
     return replace(request, imatrix=True), replace(candidate, spec=spec), name
 
 

@@ -117,6 +117,27 @@ def test_a_desktop_is_asked_to_leave_first() -> None:
     assert result.hint == "leave out --desktop"
 
 
+def test_a_file_that_the_disk_cannot_hold_does_not_fit() -> None:
+    small = replace(PI, disk=Bytes(GIB))
+
+    result = try_it("qwen2.5-1.5b", "Q8_0", small)
+
+    assert (result.fits, result.max_context) == (False, 0)
+    assert result.binding == "disk: its file has 1.53 GiB, and 1.00 GiB of disk may be used"
+    assert result.hint == "--scheme Q4_K_M"
+    assert try_it("qwen2.5-1.5b", "Q4_K_M", small).fits
+
+
+def test_memory_is_named_before_the_disk_and_the_hint_helps_with_both() -> None:
+    needed = try_it("qwen2.5-1.5b", "Q4_K_M", PI).estimate
+    small = replace(with_memory(PI, needed.high), disk=Bytes(needed.file_bytes - 1))
+
+    result = try_it("qwen2.5-1.5b", "Q8_0", small)
+
+    assert result.binding == "memory: weights"
+    assert result.hint == "--scheme Q4_K_S"
+
+
 def test_the_document_has_the_agreed_names() -> None:
     document = to_document(try_it("qwen2.5-1.5b", "q4_k_m", JETSON))
 
