@@ -354,8 +354,8 @@ def _nothing_fits(
         ubatch=request.ubatch,
     )
     tried = fit(
-        spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
-        imatrix=request.imatrix, runtime=nearest.runtime,
+        spec, profile=replace(request.profile, disk=request.room_on_disk), session=request.session,
+        scheme=nearest.scheme, settings=settings, imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
     free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
     on = ""

@@ -14,6 +14,7 @@ from edgepack.parts import Place, Provenance
 from edgepack.profile import Backend, Budget, DeviceProfile, Session, budget
 from edgepack.runtimes import Machine, llama_cpp
 from edgepack.settings import Settings
+from edgepack.units import show
 
 _STEP = 256
 _SMALL_UBATCH = 128
@@ -61,7 +62,8 @@ class Fit:
     max_context: int | None
     """Largest multiple of 256 tokens, all slots together, that fits and the model was trained for; else 0."""
     binding: str
-    """The pool with least room, and the part that takes most of it: "memory: weights"."""
+    """The pool with least room, and the part that takes most of it: "memory: weights"; or "context: "
+    or "disk: " and why, where memory is not the reason."""
     hint: str
     """The cheapest change that makes it fit, in words; empty when it does, or nothing is judged."""
     change: Change | None = None
@@ -81,7 +83,7 @@ def fit(
     imatrix: bool = False,
     runtime: str = llama_cpp.NAME,
 ) -> Fit:
-    """Holds the upper end of the estimate against what a server may use on this device.
+    """Holds the upper end of the estimate against what a server may use on this device, and the file against its disk.
 
     Without a profile the estimate is for a CPU, or for an accelerator with memory of its own when
     ``settings.gpu_layers`` says so. Raises Unsupported for a scheme or KV type the model cannot have, and for a
@@ -106,7 +108,7 @@ def fit(
             budget=None,
             fits=None,
             max_context=None,
-            binding=f"memory: {_largest(estimate)}",
+            binding=_binding(case, estimate),
             hint="",
             runtime=runtime,
             start_up=start_up,
@@ -126,9 +128,7 @@ def fit(
         budget=case.room,
         fits=fits,
         max_context=max_context,
-        binding=f"context: the model was trained for {limit} tokens"
-        if beyond
-        else binding(estimate, case.room),
+        binding=f"context: the model was trained for {limit} tokens" if beyond else _binding(case, estimate),
         hint="" if fits else change.words if change else _no_help(case),
         change=change,
         runtime=runtime,
@@ -179,6 +179,16 @@ def excess(estimate: MemoryEstimate, room: Budget) -> int:
     """
     need, limit = tightest(estimate, room)
     return need - limit
+
+
+def oversize(estimate: MemoryEstimate, disk: int | None) -> int:
+    """Bytes that the artifact's file has more than ``disk`` bytes; 0 when it fits, or nothing limits it."""
+    return 0 if disk is None else max(0, estimate.file_bytes - disk)
+
+
+def too_large(estimate: MemoryEstimate, over: int) -> str:
+    """Why a file that is ``over`` bytes too large is refused."""
+    return f"its file has {show(estimate.file_bytes)}, and {show(estimate.file_bytes - over)} of disk may be used"
 
 
 def tightest(estimate: MemoryEstimate, room: Budget) -> tuple[int, int]:
@@ -268,11 +278,11 @@ class FitDocument(TypedDict):
     """What a server may use of the accelerator's memory, or of the memory that all share; null without a profile."""
     budget_host_bytes: int | None
     fits: bool | None
-    """Whether the upper ends fit; null where no device was named."""
+    """Whether the upper ends fit the memory, and the file the disk; null where no device was named."""
     max_context: int | None
     """Largest that fits and the model was trained for; else 0."""
     binding: str
-    """The pool with least room, and the part that takes most of it."""
+    """The pool with least room, and the part that takes most of it; or "context: " or "disk: " and why."""
     hint: str
     """The cheapest change that makes it fit; empty when it does."""
     exact: ExactDocument | None
@@ -363,8 +373,15 @@ class _Case:
             runtime=self.runtime,
         )
 
+    @property
+    def disk(self) -> int | None:
+        return self.profile.disk if self.profile else None
+
     def fits(self) -> bool:
-        return self.room is not None and excess(self.estimate(), self.room) <= 0
+        if self.room is None:
+            return False
+        estimate = self.estimate()
+        return excess(estimate, self.room) <= 0 and not oversize(estimate, self.disk)
 
     def with_context(self, context: int) -> _Case:
         started = _with(self, context=context, ubatch=self.settings.ubatch)
@@ -428,7 +445,7 @@ def _changes(case: _Case) -> Iterator[Change]:
 
 def _within(case: _Case) -> Iterator[Change]:
     """Changes of settings, then of the scheme, then of all at once."""
-    lighter = runtimes.named(case.runtime).lighter_kv(case.settings.kv_type, case.machine)
+    lighter = _lighter(case)
     light = [lighter] if lighter is not None else []
     small = [_SMALL_UBATCH] if case.settings.ubatch > _SMALL_UBATCH and _bounded(case) else []
     yield from (Change(kv_type=kv) for kv in light)
@@ -447,6 +464,16 @@ def _within(case: _Case) -> Iterator[Change]:
             context = _shorter(_changed(case, least))
             if context:
                 yield replace(least, context=context)
+
+
+def _lighter(case: _Case) -> str | None:
+    """A KV type that takes less and that heads of this size can have."""
+    lighter = runtimes.named(case.runtime).lighter_kv(case.settings.kv_type, case.machine)
+    try:
+        _changed(case, Change(kv_type=lighter)).estimate()
+    except Unsupported:
+        return None
+    return lighter
 
 
 def _bounded(case: _Case) -> bool:
@@ -519,6 +546,16 @@ def binding(estimate: MemoryEstimate, room: Budget) -> str:
     return (
         f"device: {_largest(estimate, 'device')}" if device >= host else f"host: {_largest(estimate, 'host')}"
     )
+
+
+def _binding(case: _Case, estimate: MemoryEstimate) -> str:
+    """The disk, where only the file is too large."""
+    if case.room is None:
+        return f"memory: {_largest(estimate)}"
+    over = oversize(estimate, case.disk)
+    if over and excess(estimate, case.room) <= 0:
+        return f"disk: {too_large(estimate, over)}"
+    return binding(estimate, case.room)
 
 
 def _largest(estimate: MemoryEstimate, place: Place | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 from edgepack import allocation, degradation, memory, runtimes, schemes, serde, speed
 from edgepack.degradation import Loss, Measure
 from edgepack.errors import BadInput, Unsupported
-from edgepack.fit import binding, excess, longest, started, tightest
+from edgepack.fit import binding, excess, longest, oversize, started, tightest, too_large
 from edgepack.memory import MemoryEstimate
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import Budget, DeviceProfile, PowerMode, Session, budget
@@ -128,6 +128,11 @@ class Request:
     """None: all that run on the device are weighed."""
     budgeted: bool = False
     """Whether a GGUF that fills the budget is considered too: calibration data to choose its types by will be there."""
+
+    @property
+    def room_on_disk(self) -> Bytes | None:
+        """Bytes the artifact may take; None where nothing limits it."""
+        return self.profile.disk if self.disk is None else self.disk
 
     @property
     def takes_gguf(self) -> bool:
@@ -445,7 +450,7 @@ def _try(
         context = quick or longest(limit, fits) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
-    warnings = list(_warnings(request, candidate.model, spec, runtime, scheme))
+    warnings = list(_warnings(request, candidate.model, runtime, estimate))
     if need > there_is:
         reason = (
             f"needs {show(need)}, {show(need - there_is)} more than the {show(there_is)} there is; "
@@ -454,11 +459,10 @@ def _try(
         if not request.force:
             return _reject(candidate, scheme, kv_type, context, reason, excess=need - there_is)
         warnings.append(f"{FORCED}{reason}")
-    room_on_disk = request.disk if request.disk is not None else request.profile.disk
-    if room_on_disk is not None and estimate.file_bytes > room_on_disk:
-        reason = f"its file has {show(estimate.file_bytes)}, and {show(room_on_disk)} of disk may be used"
+    over = oversize(estimate, request.room_on_disk)
+    if over:
+        reason = too_large(estimate, over)
         if not request.force:
-            over = estimate.file_bytes - room_on_disk
             hint = f"--disk {-(-estimate.file_bytes // MIB)}MiB"
             return _reject(candidate, scheme, kv_type, context, reason, oversize=over, hint=hint)
         warnings.append(f"{FORCED}{reason}")
@@ -517,8 +521,7 @@ def _filled(
         arch=request.profile.arch,
         unified=room.unified,
     )
-    disk = request.disk if request.disk is not None else request.profile.disk
-    spec, name = allocation.planned(candidate.spec, scheme, place, room=room, disk=disk)
+    spec, name = allocation.planned(candidate.spec, scheme, place, room=room, disk=request.room_on_disk)
     return replace(request, imatrix=True), replace(candidate, spec=spec), name
 
 
@@ -545,9 +548,7 @@ def _quality(candidate: Candidate, panel: str, scheme: str, kv_type: str, *, ima
     )
 
 
-def _warnings(
-    request: Request, model: ModelRef, spec: ModelSpec, runtime: Runtime, scheme: str
-) -> Iterator[str]:
+def _warnings(request: Request, model: ModelRef, runtime: Runtime, estimate: MemoryEstimate) -> Iterator[str]:
     if not model.commercial:
         yield f"{model.license} forbids commercial use of {model.id}"
     if model.lesson is not None:
@@ -570,7 +571,7 @@ def _warnings(
     if caution:
         yield caution
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None
-    weights = schemes.weights_bytes(spec, scheme, imatrix=request.imatrix, backend=request.profile.backend)
+    weights = sum(part.bytes for part in estimate.parts if (part.name, part.place) == ("weights", "device"))
     if limit is not None and weights > limit and runtime is llama_cpp:
         yield (
             f"the weights load as one allocation of {show(weights)}; requests above {show(limit)} have failed on some "

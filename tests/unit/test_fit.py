@@ -89,6 +89,15 @@ def test_the_hint_is_the_cheapest_change_that_fits(missing: int, hint: str) -> N
     assert result.hint == hint
 
 
+def test_heads_that_no_8_bit_cache_can_have_are_helped_by_scheme_and_context_alone() -> None:
+    """Heads of 48, and q8_0 comes in blocks of 32."""
+    least = try_it("odd-heads", "Q2_K", PI, context=512).estimate.high
+
+    result = try_it("odd-heads", "F16", with_memory(PI, least), context=32768)
+
+    assert result.hint == "--scheme Q5_K_M --context 256"
+
+
 def test_a_smaller_scheme_is_proposed_when_the_weights_are_too_much() -> None:
     needed = try_it("qwen2.5-7b", "Q4_K_M", PI, context=512).estimate.high
 
@@ -106,6 +115,27 @@ def test_a_desktop_is_asked_to_leave_first() -> None:
 
     assert not result.fits
     assert result.hint == "leave out --desktop"
+
+
+def test_a_file_that_the_disk_cannot_hold_does_not_fit() -> None:
+    small = replace(PI, disk=Bytes(GIB))
+
+    result = try_it("qwen2.5-1.5b", "Q8_0", small)
+
+    assert (result.fits, result.max_context) == (False, 0)
+    assert result.binding == "disk: its file has 1.53 GiB, and 1.00 GiB of disk may be used"
+    assert result.hint == "--scheme Q4_K_M"
+    assert try_it("qwen2.5-1.5b", "Q4_K_M", small).fits
+
+
+def test_memory_is_named_before_the_disk_and_the_hint_helps_with_both() -> None:
+    needed = try_it("qwen2.5-1.5b", "Q4_K_M", PI).estimate
+    small = replace(with_memory(PI, needed.high), disk=Bytes(needed.file_bytes - 1))
+
+    result = try_it("qwen2.5-1.5b", "Q8_0", small)
+
+    assert result.binding == "memory: weights"
+    assert result.hint == "--scheme Q4_K_S"
 
 
 def test_the_document_has_the_agreed_names() -> None:

@@ -14,7 +14,7 @@ from edgepack import catalog, choice, modelspec, pipeline, plan, profile, serde
 from edgepack.errors import BadInput, NothingFits
 from edgepack.fit import excess
 from edgepack.plan import Candidate, Plan, Rejection, Request
-from edgepack.units import GIB, Bytes
+from edgepack.units import GIB, Bytes, show
 
 NANO = profile.load("jetson-orin")
 
@@ -221,3 +221,15 @@ def test_a_teacher_offers_its_students() -> None:
 
     assert all(catalog.find(s.model.id) is not None for s in students)
     assert {s.model.teacher for s in students} >= {teacher}
+
+
+def test_one_allocation_is_of_what_the_accelerator_holds() -> None:
+    """The embedding of a model that is not tied lies with the host."""
+    request = Request(profile=NANO, scheme="Q4_K_M", kv_type="f16", context=4096)
+    model = one("qwen2.5-7b-instruct")
+
+    chosen = pipeline.make_plan(request, [model])
+
+    weights = next(p for p in chosen.memory.parts if (p.name, p.place) == ("weights", "device"))
+    assert weights.bytes < chosen.memory.part("weights")
+    assert any(f"one allocation of {show(weights.bytes)};" in text for text in chosen.warnings)
