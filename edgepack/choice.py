@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from edgepack import runtimes
 from edgepack.errors import NothingFits
 from edgepack.fit import WITHOUT_DESKTOP, Change, binding, fit
+from edgepack.parts import Place
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import budget
 from edgepack.runtimes import Machine
@@ -357,6 +358,7 @@ def _nothing_fits(
         spec, profile=request.profile, session=request.session, scheme=nearest.scheme, settings=settings,
         imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
+    tight: Place = "host" if tried.binding.startswith("host") else "device"
     free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
     on = ""
     if tried.change is not None and request.runtime is None and nearest.runtime != runtimes.llama_cpp.NAME:
@@ -364,7 +366,7 @@ def _nothing_fits(
     helps = f"{tried.hint}{on}{_price(tried.change, nearest, request, candidates)}"
     return NothingFits(
         f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}"
-        f"\n  budget {budget(request.profile, request.session).equation}",
+        f"\n  budget {budget(request.profile, request.session).equation(tight)}",
         hint=f"{helps}; or {free}",
     )
 
