@@ -213,6 +213,27 @@ def test_a_context_half_as_long_lets_a_better_model_in_where_memory_is_tight() -
     assert CHANGE.match(change), change
 
 
+def test_a_power_mode_that_only_computes_faster_is_proposed() -> None:
+    request = Request(profile=profile.load("jetson-agx-orin-32gb"), goal="latency")
+    chosen = pipeline.make_plan(request, models())
+
+    change = choice.explain(chosen, request, models()).change
+
+    assert change.startswith("--power-mode "), change
+
+
+def test_a_refusal_for_speed_names_a_power_mode_that_is_fast_enough() -> None:
+    request = Request(profile=profile.load("jetson-agx-orin-32gb"), scheme="F16")
+    model = [pipeline.named("llama-3.1-8b-instruct")]
+    with pytest.raises(NothingFits, match="nothing is fast enough") as caught:
+        pipeline.make_plan(request, model)
+
+    mode = re.match(r"--power-mode (\S+) \(decodes .*\); or --min-tokens-per-second ", str(caught.value.hint))
+
+    assert mode is not None
+    pipeline.make_plan(replace(request, power_mode=mode[1]), model)
+
+
 def test_what_is_forced_comes_after_what_fits() -> None:
     plain = pipeline.make_plan(Request(profile=NANO), models())
 
