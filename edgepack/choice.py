@@ -337,7 +337,7 @@ def _nothing_fits(
     """The refusal: the nearest candidate, its arithmetic, and the cheapest change that was tried and fits."""
     if not rejections:
         return NothingFits("there is no model to choose from", hint="name one with --model")
-    slow = [r for r in rejections if r.slowness]
+    slow = [r for r in rejections if r.slowness and not r.reach]
     large = [r for r in rejections if r.excess]
     if slow:
         nearest = min(slow, key=lambda r: r.slowness)
@@ -352,7 +352,7 @@ def _nothing_fits(
             f"no file is small enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )
     if not large:
-        nearest = max(rejections, key=lambda r: r.reach)
+        nearest = max(rejections, key=lambda r: (r.reach > 0, -r.slowness, r.reach))
         return NothingFits(
             f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )

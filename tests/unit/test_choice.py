@@ -280,6 +280,22 @@ def test_beyond_training_the_nearest_is_the_model_that_holds_most() -> None:
     pipeline.make_plan(Request(profile=NANO, context=int(longest[1]), min_decode=0.0), models())
 
 
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "qwen2.5-1.5b-instruct"])
+def test_beyond_training_the_hint_applied_is_a_plan(name: str) -> None:
+    """Of the larger one nothing is fast enough at any context: its hint lowers the floor too."""
+    request = Request(profile=profile.load("raspberry-pi-5-8gb"), context=131072)
+    model = [pipeline.named(name)]
+    with pytest.raises(NothingFits, match="trained on") as caught:
+        pipeline.make_plan(request, model)
+
+    hint = re.fullmatch(r"--context (\d+)(?: --min-tokens-per-second ([\d.]+))?", str(caught.value.hint))
+
+    assert hint is not None, caught.value.hint
+    assert (hint[2] is not None) == (name == "qwen2.5-7b-instruct")
+    floor = float(hint[2]) if hint[2] else None
+    pipeline.make_plan(replace(request, context=int(hint[1]), min_decode=floor), model)
+
+
 @pytest.mark.parametrize("name", ["jetson-orin", "rtx-3060-12gb"])
 def test_many_slots_are_not_promised_what_one_measured_slot_does(name: str) -> None:
     """The lower end pays the compute term of the class for every slot, own constants or not."""
