@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from edgepack import runtimes
+from edgepack import runtimes, speed
 from edgepack.errors import NothingFits
 from edgepack.fit import WITHOUT_DESKTOP, Change, binding, fit
+from edgepack.parts import Place
 from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
-from edgepack.profile import budget
+from edgepack.profile import PowerMode, budget
 from edgepack.runtimes import Machine
 from edgepack.units import MIB, show
 
@@ -300,10 +301,7 @@ def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
     """From free to dear: what a user may give up."""
     if request.session == "desktop":
         yield "leaving out --desktop", replace(request, session="headless")
-    here = request.profile.mode(request.power_mode)
-    faster = [m for m in request.profile.power_modes if m.bandwidth_gbs > here.bandwidth_gbs]
-    for mode in sorted(faster, key=lambda m: m.bandwidth_gbs):
-        yield f"--power-mode {mode.name}", replace(request, power_mode=mode.name)
+    yield from _faster(request)
     machine = Machine.of(request.profile)
     lighter = request.kv_type and runtimes.named(chosen.runtime).lighter_kv(request.kv_type, machine)
     if lighter:
@@ -320,18 +318,32 @@ def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
             yield f"--min-tokens-per-second {slower:.1f}", replace(request, min_decode=round(slower, 1))
 
 
+def _faster(request: Request) -> Iterator[tuple[str, Request]]:
+    """Power modes that read or compute faster than the present one, the slowest first."""
+
+    def pace(mode: PowerMode) -> tuple[float, float]:
+        machine = speed.machine(request.profile, mode)
+        return machine.bandwidth, machine.fp32
+
+    bandwidth, fp32 = pace(request.profile.mode(request.power_mode))
+    for mode in sorted(request.profile.power_modes, key=pace):
+        if pace(mode)[0] > bandwidth or pace(mode)[1] > fp32:
+            yield f"--power-mode {mode.name}", replace(request, power_mode=mode.name)
+
+
 def _nothing_fits(
     rejections: Sequence[Rejection], request: Request, candidates: Sequence[Candidate]
 ) -> NothingFits:
     """The refusal: the nearest candidate, its arithmetic, and the cheapest change that was tried and fits."""
     if not rejections:
         return NothingFits("there is no model to choose from", hint="name one with --model")
-    slow = [r for r in rejections if r.slowness]
+    slow = [r for r in rejections if r.slowness and not r.reach]
     large = [r for r in rejections if r.excess]
     if slow:
         nearest = min(slow, key=lambda r: r.slowness)
         return NothingFits(
-            f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
+            f"nothing is fast enough; nearest is {nearest.candidate}: {nearest.reason}",
+            hint=f"{_faster_mode(nearest, request, candidates)}{nearest.hint}",
         )
     too_big = [r for r in rejections if r.oversize]
     if too_big:
@@ -340,7 +352,7 @@ def _nothing_fits(
             f"no file is small enough; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )
     if not large:
-        nearest = max(rejections, key=lambda r: r.reach)
+        nearest = max(rejections, key=lambda r: (r.reach > 0, -r.slowness, r.reach))
         return NothingFits(
             f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}", hint=nearest.hint
         )
@@ -357,6 +369,7 @@ def _nothing_fits(
         spec, profile=replace(request.profile, disk=request.room_on_disk), session=request.session,
         scheme=nearest.scheme, settings=settings, imatrix=request.imatrix, runtime=nearest.runtime,
     )  # fmt: skip
+    tight: Place = "host" if tried.binding.startswith("host") else "device"
     free = f"free {-(-nearest.excess // MIB)} MiB on the device, or --force"
     on = ""
     if tried.change is not None and request.runtime is None and nearest.runtime != runtimes.llama_cpp.NAME:
@@ -364,9 +377,19 @@ def _nothing_fits(
     helps = f"{tried.hint}{on}{_price(tried.change, nearest, request, candidates)}"
     return NothingFits(
         f"nothing fits; nearest is {nearest.candidate}: {nearest.reason}"
-        f"\n  budget {budget(request.profile, request.session).equation}",
+        f"\n  budget {budget(request.profile, request.session).equation(tight)}",
         hint=f"{helps}; or {free}",
     )
+
+
+def _faster_mode(nearest: Rejection, request: Request, candidates: Sequence[Candidate]) -> str:
+    """The least power mode in which the nearest model is fast enough, and how fast; empty where there is none."""
+    model = [c for c in candidates if c.model.id == nearest.model]
+    for words, changed in _faster(request):
+        plans = rank([o for o in survey(changed, model) if isinstance(o, Plan)], request.goal)
+        if plans:
+            return f"{words} (decodes {plans[0].speed.decode_full:.1f} tok/s with a full context); or "
+    return ""
 
 
 def _price(

@@ -189,7 +189,8 @@ class Rejection:
     oversize: int = 0
     """Bytes that its file has more than the disk may give it; 0 when the disk was not the reason."""
     reach: int = 0
-    """The longest context that fits, when the one that was asked for is beyond the model."""
+    """The longest context that fits, and is fast enough where ``slowness`` is 0, when the one that was asked for is
+    beyond the model."""
     hint: str = ""
     figures: Figures | None = None
     """Of a candidate that fits and was not chosen."""
@@ -435,19 +436,28 @@ def _try(
     def fits(tokens: int) -> bool:
         return excess(needs(tokens), room) <= 0
 
+    floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
+
+    def quick(tokens: int) -> bool:
+        return fits(tokens) and pace(tokens).decode_full_low >= floor
+
     if context > limit:
-        fitting = longest(limit, fits)
+        fitting = longest(limit, quick) or longest(limit, fits)
         slots = f" times {request.slots} slots" if request.slots > 1 else ""
         reason = (
             f"context {context} is beyond the {spec.context_train} tokens the model was trained on{slots}"
         )
-        hint = f"--context {fitting}" if fitting else "a smaller model or scheme"
-        return _reject(candidate, scheme, kv_type, context, reason, reach=fitting, hint=hint)
+        if not fitting:
+            return _reject(candidate, scheme, kv_type, context, reason, hint="a smaller model or scheme")
+        there = pace(fitting).decode_full_low
+        slowness = 0.0 if there >= floor else floor / there
+        hint = f"--context {fitting}{f' {_slower(there)}' if slowness else ''}"
+        return _reject(
+            candidate, scheme, kv_type, context, reason, reach=fitting, slowness=slowness, hint=hint
+        )
 
-    floor = DEFAULT_MIN_DECODE if request.min_decode is None else request.min_decode
     if request.goal == "context" and request.context is None:
-        quick = longest(limit, lambda n: fits(n) and pace(n).decode_full_low >= floor)
-        context = quick or longest(limit, fits) or context
+        context = longest(limit, quick) or longest(limit, fits) or context
     estimate = needs(context)
     need, there_is = tightest(estimate, room)
     warnings = list(_warnings(request, candidate.model, runtime, estimate))
@@ -475,7 +485,7 @@ def _try(
         )
         if not request.force:
             slowness = floor / speeds.decode_full_low
-            hint = f"--min-tokens-per-second {math.floor(speeds.decode_full_low * 10) / 10:g}"
+            hint = _slower(speeds.decode_full_low)
             return _reject(candidate, scheme, kv_type, context, reason, slowness=slowness, hint=hint)
         warnings.append(f"{FORCED}{reason}")
     return Plan(
@@ -502,6 +512,11 @@ def _try(
         ),
         warnings=tuple(warnings),
     )
+
+
+def _slower(pace: float) -> str:
+    """The floor that lets this many tokens per second in."""
+    return f"--min-tokens-per-second {math.floor(pace * 10) / 10:g}"
 
 
 def _filled(

@@ -624,7 +624,8 @@ def _said(system: _System, nearest: DeviceProfile) -> tuple[list[Finding], list[
 def _system_reserves(nearest: DeviceProfile, system: _System) -> Reserves:
     """What is in use now, and a share kept free: a twelfth of the memory, 256 MiB to 2 GiB.
 
-    Where the use is not known, the nearest profile's share of its memory.
+    Where the use is not known, the nearest profile's share of its memory. A desktop leaves a MiB where it
+    would take all.
     """
     if system.memory is None:
         return nearest.reserves
@@ -632,8 +633,9 @@ def _system_reserves(nearest: DeviceProfile, system: _System) -> Reserves:
     if said is None:
         said = Bytes(nearest.reserves.os_headless * system.memory // nearest.memory)
     used = Bytes(-(-said // (64 * MIB)) * 64 * MIB)
-    desktop = used if system.desktop else Bytes(used + _DESKTOP)
     safety = Bytes(min(2048 * MIB, max(256 * MIB, system.memory // 12 // MIB * MIB)))
+    most = Bytes(system.memory - safety - nearest.reserves.accelerator_context - MIB)
+    desktop = used if system.desktop else max(used, min(Bytes(used + _DESKTOP), most))
     return replace(nearest.reserves, os_headless=used, os_desktop=desktop, safety=safety)
 
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from edgepack import serde
 from edgepack.errors import BadInput, NotFound
+from edgepack.parts import Place
 from edgepack.units import Bytes, show
 
 Arch = Literal["x86_64", "aarch64"]
@@ -22,6 +23,9 @@ _ON_THE_CPU: tuple[DeviceClass, ...] = ("android", "rockchip", "cpu")
 """Classes whose devices run models on the CPU, whatever else they have; the others have an accelerator."""
 
 _NOTHING = Bytes(0)
+
+Arithmetic = tuple[tuple[str, int], ...]
+"""Names and signed bytes of what adds up to a budget."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,51 +181,59 @@ class Budget:
     """System memory; equal to `device` on unified and CPU devices."""
     unified: bool
     session: Session
-    arithmetic: tuple[tuple[str, int], ...]
+    arithmetic: Arithmetic
     """Named terms, signed, that add up to `device`; shown in refusals."""
+    host_arithmetic: Arithmetic = ()
+    """Those that add up to `host`; empty in a plan that does not tell them."""
 
-    @property
-    def equation(self) -> str:
+    def equation(self, place: Place) -> str:
         """``"5.51 GiB = 7.43 GiB memory the system reports - 700.0 MiB operating system (headless) - …"``."""
-        terms = [(value < 0, f"{show(abs(value))} {name}") for name, value in self.arithmetic if value]
+        total, arithmetic = (
+            (self.device, self.arithmetic) if place == "device" else (self.host, self.host_arithmetic)
+        )
+        terms = [(value < 0, f"{show(abs(value))} {name}") for name, value in arithmetic if value]
         if not terms:  # a plan that somebody wrote by hand
-            return show(self.device)
+            return show(total)
         (_, first), *rest = terms
         return " ".join(
-            [f"{show(self.device)} = {first}", *(f"{'-' if less else '+'} {term}" for less, term in rest)]
+            [f"{show(total)} = {first}", *(f"{'-' if less else '+'} {term}" for less, term in rest)]
         )
 
 
 def budget(profile: DeviceProfile, session: Session = "headless") -> Budget:
     """The bytes a model server may use on this device in this kind of session."""
-    reserves = profile.reserves
-    os_reserve = reserves.os_headless if session == "headless" else reserves.os_desktop
     own = profile.accelerator.memory if profile.accelerator else None
-    terms: tuple[tuple[str, int], ...]
-    if own is None:
-        terms = (
-            ("memory the system reports", int(profile.memory)),
-            (f"operating system ({session})", -os_reserve),
-            ("accelerator context", -reserves.accelerator_context),
-            ("safety", -reserves.safety),
-        )
-        total = Bytes(sum(value for _, value in terms))
-        return Budget(device=total, host=total, unified=True, session=session, arithmetic=terms)
-    display = reserves.display_headless if session == "headless" else reserves.display_desktop
-    terms = (
-        ("memory the card reports", int(own)),
-        *([(f"display ({session})", -display)] if display else []),
-        ("accelerator context", -reserves.accelerator_context),
-        ("safety", -reserves.safety),
-    )
-    host = Bytes(profile.memory - os_reserve - reserves.safety)
+    device, host = _terms(profile.memory, own, profile.reserves, session)
     return Budget(
-        device=Bytes(sum(value for _, value in terms)),
-        host=host,
-        unified=False,
+        device=_total(device),
+        host=_total(host),
+        unified=own is None,
         session=session,
-        arithmetic=terms,
+        arithmetic=device,
+        host_arithmetic=host,
     )
+
+
+def _terms(
+    memory: Bytes, own: Bytes | None, reserves: Reserves, session: Session
+) -> tuple[Arithmetic, Arithmetic]:
+    """Of the accelerator's memory and of the system's; twice the same where they share it."""
+    headless = session == "headless"
+    system = (
+        ("memory the system reports", int(memory)),
+        (f"operating system ({session})", -(reserves.os_headless if headless else reserves.os_desktop)),
+    )
+    context, safety = ("accelerator context", -reserves.accelerator_context), ("safety", -reserves.safety)
+    if own is None:
+        shared = (*system, context, safety)
+        return shared, shared
+    display = reserves.display_headless if headless else reserves.display_desktop
+    shown = ((f"display ({session})", -display),) if display else ()
+    return (("memory the card reports", int(own)), *shown, context, safety), (*system, safety)
+
+
+def _total(terms: Arithmetic) -> Bytes:
+    return Bytes(sum(value for _, value in terms))
 
 
 # ── profiles on disk ─────────────────────────────────────────────────────────────────────────────────
@@ -418,10 +430,13 @@ def _accelerator_problems(loaded: Mapping[str, object]) -> Iterator[tuple[serde.
     reserves, memory = loaded["reserves"], loaded["memory"]
     if not isinstance(reserves, Reserves) or not isinstance(memory, int):
         return
-    taken = reserves.accelerator_context + reserves.safety
-    taken += reserves.os_headless if own is None else reserves.display_headless
-    if taken >= (memory if own is None else own):
-        yield ("reserves",), f"take {show(taken)}, all the memory there is"
+    for session in get_args(Session):
+        for terms in dict.fromkeys(_terms(Bytes(memory), own, reserves, session)):
+            (name, there_is), *taken = terms
+            if _total(terms) <= 0:
+                of = f"{show(there_is)} of {name}, {session}"
+                yield ("reserves",), f"take {show(-_total(tuple(taken)))}, all the {of}"
+                return
 
 
 def _speed_problems(place: serde.Place, speed: SpeedConstants) -> Iterator[tuple[serde.Place, str]]:

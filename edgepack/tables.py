@@ -167,7 +167,7 @@ def plan(chosen: Plan, explanation: Explanation | None, screen: Screen = PLAIN) 
         "",
     ]
     told = [
-        f"budget {chosen.budget.equation}",
+        f"budget {chosen.budget.equation('device')}",
         f"decode {pace.decode:.1f} tok/s [{pace.decode_low:.1f}, {pace.decode_high:.1f}] ({pace.provenance}), "
         f"{pace.decode_full:.1f} with a full context, at least {pace.decode_full_low:.1f}",
         f"prompt {pace.prefill:.0f} tok/s [{pace.prefill_low:.0f}, {pace.prefill_high:.0f}] (fitted), "
@@ -410,7 +410,7 @@ def profile(found: DeviceProfile, screen: Screen = PLAIN) -> str:
         lines.append(f"mode       {mode.name}: {mode.bandwidth_gbs:g} GB/s{tflops}{default}")
     sessions: tuple[Session, ...] = ("headless", "desktop")
     for session in sessions:
-        lines.append(f"budget     {session}: {budget(found, session).equation}")
+        lines.append(f"budget     {session}: {budget(found, session).equation('device')}")
     for image in found.software.images:
         lines.append(
             f"image      {image.reference} ({image.digest if image.digest != 'unknown' else 'digest unknown'})"

@@ -487,7 +487,7 @@ def _pools(plan: Plan) -> Iterator[Pool]:
     card = tuple(part for part in parts if part.place == "device")
     host = tuple(part for part in parts if part.place == "host")
     yield Pool(name="card", budget=room.device, pieces=_pieces(card), arithmetic=room.arithmetic)
-    yield Pool(name="host", budget=room.host, pieces=_pieces(host), arithmetic=())
+    yield Pool(name="host", budget=room.host, pieces=_pieces(host), arithmetic=room.host_arithmetic)
 
 
 def _pieces(parts: Sequence[Part]) -> tuple[Piece, ...]:

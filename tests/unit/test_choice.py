@@ -213,6 +213,27 @@ def test_a_context_half_as_long_lets_a_better_model_in_where_memory_is_tight() -
     assert CHANGE.match(change), change
 
 
+def test_a_power_mode_that_only_computes_faster_is_proposed() -> None:
+    request = Request(profile=profile.load("jetson-agx-orin-32gb"), goal="latency")
+    chosen = pipeline.make_plan(request, models())
+
+    change = choice.explain(chosen, request, models()).change
+
+    assert change.startswith("--power-mode "), change
+
+
+def test_a_refusal_for_speed_names_a_power_mode_that_is_fast_enough() -> None:
+    request = Request(profile=profile.load("jetson-agx-orin-32gb"), scheme="F16")
+    model = [pipeline.named("llama-3.1-8b-instruct")]
+    with pytest.raises(NothingFits, match="nothing is fast enough") as caught:
+        pipeline.make_plan(request, model)
+
+    mode = re.match(r"--power-mode (\S+) \(decodes .*\); or --min-tokens-per-second ", str(caught.value.hint))
+
+    assert mode is not None
+    pipeline.make_plan(replace(request, power_mode=mode[1]), model)
+
+
 def test_what_is_forced_comes_after_what_fits() -> None:
     plain = pipeline.make_plan(Request(profile=NANO), models())
 
@@ -257,6 +278,22 @@ def test_beyond_training_the_nearest_is_the_model_that_holds_most() -> None:
     longest = re.fullmatch(r"--context (\d+)", str(caught.value.hint))
     assert longest is not None
     pipeline.make_plan(Request(profile=NANO, context=int(longest[1]), min_decode=0.0), models())
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-7b-instruct", "qwen2.5-1.5b-instruct"])
+def test_beyond_training_the_hint_applied_is_a_plan(name: str) -> None:
+    """Of the larger one nothing is fast enough at any context: its hint lowers the floor too."""
+    request = Request(profile=profile.load("raspberry-pi-5-8gb"), context=131072)
+    model = [pipeline.named(name)]
+    with pytest.raises(NothingFits, match="trained on") as caught:
+        pipeline.make_plan(request, model)
+
+    hint = re.fullmatch(r"--context (\d+)(?: --min-tokens-per-second ([\d.]+))?", str(caught.value.hint))
+
+    assert hint is not None, caught.value.hint
+    assert (hint[2] is not None) == (name == "qwen2.5-7b-instruct")
+    floor = float(hint[2]) if hint[2] else None
+    pipeline.make_plan(replace(request, context=int(hint[1]), min_decode=floor), model)
 
 
 @pytest.mark.parametrize("name", ["jetson-orin", "rtx-3060-12gb"])

@@ -103,6 +103,17 @@ def test_a_refusal_names_the_arithmetic_and_a_change_that_fits() -> None:
     pipeline.make_plan(replace(request, profile=roomier), [candidate])
 
 
+def test_a_refusal_for_the_hosts_memory_shows_the_hosts_arithmetic() -> None:
+    card = replace(profile.load("rtx-4060-8gb"), memory=Bytes(4 * GIB))
+
+    with pytest.raises(NothingFits) as caught:
+        pipeline.make_plan(Request(profile=card, runtime="vllm"), [one("qwen2.5-1.5b-instruct")])
+
+    left = re.search(r"more than the (.*) there is; most goes to host: ", caught.value.message)
+    assert left is not None
+    assert f"budget {left.group(1)} = 4.00 GiB memory the system reports - " in caught.value.message
+
+
 def test_the_hint_of_a_refusal_applied_is_a_plan() -> None:
     tight = replace(NANO, memory=Bytes(int(2.9 * GIB)))
     request = Request(profile=tight, scheme="Q8_0", kv_type="f16", context=8192, min_decode=0.0)

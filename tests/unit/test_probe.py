@@ -72,6 +72,17 @@ def test_a_laptop_counts_cores_not_threads_and_reserves_what_is_in_use(tmp_path:
     assert found.mode().bandwidth_gbs == 89.6  # nothing is measured from a capture
 
 
+def test_a_machine_too_small_for_a_desktop_has_a_profile_that_loads(tmp_path: Path) -> None:
+    captured = root(
+        tmp_path,
+        {"proc/cpuinfo": x86(2, 2), "proc/meminfo": MEMINFO.format(total=1_000_000, available=800_000)},
+    )
+
+    path = saved(probes.probe(captured), tmp_path)
+
+    assert profile.budget(profile.load(str(path)), "desktop").host == MIB
+
+
 def test_a_container_has_the_memory_and_cores_of_its_control_group(tmp_path: Path) -> None:
     captured = root(
         tmp_path,

@@ -100,6 +100,7 @@ def test_the_terms_of_a_budget_add_up_to_it(name: str) -> None:
     for session in get_args(profile.Session):
         left = budget(loaded, session)
         assert sum(value for _, value in left.arithmetic) == left.device
+        assert sum(value for _, value in left.host_arithmetic) == left.host
         assert left.unified == loaded.unified
         assert left.host == left.device or not left.unified
 
@@ -107,9 +108,9 @@ def test_the_terms_of_a_budget_add_up_to_it(name: str) -> None:
 def test_a_budget_without_its_terms_says_what_it_is() -> None:
     left = budget(profile.load("jetson-orin-nano-8gb"))
 
-    assert left.equation.startswith(f"{show(left.device)} = 7.43 GiB ")
-    assert left.equation.count(" - ") == 3
-    assert replace(left, arithmetic=()).equation == show(left.device)
+    assert left.equation("device").startswith(f"{show(left.device)} = 7.43 GiB ")
+    assert left.equation("device").count(" - ") == 3
+    assert replace(left, arithmetic=()).equation("device") == show(left.device)
 
 
 def test_a_mode_with_constants_of_its_own_overrides_the_profiles() -> None:
@@ -166,7 +167,11 @@ def test_five_mistakes_are_told_at_once_with_their_lines(tmp_path: Path) -> None
         ("power_modes: []", "power_modes: is empty"),
         ("power_modes: [{name: a, bandwidth_gbs: 0}]", "bandwidth_gbs: 0.0 is not a bandwidth"),
         ("cpu_cores: 0", "cpu_cores: 0 is not a number of cores"),
-        ("memory: 1 GiB", "reserves: take 1.42 GiB, all the memory there is"),
+        (
+            "memory: 1 GiB",
+            "reserves: take 1.42 GiB, all the 1.00 GiB of memory the system reports, headless",
+        ),
+        ("reserves: {os_desktop: 9 GiB}", "of memory the system reports, desktop"),
         ("name: My Pi", "name: 'My Pi' must be lower-case"),
         ("uncertain: [reserves.saftey]", "uncertain[0]: 'reserves.saftey' is not a field"),
         ("speed: {decode_efficiency: 1.4, layer_overhead_us: 1}", "1.4 is not above 0 and at most 1"),
@@ -192,6 +197,23 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path, change: str, said: s
 
     with pytest.raises(BadInput) as caught:
         profile.load(str(write(tmp_path, "mine", f"extends: raspberry-pi-5-8gb\n{text}\n")))
+
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("memory: 1 GiB", "of memory the system reports, headless"),
+        ("reserves: {display_desktop: 9 GiB}", "of memory the card reports, desktop"),
+        ("reserves: {os_desktop: 40 GiB}", "of memory the system reports, desktop"),
+    ],
+)
+def test_reserves_leave_something_of_either_memory_in_either_session(
+    tmp_path: Path, change: str, said: str
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        profile.load(str(write(tmp_path, "mine", f"extends: rtx-4060-8gb\nname: mine\n{change}\n")))
 
     assert said in caught.value.message
 
