@@ -166,6 +166,7 @@ class Subject:
     plan: Plan | None
     """Without the candidates, which ``options`` has."""
     explanation: Explanation | None
+    """None too for a plan that was forced, which no reason speaks for."""
     release: Release | None
     pools: tuple[Pool, ...]
     parts_measured: tuple[MeasuredPart, ...]
@@ -414,7 +415,7 @@ def _subject(group: _Group, letter: str, shapes: Shapes) -> Subject:
         sentence=_sentence(group),
         inputs=tuple(dict.fromkeys(group.paths)),
         plan=None if plan is None else replace(plan, rejected=()),
-        explanation=group.explanation,
+        explanation=None if plan is not None and plan.forced else group.explanation,
         release=_release(group),
         pools=() if plan is None else tuple(_pools(plan)),
         parts_measured=() if report is None else tuple(_measured_parts(report)),
@@ -458,10 +459,22 @@ def _sentence(group: _Group) -> str:
     alone = "" if settings.slots == 1 else " for a user alone"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
     pace_told = f"{pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]"
-    return (
-        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} is planned to serve {users}, to "
-        f"take at most {show(taken.high)} of the {show(taken.budget)} there are, and to write {pace_told}."
-    )
+    what = f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime}"
+    memory = f"{show(taken.high)} of the {show(taken.budget)} there are"
+    if plan.forced:
+        return (
+            f"{what} {refusal(plan)}. Forced, it is meant to serve {users}, may take up to {memory}, and would write "
+            f"{pace_told}."
+        )
+    return f"{what} is planned to serve {users}, to take at most {memory}, and to write {pace_told}."
+
+
+def refusal(plan: Plan) -> str:
+    """What is wrong with a plan that was forced, as the verb of a sentence; empty for one that was not."""
+    if not plan.forced:
+        return ""
+    over = any(pool.high > pool.budget for pool in _pools(plan))
+    return "does NOT fit" if over else "would be refused without --force"
 
 
 def _release(group: _Group) -> Release | None:
@@ -522,8 +535,8 @@ def _options(plan: Plan) -> Iterator[Option]:
         runtime=plan.runtime,
         kv_type=plan.settings.kv_type,
         context=plan.settings.context,
-        verdict="chosen",
-        reason="",
+        verdict="refused" if plan.forced else "chosen",
+        reason=plan.forced,
         hint="",
         memory=plan.memory.total,
         memory_high=plan.memory.high,

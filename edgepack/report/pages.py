@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from edgepack.report import Option, Release, Report, Subject, interval, part_name, shown, text_name
+from edgepack.report import Option, Release, Report, Subject, interval, part_name, refusal, shown, text_name
 from edgepack.report.colors import PARTS
 from edgepack.runtimes import llama_cpp
 from edgepack.units import show
@@ -242,10 +242,18 @@ def _summary(subject: Subject) -> Section:
     return Section(
         id=f"summary-{subject.letter}",
         title="In short",
-        badge=None if subject.check is None else _checked(subject),
+        badge=_badge(subject),
         words=(*words, *notes),
         tables=tuple(tables),
     )
+
+
+def _badge(subject: Subject) -> Entry | None:
+    """What a check found; else whether the plan was forced."""
+    if subject.check is not None:
+        return _checked(subject)
+    forced = subject.plan is not None and refusal(subject.plan)
+    return Entry(forced, "bad") if forced else None
 
 
 def _memory(subject: Subject) -> Section | None:
@@ -391,9 +399,11 @@ def _candidates(subject: Subject) -> Section | None:
     front.sort(key=lambda one: (one.verdict != "chosen", -(one.quality_low or 0)))
     in_sight = (front + [one for one in first if one not in front])[:SHOWN_OPTIONS]
     rest = [one for one in fitting if one not in in_sight]
-    tables = [
-        _options("The choice, and the candidates that none beats in quality, speed and memory", in_sight)
-    ]
+    tables = []
+    if in_sight:
+        tables.append(
+            _options("The choice, and the candidates that none beats in quality, speed and memory", in_sight)
+        )
     if rest:
         tables.append(_options(f"{len(rest)} more that fit", rest, folded=True))
     if refused:
@@ -416,22 +426,34 @@ def _candidates(subject: Subject) -> Section | None:
                 folded=True,
             )
         )
-    others = len(fitting) - len(first)
-    apart = f" {others} more have other scores or none, which are not compared." if others else ""
     return Section(
         id=f"candidates-{subject.letter}",
         title="Candidates",
-        words=(
-            f"{len(subject.options):,} were weighed, {len(fitting)} fit; {len(first)} have scores in {panel}, of which "
-            f"{len(front)} are on the Pareto front: none beats them in sure quality, speed and memory together.{apart} "
-            "Diamond: the choice; filled: on the front; hollow: beaten. The line is the best score for that memory, or "
-            "for that speed. A score is the mean of a panel of benchmarks, and panels do not compare."
-            if panel != "none"
-            else f"{len(subject.options):,} were weighed, {len(fitting)} fit; the score is the share that is kept of "
-            "the unquantized model.",
-        ),
+        words=tuple(_weighed(subject.options, panel)),
         drawings=(f"candidates-{subject.letter}",),
         tables=tuple(tables),
+    )
+
+
+def _weighed(options: Sequence[Option], panel: str) -> Iterator[str]:
+    """How many candidates there are of each kind, and what the drawing's marks say of them."""
+    fitting = [one for one in options if one.verdict != "refused"]
+    first = [one for one in fitting if one.panel == panel]
+    weighed = f"{len(options):,} were weighed, {len(fitting)} fit"
+    if not fitting:
+        yield f"{weighed}."
+        return
+    if panel == "none":
+        yield f"{weighed}; the score is the share that is kept of the unquantized model."
+        return
+    front = sum(one.verdict == "chosen" or one.on_front for one in first)
+    others = len(fitting) - len(first)
+    apart = f" {others} more have other scores or none, which are not compared." if others else ""
+    yield (
+        f"{weighed}; {len(first)} have scores in {panel}, of which {front} are on the Pareto front: none beats them "
+        f"in sure quality, speed and memory together.{apart} Diamond: the choice; filled: on the front; hollow: "
+        "beaten. The line is the best score for that memory, or for that speed. A score is the mean of a panel of "
+        "benchmarks, and panels do not compare."
     )
 
 

@@ -80,7 +80,7 @@ def drawings(subject: Subject) -> Iterator[Drawing]:
     """
     if subject.pools:
         yield _memory(subject)
-    if sum(one.memory_high is not None for one in _of_panel(subject)) > 1:
+    if len(_of_panel(subject)) > 1:
         yield _candidates(subject)
     if len(subject.pace) > 1:
         yield _pace(subject)
@@ -204,7 +204,7 @@ def _pool_name(pool: Pool) -> str:
 def _of_panel(subject: Subject) -> list[Option]:
     """Candidates that fit and whose scores compare with the chosen one's."""
     panel = None if subject.plan is None else subject.plan.quality.panel
-    return [one for one in subject.options if one.memory_high is not None and one.panel == panel]
+    return [one for one in subject.options if one.verdict != "refused" and one.panel == panel]
 
 
 def _candidates(subject: Subject) -> Drawing:

@@ -25,7 +25,7 @@ from edgepack.report import Number, Report, Subject, documents, interval, pages,
 from edgepack.report.colors import COLORS
 from edgepack.report.render import FORMATS, Format, html, markdown, render, svg
 from edgepack.report.sweep import sweep
-from edgepack.units import GIB, MIB
+from edgepack.units import GIB, MIB, Bytes
 from tests.plans import example_plan
 from tests.scorers import measured
 from tests.unit.test_bundle import write
@@ -348,6 +348,50 @@ def test_the_sentence_says_what_each_user_has() -> None:
 
     assert f"to serve one user with {plan.settings.context:,} tokens of context, to take at most" in one
     assert f"to serve 4 users at once, {plan.settings.context:,} tokens of context each, to take" in each
+
+
+def forced(warning: str, budget: int) -> documents.Planned:
+    """A plan of a device with so many bytes to give, kept by force; with reasons, as ``plan --explain`` has them."""
+    plan, why = chosen()
+    return documents.Planned(
+        path="forced.json",
+        plan=replace(
+            plan,
+            budget=replace(plan.budget, device=Bytes(budget)),
+            warnings=(f"forced: {warning}",),
+            rejected=tuple(replace(one, figures=None) for one in plan.rejected),
+        ),
+        explanation=why,
+    )
+
+
+def test_a_forced_plan_that_does_not_fit_is_not_told_as_the_best_that_fits() -> None:
+    subject = only(reported(forced("needs 99 GiB more than there is", MIB)))
+
+    summary = next(pages.sections(subject))
+    candidates = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    assert "does NOT fit" in subject.sentence
+    assert summary.badge == pages.Entry("does NOT fit", "bad")
+    assert not any(words.startswith("Why this one") for words in summary.words)
+    assert candidates.words == (f"{len(subject.options)} were weighed, 0 fit.",)
+    assert [table.caption for table in candidates.tables] == [
+        f"{len(subject.options)} that were refused, and why"
+    ]
+    assert "forced: needs 99 GiB more than there is" in markdown(
+        reported(forced("needs 99 GiB more than there is", MIB))
+    )
+    assert "Pareto" not in html(reported(forced("too slow", MIB)))
+
+
+def test_a_plan_forced_for_another_reason_than_memory_is_not_said_not_to_fit() -> None:
+    subject = only(reported(forced("decodes 2.0 tok/s", 8 * GIB)))
+
+    badge = next(pages.sections(subject)).badge
+
+    assert badge == pages.Entry("would be refused without --force", "bad")
+    assert "would be refused without --force" in subject.sentence
+    assert "NOT fit" not in subject.sentence
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────
