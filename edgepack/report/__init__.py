@@ -456,17 +456,19 @@ def _sentence(group: _Group) -> str:
     users = f"one user with {each:,} tokens of context"
     if settings.slots > 1:
         users = f"{settings.slots} users at once, {each:,} tokens of context each"
-    alone = "" if settings.slots == 1 else " for a user alone"
+    speed, least, how = pace.decode_full, pace.decode_full_low, "with a full context"
+    if settings.slots > 1:
+        speed, least, how = pace.decode_all, pace.decode_all_low, "together with full contexts"
+    told = f"{speed:,.1f} tokens a second {how}, at least {least:,.1f}"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
-    pace_told = f"{pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]"
     what = f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime}"
     memory = f"{show(taken.high)} of the {show(taken.budget)} there are"
     if plan.forced:
         return (
             f"{what} {refusal(plan)}. Forced, it is meant to serve {users}, may take up to {memory}, and would write "
-            f"{pace_told}."
+            f"{told}."
         )
-    return f"{what} is planned to serve {users}, to take at most {memory}, and to write {pace_told}."
+    return f"{what} is planned to serve {users}, to take at most {memory}, and to write {told}."
 
 
 def refusal(plan: Plan) -> str:

@@ -148,6 +148,7 @@ _COMPARED = frozenset(
         "peak memory",
         "decode",
         "decode, context full",
+        "decode, all slots together",
         "decode, measured",
         "decode, context full, measured",
         "prompt reading",

@@ -339,15 +339,31 @@ def test_two_devices_are_two_subjects_side_by_side() -> None:
     assert pages.comparison(reported(planned())) is None
 
 
-def test_the_sentence_says_what_each_user_has() -> None:
+def test_the_sentence_says_what_each_user_has_and_how_fast_it_is_then() -> None:
     plan = chosen()[0]
-    four = replace(plan, settings=replace(plan.settings, slots=4, context=4 * plan.settings.context))
+    pace = replace(
+        plan.speed, decode=40.0, decode_full=7.5, decode_full_low=5.3, decode_all=9.0, decode_all_low=6.0
+    )
+    alone = replace(plan, speed=pace)
+    four = replace(alone, settings=replace(plan.settings, slots=4, context=4 * plan.settings.context))
 
-    one = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).sentence
+    one = only(reported(documents.Planned(path="p", plan=alone, explanation=None))).sentence
     each = only(reported(documents.Planned(path="p", plan=four, explanation=None))).sentence
 
     assert f"to serve one user with {plan.settings.context:,} tokens of context, to take at most" in one
+    assert one.endswith("to write 7.5 tokens a second with a full context, at least 5.3.")
     assert f"to serve 4 users at once, {plan.settings.context:,} tokens of context each, to take" in each
+    assert each.endswith("to write 9.0 tokens a second together with full contexts, at least 6.0.")
+
+
+def test_what_the_planned_users_get_together_stands_side_by_side() -> None:
+    found = pages.comparison(reported(planned(), planned("other.json", "x86-laptop")))
+
+    assert found is not None
+    rows = {row[0].words: row[1].words for row in found.tables[0].rows}
+    assert rows["decode, all slots together"].startswith(
+        f"{chosen()[0].speed.decode_all:,.1f} tok/s, at least"
+    )
 
 
 def forced(warning: str, budget: int) -> documents.Planned:
