@@ -658,7 +658,9 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
             yield _number(name, part.bytes, "bytes", part.provenance, part.note, ends)
     total = (plan.memory.low, plan.memory.high)
     sure: How = "exact" if total[0] == total[1] else "fitted"
-    yield _number("memory in all", plan.memory.total, "bytes", sure, "the sum of the parts", total)
+    yield _number(
+        f"{memory_name(plan)} in all", plan.memory.total, "bytes", sure, "the sum of the parts", total
+    )
     yield _number("artifact file", plan.memory.file_bytes, "bytes", plan.memory.file_provenance, plan.scheme)
     yield _number(
         "bits per weight", plan.memory.bits_per_weight, "bits", plan.memory.file_provenance, plan.scheme
@@ -760,6 +762,11 @@ def _quality_numbers(found: Quality) -> Iterator[Number]:
 def text_name(found: Quality) -> str:
     """What a quality was measured on, as part of a sentence."""
     return "the built-in text" if found.text.name == "built-in" else found.text.name
+
+
+def memory_name(plan: Plan) -> str:
+    """What the sum of all parts is of: with a card it is of two memories, and of neither's budget."""
+    return "memory" if plan.budget.unified else "card and host"
 
 
 def part_name(name: str, place: str = "host") -> str:

@@ -7,7 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from edgepack.report import Option, Release, Report, Subject, interval, part_name, refusal, shown, text_name
+from edgepack.report import (
+    Option,
+    Release,
+    Report,
+    Subject,
+    interval,
+    memory_name,
+    part_name,
+    refusal,
+    shown,
+    text_name,
+)
 from edgepack.report.colors import PARTS
 from edgepack.runtimes import llama_cpp
 from edgepack.units import show
@@ -145,6 +156,7 @@ _COMPARED = frozenset(
         "budget of the host",
         "memory bandwidth",
         "memory in all",
+        "card and host in all",
         "peak memory",
         "decode",
         "decode, context full",
@@ -392,7 +404,7 @@ def _check(subject: Subject) -> Section | None:
 def _candidates(subject: Subject) -> Section | None:
     if len(subject.options) < 2 or subject.plan is None:
         return None
-    panel = subject.plan.quality.panel
+    panel, memory = subject.plan.quality.panel, memory_name(subject.plan)
     fitting = [one for one in subject.options if one.verdict != "refused"]
     refused = [one for one in subject.options if one.verdict == "refused"]
     first = [one for one in fitting if one.panel == panel]
@@ -403,10 +415,14 @@ def _candidates(subject: Subject) -> Section | None:
     tables = []
     if in_sight:
         tables.append(
-            _options("The choice, and the candidates that none beats in quality, speed and memory", in_sight)
+            _options(
+                "The choice, and the candidates that none beats in quality, speed and memory",
+                in_sight,
+                memory,
+            )
         )
     if rest:
-        tables.append(_options(f"{len(rest)} more that fit", rest, folded=True))
+        tables.append(_options(f"{len(rest)} more that fit", rest, memory, folded=True))
     if refused:
         tables.append(
             Table(
@@ -458,7 +474,7 @@ def _weighed(options: Sequence[Option], panel: str) -> Iterator[str]:
     )
 
 
-def _options(caption: str, options: Sequence[Option], *, folded: bool = False) -> Table:
+def _options(caption: str, options: Sequence[Option], memory: str, *, folded: bool = False) -> Table:
     def cells(one: Option) -> tuple[Entry, ...]:
         mark: Mark = "good" if one.verdict == "chosen" else ""
         return (
@@ -473,7 +489,8 @@ def _options(caption: str, options: Sequence[Option], *, folded: bool = False) -
         )
 
     head = (
-        "candidate", "runtime", "KV", "score, at least", "memory, at most", "tok/s, full", "at least", "why not",
+        "candidate", "runtime", "KV", "score, at least", f"{memory}, at most", "tok/s, full", "at least",
+        "why not",
     )  # fmt: skip
     return Table(
         caption=caption,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from edgepack.errors import MissingTool
-from edgepack.report import Option, Piece, Pool, Subject, part_name
+from edgepack.report import Option, Piece, Pool, Subject, memory_name, part_name
 from edgepack.report.colors import COLORS, PARTS, variables
 from edgepack.report.sweep import Pace
 from edgepack.screen import plain
@@ -215,7 +215,8 @@ def _candidates(subject: Subject) -> Drawing:
         left, right = page.axes(columns=2)
         _scatter(page, left, [((one.memory_high or 0) / unit, one) for one in options], rising=True)
         _scatter(page, right, [(one.decode or 0.0, one) for one in options], rising=False)
-        left.set_xlabel(f"memory, at most ({name})")
+        memory = "memory" if subject.plan is None else memory_name(subject.plan)
+        left.set_xlabel(f"{memory}, at most ({name})")
         left.set_ylabel("score, at least")
         right.set_xlabel("tokens a second, context full")
         right.tick_params(labelleft=False)

@@ -808,6 +808,28 @@ def test_the_users_table_says_how_its_runtime_rounds() -> None:
     assert ["blocks of 256 tokens" in words for words in told] == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("device", "told", "untold"),
+    [
+        ("jetson-orin", "memory", "card and host"),
+        ("consumer-8gb", "card and host", "memory"),
+    ],
+)
+def test_the_sum_of_two_memories_is_not_called_one(device: str, told: str, untold: str) -> None:
+    report = reported(planned("p", device))
+    subject = only(report)
+
+    candidates = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    assert all(
+        f"{told}, at most" in table.head for table in candidates.tables if "score, at least" in table.head
+    )
+    assert f"{told}, at most" in svg(report)
+    assert f"{untold}, at most" not in html(report)
+    assert f"{told} in all" in {one.name for one in subject.numbers}
+    assert f"{untold} in all" not in html(report)
+
+
 def test_units_are_explained_once() -> None:
     text = html(reported(planned(), planned("other.json", "x86-laptop")))
 
