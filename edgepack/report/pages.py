@@ -24,8 +24,6 @@ from edgepack.runtimes import llama_cpp
 from edgepack.units import show
 
 Mark = Literal["", "good", "bad", "warn", "soft", "p1", "p2", "p3", "p4", "p5", "p6"]
-SHOWN_OPTIONS = 12
-"""Candidates in sight; the others are a click away."""
 
 
 class Entry(NamedTuple):
@@ -407,10 +405,8 @@ def _candidates(subject: Subject) -> Section | None:
     panel, memory = subject.plan.quality.panel, memory_name(subject.plan)
     fitting = [one for one in subject.options if one.verdict != "refused"]
     refused = [one for one in subject.options if one.verdict == "refused"]
-    first = [one for one in fitting if one.panel == panel]
-    front = [one for one in first if one.verdict == "chosen" or one.on_front]
-    front.sort(key=lambda one: (one.verdict != "chosen", -(one.quality_low or 0)))
-    in_sight = (front + [one for one in first if one not in front])[:SHOWN_OPTIONS]
+    in_sight = [one for one in fitting if one.verdict == "chosen" or (one.on_front and one.panel == panel)]
+    in_sight.sort(key=lambda one: (one.verdict != "chosen", -(one.quality_low or 0)))
     rest = [one for one in fitting if one not in in_sight]
     tables = []
     if in_sight:
@@ -463,14 +459,14 @@ def _weighed(options: Sequence[Option], panel: str) -> Iterator[str]:
     if panel == "none":
         yield f"{weighed}; the score is the share that is kept of the unquantized model."
         return
-    front = sum(one.verdict == "chosen" or one.on_front for one in first)
+    front = sum(one.on_front for one in first)
     others = len(fitting) - len(first)
     apart = f" {others} more have other scores or none, which are not compared." if others else ""
     yield (
-        f"{weighed}; {len(first)} have scores in {panel}, of which {front} are on the Pareto front: none beats them "
-        f"in sure quality, speed and memory together.{apart} Diamond: the choice; filled: on the front; hollow: "
-        "beaten. The line is the best score for that memory, or for that speed. A score is the mean of a panel of "
-        "benchmarks, and panels do not compare."
+        f"{weighed}; {len(first)} have scores in {panel}, of which {front} beside the choice are on the Pareto front: "
+        f"none beats them in sure quality, speed and memory together.{apart} Diamond: the choice; filled: on the "
+        "front; hollow: beaten. The line is the best score for that memory, or for that speed. A score is the mean of "
+        "a panel of benchmarks, and panels do not compare."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from edgepack.cli import cli
 from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
 from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
-from edgepack.plan import Plan, Request
+from edgepack.plan import Plan, Rejection, Request
 from edgepack.report import Number, Report, Subject, documents, interval, pages, plots, report_of, shown
 from edgepack.report.colors import COLORS
 from edgepack.report.render import FORMATS, Format, html, markdown, render, svg
@@ -549,6 +550,35 @@ def test_every_candidate_is_told_with_its_reason() -> None:
     assert len(subject.options) == 1 + len(plan.rejected)
     assert sum(len(table.rows) for table in section.tables) == len(subject.options)
     assert all(one.reason for one in subject.options if one.verdict != "chosen")
+
+
+def weighed(fronts: Sequence[bool], panel: str = "qwen3_card") -> documents.Planned:
+    """A choice, and as many others that fit, some of them on the front, all scored in one panel."""
+    plan = replace(
+        example_plan("jetson-orin-nano-8gb"), quality=replace(chosen()[0].quality, panel=panel, low=69.78)
+    )
+    other = choice.figures(replace(plan, quality=replace(plan.quality, low=69.77)), on_front=False)
+    others = tuple(
+        Rejection(
+            model=f"model-{at}", scheme="Q4_K_M", kv_type="f16", context=4096, reason="slower",
+            figures=replace(other, memory_high=other.memory_high - at * MIB, on_front=on_front),
+        )
+        for at, on_front in enumerate(fronts)
+    )  # fmt: skip
+    return documents.Planned(path="p", plan=replace(plan, rejected=others), explanation=None)
+
+
+@pytest.mark.parametrize(("on_front", "beaten"), [(3, 9), (25, 0)])
+def test_the_table_of_those_that_none_beats_has_them_all_and_no_other(on_front: int, beaten: int) -> None:
+    subject = only(reported(weighed([True] * on_front + [False] * beaten)))
+
+    section = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    best, *rest = section.tables
+    assert best.caption == "The choice, and the candidates that none beats in quality, speed and memory"
+    assert len(best.rows) == 1 + on_front
+    assert [len(table.rows) for table in rest] == ([beaten] if beaten else [])
+    assert f"of which {on_front} beside the choice are on the Pareto front" in section.words[0]
 
 
 def test_each_item_of_a_check_is_a_row_with_its_verdict() -> None:
