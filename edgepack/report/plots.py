@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from edgepack.choice import NOISE
 from edgepack.errors import MissingTool
 from edgepack.report import Option, Piece, Pool, Subject, memory_name, part_name
 from edgepack.report.colors import COLORS, PARTS, variables
@@ -215,6 +216,7 @@ def _candidates(subject: Subject) -> Drawing:
         left, right = page.axes(columns=2)
         _scatter(page, left, [((one.memory_high or 0) / unit, one) for one in options], rising=True)
         _scatter(page, right, [(one.decode or 0.0, one) for one in options], rising=False)
+        left.set_ylim(_widened(*left.get_ylim()))
         memory = "memory" if subject.plan is None else memory_name(subject.plan)
         left.set_xlabel(f"{memory}, at most ({name})")
         left.set_ylabel("score, at least")
@@ -254,6 +256,13 @@ def _scatter(page: _Page, ax: Axes, points: Sequence[tuple[float, Option]], *, r
     else:
         ax.locator_params(axis="x", nbins=4)
     ax.grid(axis="y")
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Both ends, no nearer to each other than what counts as noise in a score: equal scores look equal."""
+    middle, reach = (low + high) / 2, (high - low) / 2
+    reach = max(reach, NOISE * abs(middle) / 2)
+    return middle - reach, middle + reach
 
 
 def _unit(most: float) -> tuple[int, str]:

@@ -581,6 +581,16 @@ def test_the_table_of_those_that_none_beats_has_them_all_and_no_other(on_front: 
     assert f"of which {on_front} beside the choice are on the Pareto front" in section.words[0]
 
 
+def test_scores_within_the_noise_are_not_drawn_apart() -> None:
+    drawing = next(
+        one for one in plots.drawings(only(reported(weighed([True] * 3)))) if "candidates" in one.name
+    )
+
+    labels = [float(found) for found in re.findall(r">(69\.\d+|70\.\d+)</text>", drawing.svg)]
+
+    assert max(labels) - min(labels) > choice.NOISE * 69 / 2
+
+
 def test_each_item_of_a_check_is_a_row_with_its_verdict() -> None:
     report = judged({"failure": {"kind": "oom-killed", "stage": "load", "message": HOSTILE}})
 
