@@ -442,31 +442,39 @@ def _candidates(subject: Subject) -> Section | None:
     return Section(
         id=f"candidates-{subject.letter}",
         title="Candidates",
-        words=tuple(_weighed(subject.options, panel)),
+        words=(_weighed(subject.options, panel),),
         drawings=(f"candidates-{subject.letter}",),
         tables=tuple(tables),
     )
 
 
-def _weighed(options: Sequence[Option], panel: str) -> Iterator[str]:
+def _weighed(options: Sequence[Option], panel: str) -> str:
     """How many candidates there are of each kind, and what the drawing's marks say of them."""
     fitting = [one for one in options if one.verdict != "refused"]
     first = [one for one in fitting if one.panel == panel]
     weighed = f"{len(options):,} were weighed, {len(fitting)} fit"
     if not fitting:
-        yield f"{weighed}."
-        return
-    if panel == "none":
-        yield f"{weighed}; the score is the share that is kept of the unquantized model."
-        return
+        return f"{weighed}."
     front = sum(one.on_front for one in first)
     others = len(fitting) - len(first)
-    apart = f" {others} more have other scores or none, which are not compared." if others else ""
-    yield (
-        f"{weighed}; {len(first)} have scores in {panel}, of which {front} beside the choice are on the Pareto front: "
-        f"none beats them in sure quality, speed and memory together.{apart} Diamond: the choice; filled: on the "
-        "front; hollow: beaten. The line is the best score for that memory, or for that speed. A score is the mean of "
-        "a panel of benchmarks, and panels do not compare."
+    scored, apart, best, unit = (
+        f"{len(first)} have scores in {panel}",
+        "have other scores or none, which are not compared",
+        "the best score",
+        "A score is the mean of a panel of benchmarks, and panels do not compare.",
+    )
+    if panel == "none":
+        scored, apart, best, unit = (
+            f"{len(first)} have no published score and count by what they keep for sure",
+            "have scores, which are not compared",
+            "what keeps most for sure",
+            "A score of 100 is all of the unquantized model.",
+        )
+    more = f" {others} more {apart}." if others else ""
+    return (
+        f"{weighed}; {scored}, of which {front} beside the choice are on the Pareto front: none beats them in sure "
+        f"quality, speed and memory together.{more} Diamond: the choice; filled: on the front; hollow: beaten. The "
+        f"line is {best} for that memory, or for that speed. {unit}"
     )
 
 
@@ -477,7 +485,7 @@ def _options(caption: str, options: Sequence[Option], memory: str, *, folded: bo
             Entry(f"{one.model} {one.scheme}", mark),
             Entry(one.runtime),
             Entry(one.kv_type),
-            Entry(f"{one.quality_low or 0:.1f}", exact=f"expected {one.quality or 0:.1f} in {one.panel}"),
+            Entry(f"{one.quality_low or 0:.1f}", exact=_expected(one)),
             Entry(show(one.memory_high or 0), exact=f"{one.memory_high or 0:,} bytes"),
             Entry(f"{one.decode or 0:.1f}"),
             Entry(f"{one.decode_low or 0:.1f}"),
@@ -495,6 +503,11 @@ def _options(caption: str, options: Sequence[Option], memory: str, *, folded: bo
         numeric=(3, 4, 5, 6),
         folded=folded,
     )
+
+
+def _expected(one: Option) -> str:
+    kept = one.panel == "none"
+    return f"expected {one.quality or 0:.1f} {'of 100 kept' if kept else f'in {one.panel}'}"
 
 
 def _pace(subject: Subject) -> Section | None:

@@ -223,12 +223,14 @@ def _candidates(subject: Subject) -> Drawing:
         right.set_xlabel("tokens a second, context full")
         right.tick_params(labelleft=False)
         panel = "" if subject.plan is None else subject.plan.quality.panel
-        scored = "" if panel == "none" else f" that are scored in {panel}"
+        scored, best = f" that are scored in {panel}", "the best score"
+        if panel == "none":
+            scored, best = "", "what keeps most for sure"
         return page.drawing(
             f"candidates-{subject.letter}",
             "Candidates by quality, memory and speed",
-            f"{len(options)} candidates that fit{scored}; the line joins the best score for each memory, and for each "
-            "speed; the diamond is the choice. The table of candidates has every figure.",
+            f"{len(options)} candidates that fit{scored}; the line joins {best} for each memory, and for each speed; "
+            "the diamond is the choice. The table of candidates has every figure.",
         )
 
 

@@ -581,6 +581,19 @@ def test_the_table_of_those_that_none_beats_has_them_all_and_no_other(on_front: 
     assert f"of which {on_front} beside the choice are on the Pareto front" in section.words[0]
 
 
+def test_models_without_a_published_score_are_said_to_keep_most_and_the_marks_are_explained() -> None:
+    report = reported(weighed([True, False], panel="none"))
+
+    (words,) = next(one for one in pages.sections(only(report)) if one.title == "Candidates").words
+
+    assert "3 were weighed, 3 fit; 3 have no published score" in words
+    assert (
+        "Diamond: the choice; filled: on the front; hollow: beaten. The line is what keeps most for sure"
+        in words
+    )
+    assert not re.search(r"in none\b", html(report))
+
+
 def test_scores_within_the_noise_are_not_drawn_apart() -> None:
     drawing = next(
         one for one in plots.drawings(only(reported(weighed([True] * 3)))) if "candidates" in one.name
