@@ -32,8 +32,8 @@ from edgepack.report.documents import (
 from edgepack.report.sweep import Cell, Pace, sweep
 from edgepack.units import show
 
-How = Literal["exact", "fitted", "calibrated", "measured", "given"]
-"""``given``: read from a profile, a catalog or an option."""
+How = Literal["exact", "fitted", "estimated", "calibrated", "measured", "given"]
+"""``given``: what a profile, a catalog or an option says; ``estimated``: near, by how much is not known."""
 Unit = Literal["bytes", "tok/s", "s", "score", "ratio", "nats", "perplexity", "tokens", "GB/s", "bits"]
 
 
@@ -647,9 +647,9 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
     profile = f"profile {plan.profile.name}"
     for name, value in plan.budget.arithmetic:
         yield _number(f"budget: {name}", value, "bytes", "given", profile)
-    yield _number("budget", plan.budget.device, "bytes", "exact", "the sum of its terms")
+    yield _number("budget", plan.budget.device, "bytes", "given", f"{profile}: the sum of its terms")
     if not plan.budget.unified:
-        yield _number("budget of the host", plan.budget.host, "bytes", "exact", profile)
+        yield _number("budget of the host", plan.budget.host, "bytes", "given", profile)
     bandwidth = plan.profile.mode(plan.power_mode).bandwidth_gbs
     yield _number("memory bandwidth", bandwidth, "GB/s", "given", f"{profile}, power mode {plan.power_mode}")
     for part in plan.memory.parts:
@@ -661,10 +661,9 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
     yield _number(
         f"{memory_name(plan)} in all", plan.memory.total, "bytes", sure, "the sum of the parts", total
     )
-    yield _number("artifact file", plan.memory.file_bytes, "bytes", plan.memory.file_provenance, plan.scheme)
-    yield _number(
-        "bits per weight", plan.memory.bits_per_weight, "bits", plan.memory.file_provenance, plan.scheme
-    )
+    size: How = "estimated" if plan.memory.file_provenance == "fitted" else plan.memory.file_provenance
+    yield _number("artifact file", plan.memory.file_bytes, "bytes", size, plan.scheme)
+    yield _number("bits per weight", plan.memory.bits_per_weight, "bits", size, plan.scheme)
     pace = plan.speed
     law = "docs/arithmetic.md, speed"
     yield _number("decode", pace.decode, "tok/s", pace.provenance, law, (pace.decode_low, pace.decode_high))

@@ -69,8 +69,8 @@ VERDICTS: dict[str, tuple[str, Mark]] = {
 UNITS = "KiB, MiB and GiB are 1024, 1024² and 1024³ bytes; GB and GB/s are 10⁹."
 HOW = (
     "exact: counted by the same arithmetic as the program's own; fitted: from a law with constants fitted to "
-    "measurements, with the interval that left-out measurements showed; calibrated: from this device's own runs; "
-    "measured: read while it ran; given: from a profile or a catalog"
+    "measurements, with the interval that left-out measurements showed; estimated: near, by how much is not known; "
+    "calibrated: from this device's own runs; measured: read while it ran; given: from a profile or a catalog"
 )
 
 
@@ -515,7 +515,7 @@ def _pace(subject: Subject) -> Section | None:
         return None
     how = (
         "Each point is the planner's law at that context: powers of two and the planned one, up to what fits the "
-        "budget and what the model was trained for. `edgepack fit` says the largest context to the token."
+        "budget and what the model was trained for. edgepack fit says the largest context to the token."
         if subject.pace_exact
         else "The ends are the plan's; between them the time of a token rises in a line with the KV cache it reads."
     )

@@ -427,6 +427,23 @@ def test_the_numbers_are_the_plans_own() -> None:
     assert all(one.source for one in numbers.values())
 
 
+def test_no_number_is_surer_than_what_it_comes_from() -> None:
+    plan = example_plan("rtx-4060-8gb")
+    plan = replace(plan, memory=replace(plan.memory, file_provenance="fitted"))
+
+    numbers = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).numbers
+
+    how = {one.name: one.how for one in numbers}
+    assert (how["budget"], how["budget of the host"]) == ("given", "given")
+    assert (how["artifact file"], how["bits per weight"]) == ("estimated", "estimated")
+    assert all(one.low is not None or one.high is not None for one in numbers if one.how == "fitted")
+    assert {one.how for one in numbers} <= set(re.findall(r"(\w+): ", pages.HOW))
+
+
+def test_the_page_has_no_markup_of_another_kind() -> None:
+    assert "`" not in html(reported(planned()))
+
+
 def test_the_numbers_of_a_check_are_measured_and_say_on_what() -> None:
     report = judged({})
 
