@@ -32,8 +32,8 @@ from edgepack.report.documents import (
 from edgepack.report.sweep import Cell, Pace, sweep
 from edgepack.units import show
 
-How = Literal["exact", "fitted", "calibrated", "measured", "given"]
-"""``given``: read from a profile, a catalog or an option."""
+How = Literal["exact", "fitted", "estimated", "calibrated", "measured", "given"]
+"""``given``: what a profile, a catalog or an option says; ``estimated``: near, by how much is not known."""
 Unit = Literal["bytes", "tok/s", "s", "score", "ratio", "nats", "perplexity", "tokens", "GB/s", "bits"]
 
 
@@ -166,6 +166,7 @@ class Subject:
     plan: Plan | None
     """Without the candidates, which ``options`` has."""
     explanation: Explanation | None
+    """None too for a plan that was forced, which no reason speaks for."""
     release: Release | None
     pools: tuple[Pool, ...]
     parts_measured: tuple[MeasuredPart, ...]
@@ -414,7 +415,7 @@ def _subject(group: _Group, letter: str, shapes: Shapes) -> Subject:
         sentence=_sentence(group),
         inputs=tuple(dict.fromkeys(group.paths)),
         plan=None if plan is None else replace(plan, rejected=()),
-        explanation=group.explanation,
+        explanation=None if plan is not None and plan.forced else group.explanation,
         release=_release(group),
         pools=() if plan is None else tuple(_pools(plan)),
         parts_measured=() if report is None else tuple(_measured_parts(report)),
@@ -455,13 +456,27 @@ def _sentence(group: _Group) -> str:
     users = f"one user with {each:,} tokens of context"
     if settings.slots > 1:
         users = f"{settings.slots} users at once, {each:,} tokens of context each"
-    alone = "" if settings.slots == 1 else " for a user alone"
+    speed, least, how = pace.decode_full, pace.decode_full_low, "with a full context"
+    if settings.slots > 1:
+        speed, least, how = pace.decode_all, pace.decode_all_low, "together with full contexts"
+    told = f"{speed:,.1f} tokens a second {how}, at least {least:,.1f}"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
-    pace_told = f"{pace.decode:,.1f} tokens a second{alone} [{pace.decode_low:,.1f}, {pace.decode_high:,.1f}]"
-    return (
-        f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime} is planned to serve {users}, to "
-        f"take at most {show(taken.high)} of the {show(taken.budget)} there are, and to write {pace_told}."
-    )
+    what = f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime}"
+    memory = f"{show(taken.high)} of the {show(taken.budget)} there are"
+    if plan.forced:
+        return (
+            f"{what} {refusal(plan)}. Forced, it is meant to serve {users}, may take up to {memory}, and would write "
+            f"{told}."
+        )
+    return f"{what} is planned to serve {users}, to take at most {memory}, and to write {told}."
+
+
+def refusal(plan: Plan) -> str:
+    """What is wrong with a plan that was forced, as the verb of a sentence; empty for one that was not."""
+    if not plan.forced:
+        return ""
+    over = any(pool.high > pool.budget for pool in _pools(plan))
+    return "does NOT fit" if over else "would be refused without --force"
 
 
 def _release(group: _Group) -> Release | None:
@@ -522,8 +537,8 @@ def _options(plan: Plan) -> Iterator[Option]:
         runtime=plan.runtime,
         kv_type=plan.settings.kv_type,
         context=plan.settings.context,
-        verdict="chosen",
-        reason="",
+        verdict="refused" if plan.forced else "chosen",
+        reason=plan.forced,
         hint="",
         memory=plan.memory.total,
         memory_high=plan.memory.high,
@@ -632,9 +647,9 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
     profile = f"profile {plan.profile.name}"
     for name, value in plan.budget.arithmetic:
         yield _number(f"budget: {name}", value, "bytes", "given", profile)
-    yield _number("budget", plan.budget.device, "bytes", "exact", "the sum of its terms")
+    yield _number("budget", plan.budget.device, "bytes", "given", f"{profile}: the sum of its terms")
     if not plan.budget.unified:
-        yield _number("budget of the host", plan.budget.host, "bytes", "exact", profile)
+        yield _number("budget of the host", plan.budget.host, "bytes", "given", profile)
     bandwidth = plan.profile.mode(plan.power_mode).bandwidth_gbs
     yield _number("memory bandwidth", bandwidth, "GB/s", "given", f"{profile}, power mode {plan.power_mode}")
     for part in plan.memory.parts:
@@ -643,11 +658,12 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
             yield _number(name, part.bytes, "bytes", part.provenance, part.note, ends)
     total = (plan.memory.low, plan.memory.high)
     sure: How = "exact" if total[0] == total[1] else "fitted"
-    yield _number("memory in all", plan.memory.total, "bytes", sure, "the sum of the parts", total)
-    yield _number("artifact file", plan.memory.file_bytes, "bytes", plan.memory.file_provenance, plan.scheme)
     yield _number(
-        "bits per weight", plan.memory.bits_per_weight, "bits", plan.memory.file_provenance, plan.scheme
+        f"{memory_name(plan)} in all", plan.memory.total, "bytes", sure, "the sum of the parts", total
     )
+    size: How = "estimated" if plan.memory.file_provenance == "fitted" else plan.memory.file_provenance
+    yield _number("artifact file", plan.memory.file_bytes, "bytes", size, plan.scheme)
+    yield _number("bits per weight", plan.memory.bits_per_weight, "bits", size, plan.scheme)
     pace = plan.speed
     law = "docs/arithmetic.md, speed"
     yield _number("decode", pace.decode, "tok/s", pace.provenance, law, (pace.decode_low, pace.decode_high))
@@ -745,6 +761,11 @@ def _quality_numbers(found: Quality) -> Iterator[Number]:
 def text_name(found: Quality) -> str:
     """What a quality was measured on, as part of a sentence."""
     return "the built-in text" if found.text.name == "built-in" else found.text.name
+
+
+def memory_name(plan: Plan) -> str:
+    """What the sum of all parts is of: with a card it is of two memories, and of neither's budget."""
+    return "memory" if plan.budget.unified else "card and host"
 
 
 def part_name(name: str, place: str = "host") -> str:

@@ -7,14 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from edgepack.report import Option, Release, Report, Subject, interval, part_name, shown, text_name
+from edgepack.report import (
+    Option,
+    Release,
+    Report,
+    Subject,
+    interval,
+    memory_name,
+    part_name,
+    refusal,
+    shown,
+    text_name,
+)
 from edgepack.report.colors import PARTS
 from edgepack.runtimes import llama_cpp
 from edgepack.units import show
 
 Mark = Literal["", "good", "bad", "warn", "soft", "p1", "p2", "p3", "p4", "p5", "p6"]
-SHOWN_OPTIONS = 12
-"""Candidates in sight; the others are a click away."""
 
 
 class Entry(NamedTuple):
@@ -60,8 +69,8 @@ VERDICTS: dict[str, tuple[str, Mark]] = {
 UNITS = "KiB, MiB and GiB are 1024, 1024² and 1024³ bytes; GB and GB/s are 10⁹."
 HOW = (
     "exact: counted by the same arithmetic as the program's own; fitted: from a law with constants fitted to "
-    "measurements, with the interval that left-out measurements showed; calibrated: from this device's own runs; "
-    "measured: read while it ran; given: from a profile or a catalog"
+    "measurements, with the interval that left-out measurements showed; estimated: near, by how much is not known; "
+    "calibrated: from this device's own runs; measured: read while it ran; given: from a profile or a catalog"
 )
 
 
@@ -145,9 +154,11 @@ _COMPARED = frozenset(
         "budget of the host",
         "memory bandwidth",
         "memory in all",
+        "card and host in all",
         "peak memory",
         "decode",
         "decode, context full",
+        "decode, all slots together",
         "decode, measured",
         "decode, context full, measured",
         "prompt reading",
@@ -242,10 +253,18 @@ def _summary(subject: Subject) -> Section:
     return Section(
         id=f"summary-{subject.letter}",
         title="In short",
-        badge=None if subject.check is None else _checked(subject),
+        badge=_badge(subject),
         words=(*words, *notes),
         tables=tuple(tables),
     )
+
+
+def _badge(subject: Subject) -> Entry | None:
+    """What a check found; else whether the plan was forced."""
+    if subject.check is not None:
+        return _checked(subject)
+    forced = subject.plan is not None and refusal(subject.plan)
+    return Entry(forced, "bad") if forced else None
 
 
 def _memory(subject: Subject) -> Section | None:
@@ -383,19 +402,23 @@ def _check(subject: Subject) -> Section | None:
 def _candidates(subject: Subject) -> Section | None:
     if len(subject.options) < 2 or subject.plan is None:
         return None
-    panel = subject.plan.quality.panel
+    panel, memory = subject.plan.quality.panel, memory_name(subject.plan)
     fitting = [one for one in subject.options if one.verdict != "refused"]
     refused = [one for one in subject.options if one.verdict == "refused"]
-    first = [one for one in fitting if one.panel == panel]
-    front = [one for one in first if one.verdict == "chosen" or one.on_front]
-    front.sort(key=lambda one: (one.verdict != "chosen", -(one.quality_low or 0)))
-    in_sight = (front + [one for one in first if one not in front])[:SHOWN_OPTIONS]
+    in_sight = [one for one in fitting if one.verdict == "chosen" or (one.on_front and one.panel == panel)]
+    in_sight.sort(key=lambda one: (one.verdict != "chosen", -(one.quality_low or 0)))
     rest = [one for one in fitting if one not in in_sight]
-    tables = [
-        _options("The choice, and the candidates that none beats in quality, speed and memory", in_sight)
-    ]
+    tables = []
+    if in_sight:
+        tables.append(
+            _options(
+                "The choice, and the candidates that none beats in quality, speed and memory",
+                in_sight,
+                memory,
+            )
+        )
     if rest:
-        tables.append(_options(f"{len(rest)} more that fit", rest, folded=True))
+        tables.append(_options(f"{len(rest)} more that fit", rest, memory, folded=True))
     if refused:
         tables.append(
             Table(
@@ -416,33 +439,53 @@ def _candidates(subject: Subject) -> Section | None:
                 folded=True,
             )
         )
-    others = len(fitting) - len(first)
-    apart = f" {others} more have other scores or none, which are not compared." if others else ""
     return Section(
         id=f"candidates-{subject.letter}",
         title="Candidates",
-        words=(
-            f"{len(subject.options):,} were weighed, {len(fitting)} fit; {len(first)} have scores in {panel}, of which "
-            f"{len(front)} are on the Pareto front: none beats them in sure quality, speed and memory together.{apart} "
-            "Diamond: the choice; filled: on the front; hollow: beaten. The line is the best score for that memory, or "
-            "for that speed. A score is the mean of a panel of benchmarks, and panels do not compare."
-            if panel != "none"
-            else f"{len(subject.options):,} were weighed, {len(fitting)} fit; the score is the share that is kept of "
-            "the unquantized model.",
-        ),
+        words=(_weighed(subject.options, panel),),
         drawings=(f"candidates-{subject.letter}",),
         tables=tuple(tables),
     )
 
 
-def _options(caption: str, options: Sequence[Option], *, folded: bool = False) -> Table:
+def _weighed(options: Sequence[Option], panel: str) -> str:
+    """How many candidates there are of each kind, and what the drawing's marks say of them."""
+    fitting = [one for one in options if one.verdict != "refused"]
+    first = [one for one in fitting if one.panel == panel]
+    weighed = f"{len(options):,} were weighed, {len(fitting)} fit"
+    if not fitting:
+        return f"{weighed}."
+    front = sum(one.on_front for one in first)
+    others = len(fitting) - len(first)
+    scored, apart, best, unit = (
+        f"{len(first)} have scores in {panel}",
+        "have other scores or none, which are not compared",
+        "the best score",
+        "A score is the mean of a panel of benchmarks, and panels do not compare.",
+    )
+    if panel == "none":
+        scored, apart, best, unit = (
+            f"{len(first)} have no published score and count by what they keep for sure",
+            "have scores, which are not compared",
+            "what keeps most for sure",
+            "A score of 100 is all of the unquantized model.",
+        )
+    more = f" {others} more {apart}." if others else ""
+    return (
+        f"{weighed}; {scored}, of which {front} beside the choice are on the Pareto front: none beats them in sure "
+        f"quality, speed and memory together.{more} Diamond: the choice; filled: on the front; hollow: beaten. The "
+        f"line is {best} for that memory, or for that speed. {unit}"
+    )
+
+
+def _options(caption: str, options: Sequence[Option], memory: str, *, folded: bool = False) -> Table:
     def cells(one: Option) -> tuple[Entry, ...]:
         mark: Mark = "good" if one.verdict == "chosen" else ""
         return (
             Entry(f"{one.model} {one.scheme}", mark),
             Entry(one.runtime),
             Entry(one.kv_type),
-            Entry(f"{one.quality_low or 0:.1f}", exact=f"expected {one.quality or 0:.1f} in {one.panel}"),
+            Entry(f"{one.quality_low or 0:.1f}", exact=_expected(one)),
             Entry(show(one.memory_high or 0), exact=f"{one.memory_high or 0:,} bytes"),
             Entry(f"{one.decode or 0:.1f}"),
             Entry(f"{one.decode_low or 0:.1f}"),
@@ -450,7 +493,8 @@ def _options(caption: str, options: Sequence[Option], *, folded: bool = False) -
         )
 
     head = (
-        "candidate", "runtime", "KV", "score, at least", "memory, at most", "tok/s, full", "at least", "why not",
+        "candidate", "runtime", "KV", "score, at least", f"{memory}, at most", "tok/s, full", "at least",
+        "why not",
     )  # fmt: skip
     return Table(
         caption=caption,
@@ -461,12 +505,17 @@ def _options(caption: str, options: Sequence[Option], *, folded: bool = False) -
     )
 
 
+def _expected(one: Option) -> str:
+    kept = one.panel == "none"
+    return f"expected {one.quality or 0:.1f} {'of 100 kept' if kept else f'in {one.panel}'}"
+
+
 def _pace(subject: Subject) -> Section | None:
     if not subject.pace:
         return None
     how = (
         "Each point is the planner's law at that context: powers of two and the planned one, up to what fits the "
-        "budget and what the model was trained for. `edgepack fit` says the largest context to the token."
+        "budget and what the model was trained for. edgepack fit says the largest context to the token."
         if subject.pace_exact
         else "The ends are the plan's; between them the time of a token rises in a line with the KV cache it reads."
     )

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from edgepack.choice import NOISE
 from edgepack.errors import MissingTool
-from edgepack.report import Option, Piece, Pool, Subject, part_name
+from edgepack.report import Option, Piece, Pool, Subject, memory_name, part_name
 from edgepack.report.colors import COLORS, PARTS, variables
 from edgepack.report.sweep import Pace
 from edgepack.screen import plain
@@ -80,7 +81,7 @@ def drawings(subject: Subject) -> Iterator[Drawing]:
     """
     if subject.pools:
         yield _memory(subject)
-    if sum(one.memory_high is not None for one in _of_panel(subject)) > 1:
+    if len(_of_panel(subject)) > 1:
         yield _candidates(subject)
     if len(subject.pace) > 1:
         yield _pace(subject)
@@ -204,7 +205,7 @@ def _pool_name(pool: Pool) -> str:
 def _of_panel(subject: Subject) -> list[Option]:
     """Candidates that fit and whose scores compare with the chosen one's."""
     panel = None if subject.plan is None else subject.plan.quality.panel
-    return [one for one in subject.options if one.memory_high is not None and one.panel == panel]
+    return [one for one in subject.options if one.verdict != "refused" and one.panel == panel]
 
 
 def _candidates(subject: Subject) -> Drawing:
@@ -215,17 +216,21 @@ def _candidates(subject: Subject) -> Drawing:
         left, right = page.axes(columns=2)
         _scatter(page, left, [((one.memory_high or 0) / unit, one) for one in options], rising=True)
         _scatter(page, right, [(one.decode or 0.0, one) for one in options], rising=False)
-        left.set_xlabel(f"memory, at most ({name})")
+        left.set_ylim(_widened(*left.get_ylim()))
+        memory = "memory" if subject.plan is None else memory_name(subject.plan)
+        left.set_xlabel(f"{memory}, at most ({name})")
         left.set_ylabel("score, at least")
         right.set_xlabel("tokens a second, context full")
         right.tick_params(labelleft=False)
         panel = "" if subject.plan is None else subject.plan.quality.panel
-        scored = "" if panel == "none" else f" that are scored in {panel}"
+        scored, best = f" that are scored in {panel}", "the best score"
+        if panel == "none":
+            scored, best = "", "what keeps most for sure"
         return page.drawing(
             f"candidates-{subject.letter}",
             "Candidates by quality, memory and speed",
-            f"{len(options)} candidates that fit{scored}; the line joins the best score for each memory, and for each "
-            "speed; the diamond is the choice. The table of candidates has every figure.",
+            f"{len(options)} candidates that fit{scored}; the line joins {best} for each memory, and for each speed; "
+            "the diamond is the choice. The table of candidates has every figure.",
         )
 
 
@@ -253,6 +258,13 @@ def _scatter(page: _Page, ax: Axes, points: Sequence[tuple[float, Option]], *, r
     else:
         ax.locator_params(axis="x", nbins=4)
     ax.grid(axis="y")
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    """Both ends, no nearer to each other than what counts as noise in a score: equal scores look equal."""
+    middle, reach = (low + high) / 2, (high - low) / 2
+    reach = max(reach, NOISE * abs(middle) / 2)
+    return middle - reach, middle + reach
 
 
 def _unit(most: float) -> tuple[int, str]:

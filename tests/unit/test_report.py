@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -20,12 +21,12 @@ from edgepack.cli import cli
 from edgepack.errors import BadInput, MissingTool, NotFound, Untrusted
 from edgepack.evaluation import Quality
 from edgepack.modelspec import ModelSpec
-from edgepack.plan import Plan, Request
+from edgepack.plan import Plan, Rejection, Request
 from edgepack.report import Number, Report, Subject, documents, interval, pages, plots, report_of, shown
 from edgepack.report.colors import COLORS
 from edgepack.report.render import FORMATS, Format, html, markdown, render, svg
 from edgepack.report.sweep import sweep
-from edgepack.units import GIB, MIB
+from edgepack.units import GIB, MIB, Bytes
 from tests.plans import example_plan
 from tests.scorers import measured
 from tests.unit.test_bundle import write
@@ -339,15 +340,75 @@ def test_two_devices_are_two_subjects_side_by_side() -> None:
     assert pages.comparison(reported(planned())) is None
 
 
-def test_the_sentence_says_what_each_user_has() -> None:
+def test_the_sentence_says_what_each_user_has_and_how_fast_it_is_then() -> None:
     plan = chosen()[0]
-    four = replace(plan, settings=replace(plan.settings, slots=4, context=4 * plan.settings.context))
+    pace = replace(
+        plan.speed, decode=40.0, decode_full=7.5, decode_full_low=5.3, decode_all=9.0, decode_all_low=6.0
+    )
+    alone = replace(plan, speed=pace)
+    four = replace(alone, settings=replace(plan.settings, slots=4, context=4 * plan.settings.context))
 
-    one = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).sentence
+    one = only(reported(documents.Planned(path="p", plan=alone, explanation=None))).sentence
     each = only(reported(documents.Planned(path="p", plan=four, explanation=None))).sentence
 
     assert f"to serve one user with {plan.settings.context:,} tokens of context, to take at most" in one
+    assert one.endswith("to write 7.5 tokens a second with a full context, at least 5.3.")
     assert f"to serve 4 users at once, {plan.settings.context:,} tokens of context each, to take" in each
+    assert each.endswith("to write 9.0 tokens a second together with full contexts, at least 6.0.")
+
+
+def test_what_the_planned_users_get_together_stands_side_by_side() -> None:
+    found = pages.comparison(reported(planned(), planned("other.json", "x86-laptop")))
+
+    assert found is not None
+    rows = {row[0].words: row[1].words for row in found.tables[0].rows}
+    assert rows["decode, all slots together"].startswith(
+        f"{chosen()[0].speed.decode_all:,.1f} tok/s, at least"
+    )
+
+
+def forced(warning: str, budget: int) -> documents.Planned:
+    """A plan of a device with so many bytes to give, kept by force; with reasons, as ``plan --explain`` has them."""
+    plan, why = chosen()
+    return documents.Planned(
+        path="forced.json",
+        plan=replace(
+            plan,
+            budget=replace(plan.budget, device=Bytes(budget)),
+            warnings=(f"forced: {warning}",),
+            rejected=tuple(replace(one, figures=None) for one in plan.rejected),
+        ),
+        explanation=why,
+    )
+
+
+def test_a_forced_plan_that_does_not_fit_is_not_told_as_the_best_that_fits() -> None:
+    subject = only(reported(forced("needs 99 GiB more than there is", MIB)))
+
+    summary = next(pages.sections(subject))
+    candidates = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    assert "does NOT fit" in subject.sentence
+    assert summary.badge == pages.Entry("does NOT fit", "bad")
+    assert not any(words.startswith("Why this one") for words in summary.words)
+    assert candidates.words == (f"{len(subject.options)} were weighed, 0 fit.",)
+    assert [table.caption for table in candidates.tables] == [
+        f"{len(subject.options)} that were refused, and why"
+    ]
+    assert "forced: needs 99 GiB more than there is" in markdown(
+        reported(forced("needs 99 GiB more than there is", MIB))
+    )
+    assert "Pareto" not in html(reported(forced("too slow", MIB)))
+
+
+def test_a_plan_forced_for_another_reason_than_memory_is_not_said_not_to_fit() -> None:
+    subject = only(reported(forced("decodes 2.0 tok/s", 8 * GIB)))
+
+    badge = next(pages.sections(subject)).badge
+
+    assert badge == pages.Entry("would be refused without --force", "bad")
+    assert "would be refused without --force" in subject.sentence
+    assert "NOT fit" not in subject.sentence
 
 
 # ── numbers ──────────────────────────────────────────────────────────────────────────────────────────
@@ -364,6 +425,23 @@ def test_the_numbers_are_the_plans_own() -> None:
     assert numbers["decode"].how == "fitted"
     assert numbers["budget"].value == sum(value for _, value in plan.budget.arithmetic)
     assert all(one.source for one in numbers.values())
+
+
+def test_no_number_is_surer_than_what_it_comes_from() -> None:
+    plan = example_plan("rtx-4060-8gb")
+    plan = replace(plan, memory=replace(plan.memory, file_provenance="fitted"))
+
+    numbers = only(reported(documents.Planned(path="p", plan=plan, explanation=None))).numbers
+
+    how = {one.name: one.how for one in numbers}
+    assert (how["budget"], how["budget of the host"]) == ("given", "given")
+    assert (how["artifact file"], how["bits per weight"]) == ("estimated", "estimated")
+    assert all(one.low is not None or one.high is not None for one in numbers if one.how == "fitted")
+    assert {one.how for one in numbers} <= set(re.findall(r"(\w+): ", pages.HOW))
+
+
+def test_the_page_has_no_markup_of_another_kind() -> None:
+    assert "`" not in html(reported(planned()))
 
 
 def test_the_numbers_of_a_check_are_measured_and_say_on_what() -> None:
@@ -489,6 +567,58 @@ def test_every_candidate_is_told_with_its_reason() -> None:
     assert len(subject.options) == 1 + len(plan.rejected)
     assert sum(len(table.rows) for table in section.tables) == len(subject.options)
     assert all(one.reason for one in subject.options if one.verdict != "chosen")
+
+
+def weighed(fronts: Sequence[bool], panel: str = "qwen3_card") -> documents.Planned:
+    """A choice, and as many others that fit, some of them on the front, all scored in one panel."""
+    plan = replace(
+        example_plan("jetson-orin-nano-8gb"), quality=replace(chosen()[0].quality, panel=panel, low=69.78)
+    )
+    other = choice.figures(replace(plan, quality=replace(plan.quality, low=69.77)), on_front=False)
+    others = tuple(
+        Rejection(
+            model=f"model-{at}", scheme="Q4_K_M", kv_type="f16", context=4096, reason="slower",
+            figures=replace(other, memory_high=other.memory_high - at * MIB, on_front=on_front),
+        )
+        for at, on_front in enumerate(fronts)
+    )  # fmt: skip
+    return documents.Planned(path="p", plan=replace(plan, rejected=others), explanation=None)
+
+
+@pytest.mark.parametrize(("on_front", "beaten"), [(3, 9), (25, 0)])
+def test_the_table_of_those_that_none_beats_has_them_all_and_no_other(on_front: int, beaten: int) -> None:
+    subject = only(reported(weighed([True] * on_front + [False] * beaten)))
+
+    section = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    best, *rest = section.tables
+    assert best.caption == "The choice, and the candidates that none beats in quality, speed and memory"
+    assert len(best.rows) == 1 + on_front
+    assert [len(table.rows) for table in rest] == ([beaten] if beaten else [])
+    assert f"of which {on_front} beside the choice are on the Pareto front" in section.words[0]
+
+
+def test_models_without_a_published_score_are_said_to_keep_most_and_the_marks_are_explained() -> None:
+    report = reported(weighed([True, False], panel="none"))
+
+    (words,) = next(one for one in pages.sections(only(report)) if one.title == "Candidates").words
+
+    assert "3 were weighed, 3 fit; 3 have no published score" in words
+    assert (
+        "Diamond: the choice; filled: on the front; hollow: beaten. The line is what keeps most for sure"
+        in words
+    )
+    assert not re.search(r"in none\b", html(report))
+
+
+def test_scores_within_the_noise_are_not_drawn_apart() -> None:
+    drawing = next(
+        one for one in plots.drawings(only(reported(weighed([True] * 3)))) if "candidates" in one.name
+    )
+
+    labels = [float(found) for found in re.findall(r">(69\.\d+|70\.\d+)</text>", drawing.svg)]
+
+    assert max(labels) - min(labels) > choice.NOISE * 69 / 2
 
 
 def test_each_item_of_a_check_is_a_row_with_its_verdict() -> None:
@@ -746,6 +876,28 @@ def test_the_users_table_says_how_its_runtime_rounds() -> None:
     ]
 
     assert ["blocks of 256 tokens" in words for words in told] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("device", "told", "untold"),
+    [
+        ("jetson-orin", "memory", "card and host"),
+        ("consumer-8gb", "card and host", "memory"),
+    ],
+)
+def test_the_sum_of_two_memories_is_not_called_one(device: str, told: str, untold: str) -> None:
+    report = reported(planned("p", device))
+    subject = only(report)
+
+    candidates = next(one for one in pages.sections(subject) if one.title == "Candidates")
+
+    assert all(
+        f"{told}, at most" in table.head for table in candidates.tables if "score, at least" in table.head
+    )
+    assert f"{told}, at most" in svg(report)
+    assert f"{untold}, at most" not in html(report)
+    assert f"{told} in all" in {one.name for one in subject.numbers}
+    assert f"{untold} in all" not in html(report)
 
 
 def test_units_are_explained_once() -> None:
