@@ -311,7 +311,10 @@ def test_a_gate_has_never_more_inside_than_places_and_all_are_free_at_the_end(
                 visitors.append((client, over, asyncio.ensure_future(visit(client, over))))
             for event, number in events if visitors else ():
                 client, over, task = visitors[number % len(visitors)]
-                {"leaves": client.left, "is cancelled": task.cancel, "ends": over.set}[event]()
+                acts: dict[str, Callable[[], object]] = {
+                    "leaves": client.left, "is cancelled": task.cancel, "ends": over.set
+                }  # fmt: skip
+                acts[event]()
             await asyncio.sleep(0)
             assert len(inside) <= places
             assert 0 <= gate.inside <= places
