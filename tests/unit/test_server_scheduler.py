@@ -146,6 +146,22 @@ def test_who_waits_and_leaves_is_never_started() -> None:
     assert engine.served == ["a", "c"]
 
 
+def test_who_has_left_before_it_enters_costs_no_other_conversation_its_prefix() -> None:
+    engine = Held()
+    engine.go.release(2)
+
+    async def body(scheduler: Scheduler) -> None:
+        await said(scheduler, work("abcdefgh"))
+        client = Client()
+        client.left()
+        with pytest.raises(ClientGone):
+            await said(scheduler, work("xy"), client)
+        assert scheduler.running == 0
+        assert engine.cached(0, list(b"abcdefghij")) == len("abcdefgh")
+
+    with_scheduler(engine, 1, body)
+
+
 def test_who_leaves_a_slot_gives_it_to_the_next() -> None:
     engine = Held()
 
