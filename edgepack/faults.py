@@ -1568,11 +1568,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="queue-full",
-        symptom="429: the queue is full",
+        symptom="429 (vLLM: 503, `The engine is currently busy`): the queue is full",
         patterns=_any(r"HTTP/1\.\d\" 429\b", r"\"refused\": \"queue_full\"", r"wait: the queue is full"),
         cause="more requests came than run and wait at the same time; nothing is wrong with the server",
-        cure="clients wait as long as Retry-After says and ask again; for more at a time `edgepack build … "
-        "--slots N`, as far as the KV cache fits",
+        cure="clients wait as long as Retry-After says (vLLM sends none: some seconds) and ask again; for more "
+        "at a time `edgepack build … --slots N`, as far as the KV cache fits",
         source=f"{_VLLM}pull/49445",
     ),
     # disk
@@ -1713,8 +1713,8 @@ RULES: tuple[Rule, ...] = (
         patterns=_any(r"check: item second turn: (?:warn|fail)"),
         cause="the server does not use the first turn's KV cache again: a model with recurrent state, a "
         "template that rewrites earlier turns, or `cache_prompt` off",
-        cure="keep a conversation on one slot (`session_id` of /chat), leave `cache_prompt` on, and one slot "
-        "for each user: `edgepack build … --slots N`",
+        cure="send the conversation unchanged, each turn behind the earlier ones, leave `cache_prompt` on, and "
+        "one slot for each user: `edgepack build … --slots N`",
         source=f"{_LLAMA}pull/16391",
         certainty="likely",
     ),
@@ -1797,7 +1797,7 @@ RULES: tuple[Rule, ...] = (
         cause="the prompt is computed in pieces that are too small, or not kept between turns, or the KV cache "
         "is read slowly because it is long",
         cure="a larger `--ubatch` (512 to 1024) for long prompts, one slot for each user (`--slots`), "
-        "`session_id` kept by the client; `edgepack check` measures the second turn with and without the "
+        "the conversation sent unchanged; `edgepack check` measures the second turn with and without the "
         "cache",
         source="https://docs.vllm.ai/en/latest/configuration/optimization/",
     ),

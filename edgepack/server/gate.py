@@ -82,7 +82,7 @@ class Gate:
         except asyncio.CancelledError:
             if turn in self._waiting:
                 self._waiting.remove(turn)
-            else:
+            elif not turn.cancelled():  # a cancelled one was passed over: it was given no place
                 self._leave()  # the place came together with the end
             raise
         finally:

@@ -154,7 +154,7 @@ def _config(app: ASGIApp, requests: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http=_Timed,
+        http=Timed,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -167,16 +167,28 @@ def _config(app: ASGIApp, requests: int) -> uvicorn.Config:
     )
 
 
-class _Timed(H11Protocol):
-    """A connection that asks nothing for BODY_SECONDS is closed: idle ones count against what may be open at once."""
+class Timed(H11Protocol):
+    """A connection that opens, or begins a request, and does not ask within BODY_SECONDS is closed: silent ones count
+    against what may be open at once."""
+
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
-        self.loop.call_later(BODY_SECONDS, self._close_silent)
+        self._watch()
 
-    def _close_silent(self) -> None:
-        if self.cycle is None:
-            self.transport.abort()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """More bytes give no more time."""
+        asking = self.cycle is not None and not self.cycle.response_complete
+        if asking and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif not asking and self._timer is None:
+            self._timer = self.loop.call_later(BODY_SECONDS, self.transport.abort)
 
 
 class _Uvicorn(uvicorn.Server):

@@ -122,6 +122,8 @@ class Scheduler:
         Raises Refused (429 when the queue is full, 504 at the deadline, 503 when the server stops, 500 when the
         engine failed) and ClientGone.
         """
+        if client.gone:  # it would take a slot, and with it what the slot holds of another conversation
+            raise ClientGone()
         ticket = _Ticket(work, self._loop)
         self._enter(ticket)
         timer = self._loop.call_later(max(0.0, work.deadline - time.perf_counter()), ticket.expire)

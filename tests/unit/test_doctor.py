@@ -562,6 +562,10 @@ def test_the_table_in_the_docs_is_that_of_the_rules() -> None:
     assert (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8") == markdown()
 
 
+def test_no_cure_counts_on_a_session_s_name_which_only_the_log_has() -> None:
+    assert not [rule.id for rule in RULES if "session_id" in rule.cure]
+
+
 def test_commands_in_cures_are_edgepack_s_own() -> None:
     from edgepack.cli import cli
 

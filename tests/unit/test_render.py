@@ -259,3 +259,31 @@ def test_ready_does_not_wait_for_a_server_that_has_ended(tmp_path: Path) -> None
         )
 
     assert (done.returncode, done.stderr) == (1, "start.sh: the server ended before it answered\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "taken_off"),
+    [("x86-laptop-ddr5", ["-m pip uninstall --yes torchvision torchaudio torchcodec"]), ("rtx-4060-8gb", [])],
+)
+def test_what_fails_beside_the_torch_of_vllm_on_a_cpu_is_taken_off_after_the_install(
+    name: str, taken_off: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "start.sh").write_text(render(served_plan("vllm", name))["start.sh"], encoding="utf-8")
+    python = tmp_path / "python3"
+    python.write_text(
+        f"""#!/bin/sh
+echo "$*" >>"{tmp_path}/calls"
+[ "$2" != venv ] || install -D "$0" "$3/bin/python3"
+""",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EDGEPACK_VENV": str(tmp_path / "venv")}
+
+    subprocess.run(["sh", tmp_path / "start.sh", "install"], env=environment, check=True, timeout=60)
+
+    assert (tmp_path / "calls").read_text(encoding="utf-8").splitlines() == [
+        f"-m venv {tmp_path}/venv",
+        f"-m pip install --requirement {tmp_path}/requirements.txt",
+        *taken_off,
+    ]

@@ -10,6 +10,8 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edgepack.server.engines import Options, Sampling, Token
 from edgepack.server.gate import Gate
@@ -144,6 +146,22 @@ def test_who_waits_and_leaves_is_never_started() -> None:
     assert engine.served == ["a", "c"]
 
 
+def test_who_has_left_before_it_enters_costs_no_other_conversation_its_prefix() -> None:
+    engine = Held()
+    engine.go.release(2)
+
+    async def body(scheduler: Scheduler) -> None:
+        await said(scheduler, work("abcdefgh"))
+        client = Client()
+        client.left()
+        with pytest.raises(ClientGone):
+            await said(scheduler, work("xy"), client)
+        assert scheduler.running == 0
+        assert engine.cached(0, list(b"abcdefghij")) == len("abcdefgh")
+
+    with_scheduler(engine, 1, body)
+
+
 def test_who_leaves_a_slot_gives_it_to_the_next() -> None:
     engine = Held()
 
@@ -265,3 +283,76 @@ def test_a_gate_refuses_late_and_surplus_visitors() -> None:
         assert (gate.inside, gate.depth) == (0, 0)
 
     asyncio.run(run())
+
+
+def test_who_waits_and_leaves_as_a_place_is_given_back_neither_gets_it_nor_gives_it_back_again() -> None:
+    async def run() -> None:
+        gate = Gate(1, 8)
+        clients = [Client() for _ in range(3)]
+        visits = [asyncio.ensure_future(_stay(gate, client)) for client in clients]
+        await _turns()
+        clients[0].left()
+        clients[1].left()
+        await _turns()
+        assert (gate.inside, gate.depth) == (1, 0)
+        clients[2].left()
+        await asyncio.gather(*visits)
+        assert (gate.inside, gate.depth) == (0, 0)
+
+    asyncio.run(run())
+
+
+EVENTS = st.tuples(st.sampled_from(("leaves", "is cancelled", "ends")), st.integers(0, 9))
+
+
+@given(st.integers(1, 3), st.lists(st.tuples(st.integers(0, 4), st.lists(EVENTS, max_size=4)), max_size=12))
+def test_a_gate_has_never_more_inside_than_places_and_all_are_free_at_the_end(
+    places: int, turns: Sequence[tuple[int, Sequence[tuple[str, int]]]]
+) -> None:
+    async def run() -> None:
+        gate = Gate(places, 4)
+        visitors: list[tuple[Client, asyncio.Event, asyncio.Task[None]]] = []
+        inside: set[Client] = set()
+
+        async def visit(client: Client, over: asyncio.Event) -> None:
+            async with gate.enter(client, soon()):
+                inside.add(client)
+                try:
+                    await over.wait()
+                finally:
+                    inside.remove(client)
+
+        for arrivals, events in turns:
+            for client, over in ((Client(), asyncio.Event()) for _ in range(arrivals)):
+                visitors.append((client, over, asyncio.ensure_future(visit(client, over))))
+            for event, number in events if visitors else ():
+                client, over, task = visitors[number % len(visitors)]
+                acts: dict[str, Callable[[], object]] = {
+                    "leaves": client.left, "is cancelled": task.cancel, "ends": over.set
+                }  # fmt: skip
+                acts[event]()
+            await asyncio.sleep(0)
+            assert len(inside) <= places
+            assert 0 <= gate.inside <= places
+        for _, over, _ in visitors:
+            over.set()
+        results = await asyncio.gather(*(task for *_, task in visitors), return_exceptions=True)
+        assert all(
+            result is None or isinstance(result, (Refused, ClientGone, asyncio.CancelledError))
+            for result in results
+        )
+        assert (gate.inside, gate.depth, inside) == (0, 0, set())
+
+    asyncio.run(run())
+
+
+async def _stay(gate: Gate, client: Client) -> None:
+    with pytest.raises(ClientGone):
+        async with gate.enter(client, soon()):
+            await asyncio.get_running_loop().create_future()
+
+
+async def _turns() -> None:
+    """As many turns of the loop as anything here takes to come to rest."""
+    for _ in range(5):
+        await asyncio.sleep(0)
