@@ -888,11 +888,13 @@ def admit(
     agent.verify_signature(bundle, store.signers)
     sequence = release_sequence(bundle)
     highest, holder = store.sequence()
-    if not options.allow_downgrade and sequence < highest:
+    runs_here = store.target("current") == release and store.good(release) is not None  # it may be mended
+    may_be_lower = options.allow_downgrade or runs_here
+    if not may_be_lower and sequence < highest:
         raise Refused(
             "its release sequence %d is below %d, which ran here: --allow-downgrade" % (sequence, highest)
         )
-    if not options.allow_downgrade and sequence == highest and release != holder:
+    if not may_be_lower and sequence == highest and release != holder:
         raise Refused(
             "another release ran here with the sequence %d: edgepack build --release-sequence %d, or --allow-downgrade"
             % (sequence, highest + 1)

@@ -1102,6 +1102,25 @@ def test_what_is_installed_may_be_mended_though_a_newer_one_runs(
     assert device.run("install", first).status == 6
 
 
+def test_what_a_rollback_made_current_is_mended_and_flashed_again_and_a_downgrade_stays_one(
+    device: Device, first: Path, second: Path, resigned: Callable[..., Path]
+) -> None:
+    device.run("install", first)
+    device.run("install", resigned(sequence=3, weights=b"GGUF" + b"3" * 6000))
+    device.run("rollback")
+    flip(device.root / "current/model.gguf")
+    device.run("fsck")
+
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+    device.run("receive", offered["release"], stdin=sent)
+    installed = [device.run("install", words).document["outcome"] for words in (offered["release"], first)]
+
+    assert installed == ["current", "current"]
+    assert device.store.sequence()[0] == 3
+    assert device.run("install", second).status == 6
+
+
 # ── an installed release is a bundle, too ──
 
 
@@ -1403,7 +1422,12 @@ def test_the_power_mode_of_a_release_is_selected_before_its_test_and_after_a_rol
     tmp_path: Path, signers: str, resigned: Callable[..., Path]
 ) -> None:
     device = enrolled(tmp_path, signers, "system")
-    device.world = device.world._replace(check=lambda _: (device.ran.append("test"), releases.passing())[1])
+
+    def check(_: argparse.Namespace) -> dict[str, Any]:
+        device.ran.append("test")
+        return releases.passing()
+
+    device.world = device.world._replace(check=check)
     for sequence, mode in ((1, "# 15W\n"), (2, "# 25W\n")):
         device.ran.clear()
         device.run("install", resigned(sequence=sequence, files={"edgepack-power.service": mode}))
