@@ -662,7 +662,9 @@ def _write_signers(path: str, given: bytes, *, replace: bool) -> None:
 
 # ── services: three modes ────────────────────────────────────────────────────────────────────────────
 
-UNITS = ("edgepack.service", "edgepack-health.service", "edgepack-health.timer", "edgepack-power.service")
+POWER = "edgepack-power.service"
+"""Selects the power mode of a release's plan, on a Jetson."""
+UNITS = ("edgepack.service", "edgepack-health.service", "edgepack-health.timer", POWER)
 """The units that a release brings for the system."""
 
 BOOT_UNIT = """\
@@ -818,6 +820,17 @@ class SystemService(Systemd):
         self._systemctl("daemon-reload")
         if release is not None:
             self._systemctl("enable", "edgepack.service")
+            if os.path.lexists(os.path.join(release, POWER)):
+                self._select_power_mode()
+
+    def _select_power_mode(self) -> None:
+        """Now, since the test that follows is held against the plan; a server in another mode is slower, no worse."""
+        try:
+            self._systemctl(
+                "restart", POWER
+            )  # to systemd the one of the release before ran, and would not again
+        except Failed as error:
+            say("the plan's power mode is not set: %s" % error)
 
 
 class UserService(Systemd):
@@ -875,11 +888,13 @@ def admit(
     agent.verify_signature(bundle, store.signers)
     sequence = release_sequence(bundle)
     highest, holder = store.sequence()
-    if not options.allow_downgrade and sequence < highest:
+    runs_here = store.target("current") == release and store.good(release) is not None  # it may be mended
+    may_be_lower = options.allow_downgrade or runs_here
+    if not may_be_lower and sequence < highest:
         raise Refused(
             "its release sequence %d is below %d, which ran here: --allow-downgrade" % (sequence, highest)
         )
-    if not options.allow_downgrade and sequence == highest and release != holder:
+    if not may_be_lower and sequence == highest and release != holder:
         raise Refused(
             "another release ran here with the sequence %d: edgepack build --release-sequence %d, or --allow-downgrade"
             % (sequence, highest + 1)

@@ -1102,6 +1102,25 @@ def test_what_is_installed_may_be_mended_though_a_newer_one_runs(
     assert device.run("install", first).status == 6
 
 
+def test_what_a_rollback_made_current_is_mended_and_flashed_again_and_a_downgrade_stays_one(
+    device: Device, first: Path, second: Path, resigned: Callable[..., Path]
+) -> None:
+    device.run("install", first)
+    device.run("install", resigned(sequence=3, weights=b"GGUF" + b"3" * 6000))
+    device.run("rollback")
+    flip(device.root / "current/model.gguf")
+    device.run("fsck")
+
+    offered = device.run("offer", stdin=releases.offer_frames(first)).document
+    sent = b"".join(releases.blob_frames(first, offered["missing"]))
+    device.run("receive", offered["release"], stdin=sent)
+    installed = [device.run("install", words).document["outcome"] for words in (offered["release"], first)]
+
+    assert installed == ["current", "current"]
+    assert device.store.sequence()[0] == 3
+    assert device.run("install", second).status == 6
+
+
 # ── an installed release is a bundle, too ──
 
 
@@ -1397,6 +1416,48 @@ def test_mode_system_puts_a_release_s_units_in_place_and_starts_it_when_it_is_go
         "edgepack-boot.service",
     }
     assert (units / "edgepack.service").read_text() == "# edgepack.service\n"
+
+
+def test_the_power_mode_of_a_release_is_selected_before_its_test_and_after_a_rollback(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path]
+) -> None:
+    device = enrolled(tmp_path, signers, "system")
+
+    def check(_: argparse.Namespace) -> dict[str, Any]:
+        device.ran.append("test")
+        return releases.passing()
+
+    device.world = device.world._replace(check=check)
+    for sequence, mode in ((1, "# 15W\n"), (2, "# 25W\n")):
+        device.ran.clear()
+        device.run("install", resigned(sequence=sequence, files={"edgepack-power.service": mode}))
+
+    asked = [words.removeprefix("systemctl ") for words in device.ran]
+    device.ran.clear()
+    device.run("rollback")
+    again = [words.removeprefix("systemctl ") for words in device.ran]
+
+    selected = ["daemon-reload", "enable edgepack.service", "restart edgepack-power.service"]
+    started = ["reset-failed edgepack.service", "start edgepack.service"]
+    assert asked[2:] == [*selected, "test", *started]
+    assert again[2:] == [*selected, *started]
+    assert (tmp_path / "units/edgepack-power.service").read_text() == "# 15W\n"
+
+
+def test_a_power_mode_that_cannot_be_set_is_told_and_the_release_runs(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path]
+) -> None:
+    def status(argv: Sequence[str]) -> tuple[int, str]:
+        return (1, "Job for edgepack-power.service failed.\n") if argv[1] == "restart" else (0, "")
+
+    device = enrolled(tmp_path, signers, "system", status=status)
+
+    answer = device.run("install", resigned(files={"edgepack-power.service": "# 25W\n"}))
+
+    assert answer.document["outcome"] == "good"
+    assert (
+        "the plan's power mode is not set: systemctl restart edgepack-power.service: Job for" in answer.said
+    )
 
 
 def test_mode_user_runs_one_unit_of_its_own(tmp_path: Path, signers: str, first: Path) -> None:

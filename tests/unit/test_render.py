@@ -113,7 +113,8 @@ def test_a_jetson_gets_its_runtime_its_power_mode_and_keeps_its_devices() -> Non
     assert service["runtime"] == "nvidia"
     assert service["network_mode"] == "host"
     assert f"{RELEASE}/power.sh 25W" in rendered["edgepack-power.service"]
-    assert "edgepack-power.service" in rendered["edgepack.service"]
+    assert "\nPartOf=edgepack.service\n" in rendered["edgepack-power.service"]  # or it runs once in a boot
+    assert "\nWants=edgepack-power.service\n" in rendered["edgepack.service"]
     assert "PrivateDevices=no" in rendered["edgepack.service"]
     assert "SupplementaryGroups=video render" in rendered["edgepack.service"]
 
