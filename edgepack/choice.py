@@ -406,6 +406,7 @@ def _price(
         scheme=change.scheme or nearest.scheme,
         kv_type=change.kv_type or nearest.kv_type,
         ubatch=change.ubatch or request.ubatch,
+        slots=change.slots or request.slots,
         context=change.context or (None if grows else nearest.context),
     )
     found = next(iter(survey(changed, [c for c in candidates if c.model.id == nearest.model])), None)

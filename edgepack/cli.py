@@ -191,7 +191,7 @@ def _model_options(command: Command) -> Command:
         click.option("--ubatch", type=click.IntRange(32, 8192), default=512, show_default=True,
                      help="Tokens computed at once; bounds the compute buffer."),
         click.option("--slots", type=click.IntRange(1, 256), default=1, show_default=True,
-                     help="Users served at the same time."),
+                     help="Users served at the same time; llama.cpp keeps at least 256 tokens for each."),
         click.option("--context", type=click.IntRange(1), metavar="N",
                      help="Tokens in all slots together (left out: 4096 a slot)."),
         click.option("--runtime", metavar="R",

@@ -28,6 +28,7 @@ class Change:
     kv_type: str | None = None
     ubatch: int | None = None
     scheme: str | None = None
+    slots: int | None = None
     context: int | None = None
 
     @property
@@ -39,6 +40,7 @@ class Change:
                 ("scheme", self.scheme),
                 ("kv-type", self.kv_type),
                 ("ubatch", self.ubatch),
+                ("slots", self.slots),
                 ("context", self.context),
             )
             if value is not None
@@ -113,13 +115,10 @@ def fit(
             runtime=runtime,
             start_up=start_up,
         )
-    limit = spec.context_train * settings.slots
-    beyond = settings.context > limit
+    beyond = settings.context > case.limit
     fits = case.fits() and not beyond
     max_context = case.max_context()
-    change = (
-        None if fits else Change(context=max_context) if beyond and max_context else _cheapest(case, limit)
-    )
+    change = None if fits else Change(context=max_context) if beyond and max_context else _cheapest(case)
     return Fit(
         model=spec.name,
         scheme=case.scheme,
@@ -128,7 +127,9 @@ def fit(
         budget=case.room,
         fits=fits,
         max_context=max_context,
-        binding=f"context: the model was trained for {limit} tokens" if beyond else _binding(case, estimate),
+        binding=f"context: the model was trained for {case.limit} tokens"
+        if beyond
+        else _binding(case, estimate),
         hint="" if fits else change.words if change else _no_help(case),
         change=change,
         runtime=runtime,
@@ -383,15 +384,26 @@ class _Case:
         estimate = self.estimate()
         return excess(estimate, self.room) <= 0 and not oversize(estimate, self.disk)
 
-    def with_context(self, context: int) -> _Case:
-        started = _with(self, context=context, ubatch=self.settings.ubatch)
-        return replace(
-            self, settings=replace(self.settings, context=context, ubatch=started.ubatch, batch=started.batch)
+    @property
+    def limit(self) -> int:
+        """Tokens in all slots together that the model was trained for."""
+        return self.spec.context_train * self.settings.slots
+
+    def restarted(
+        self, *, context: int | None = None, slots: int | None = None, ubatch: int | None = None
+    ) -> _Case:
+        """With the batches that the runtime itself would be started with; None leaves a thing as it is."""
+        settings = replace(
+            self.settings, context=context or self.settings.context, slots=slots or self.settings.slots
         )
+        told = runtimes.named(self.runtime).settings_for(
+            self.profile, context=settings.context, slots=settings.slots, kv_type=settings.kv_type,
+            ubatch=ubatch or settings.ubatch,
+        )  # fmt: skip
+        return replace(self, settings=replace(settings, ubatch=told.ubatch, batch=told.batch))
 
     def max_context(self) -> int:
-        limit = self.spec.context_train * self.settings.slots
-        return longest(limit, lambda context: self.with_context(context).fits())
+        return longest(self.limit, lambda context: self.restarted(context=context).fits())
 
 
 WITHOUT_DESKTOP = "leave out --desktop"
@@ -407,12 +419,12 @@ def _no_help(case: _Case) -> str:
     return f"{NO_HELP}: of this one no scheme down to {tried[-1]} fits at any context"
 
 
-def _cheapest(case: _Case, limit: int) -> Change | None:
-    """The first change that fits, from free to dear, at most ``limit`` tokens long; they are tried, not guessed."""
+def _cheapest(case: _Case) -> Change | None:
+    """The first change that fits and the model was trained for, from free to dear; they are tried, not guessed."""
     for change in _changes(case):
         try:
             changed = _changed(case, change)
-            if changed.settings.context <= limit and changed.fits():
+            if changed.settings.context <= changed.limit and changed.fits():
                 return change
         except Unsupported:
             continue
@@ -429,18 +441,34 @@ def _changed(case: _Case, change: Change) -> _Case:
         scheme=change.scheme or case.scheme,
         settings=settings,
     )
-    if change.ubatch is not None:
-        result = _ubatch(result)
-    return result if change.context is None else result.with_context(change.context)
+    if (change.context, change.slots, change.ubatch) == (None, None, None):
+        return result
+    return result.restarted(context=change.context, slots=change.slots, ubatch=change.ubatch)
 
 
 def _changes(case: _Case) -> Iterator[Change]:
+    """Those that keep the slots, then those with half as many, a quarter and so on, which llama.cpp's cells count."""
     if case.session == "desktop":
         yield Change(headless=True)
-    yield from _within(case)
+    yield from _in_session(case, _within)
+    yield from _in_session(case, _fewer)
+
+
+def _in_session(case: _Case, changes: Callable[[_Case], Iterator[Change]]) -> Iterator[Change]:
+    """The same changes with the desktop, where there is one, and then without."""
+    yield from changes(case)
     if case.session == "desktop":
-        for change in _within(replace(case, session="headless")):
+        for change in changes(replace(case, session="headless")):
             yield replace(change, headless=True)
+
+
+def _fewer(case: _Case) -> Iterator[Change]:
+    """Fewer slots alone, then with the other changes."""
+    halved = [case.settings.slots >> n for n in range(1, case.settings.slots.bit_length())]
+    yield from (Change(slots=slots) for slots in halved)
+    for slots in halved:
+        for change in _within(case.restarted(slots=slots)):
+            yield replace(change, slots=slots)
 
 
 def _within(case: _Case) -> Iterator[Change]:
@@ -478,27 +506,18 @@ def _lighter(case: _Case) -> str | None:
 
 def _bounded(case: _Case) -> bool:
     """Whether --ubatch changes anything: not where the whole prompt goes through at once."""
-    return _ubatch(case).settings != case.settings
-
-
-def _with(case: _Case, *, context: int, ubatch: int) -> Settings:
-    """How the runtime itself would be started with these."""
-    settings = case.settings
-    return runtimes.named(case.runtime).settings_for(
-        case.profile, context=context, slots=settings.slots, kv_type=settings.kv_type, ubatch=ubatch
-    )
-
-
-def _ubatch(case: _Case) -> _Case:
-    settings = case.settings
-    started = _with(case, context=settings.context, ubatch=_SMALL_UBATCH)
-    return replace(case, settings=replace(settings, ubatch=started.ubatch, batch=started.batch))
+    return case.restarted(ubatch=_SMALL_UBATCH).settings != case.settings
 
 
 def _shorter(case: _Case) -> int:
-    """The longest context that fits below the one asked for; 0 when there is none or it cannot be told."""
+    """The longest context up to the one asked for that fits; 0 when there is none or it cannot be told."""
+
+    def fits(context: int) -> bool:
+        return case.restarted(context=context).fits()
+
+    most = min(case.limit, case.settings.context)
     try:
-        return min(case.max_context(), case.settings.context)
+        return most if fits(most) else longest(most, fits)
     except Unsupported:
         return 0
 

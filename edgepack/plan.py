@@ -283,11 +283,16 @@ def survey(request: Request, candidates: Iterable[Candidate]) -> Iterator[Plan |
 
 
 def _runtimes(request: Request, machine: Machine) -> tuple[Runtime, ...]:
-    """The runtime asked for; else those that run the scheme asked for, or any of their own schemes."""
+    """The runtime asked for; else those that run the scheme asked for, or any of their own schemes.
+
+    Under --force those that read the scheme on any machine.
+    """
     if request.runtime is not None:
         return (runtimes.named(request.runtime),)
     if request.scheme is not None and not schemes.is_gguf(request.scheme):
-        return runtimes.reading(request.scheme, machine)
+        scheme = request.scheme
+        forced = tuple(r for r in runtimes.RUNTIMES if r.reads(scheme)) if request.force else ()
+        return forced or runtimes.reading(scheme, machine)
     if request.scheme is not None:
         return (llama_cpp,)
     able = (r for r in runtimes.RUNTIMES if r.objection(machine) is None)

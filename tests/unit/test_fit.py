@@ -98,6 +98,24 @@ def test_heads_that_no_8_bit_cache_can_have_are_helped_by_scheme_and_context_alo
     assert result.hint == "--scheme Q5_K_M --context 256"
 
 
+def test_slots_are_given_up_before_the_model() -> None:
+    """Each takes 256 cells, however few tokens it is asked to hold: 448 MiB for these 64."""
+    needed = try_it("qwen2.5-1.5b", "Q2_K", PI, context=64, slots=4, kv_type="q8_0").estimate.high
+
+    result = try_it("qwen2.5-1.5b", "Q2_K", with_memory(PI, needed), context=64, slots=64, kv_type="q8_0")
+
+    assert result.estimate.part("kv_cache") == 64 * 256 * 28 * 2 * 2 * 128 * 34 // 32
+    assert result.hint == "--slots 4"
+
+
+def test_with_fewer_slots_the_other_changes_are_tried_too() -> None:
+    needed = try_it("qwen2.5-1.5b", "Q2_K", PI, context=64, slots=1, kv_type="q8_0").estimate.high
+
+    result = try_it("qwen2.5-1.5b", "Q8_0", with_memory(PI, needed), context=64, slots=64)
+
+    assert result.hint == "--scheme Q2_K --kv-type q8_0 --slots 1 --context 64"
+
+
 def test_a_smaller_scheme_is_proposed_when_the_weights_are_too_much() -> None:
     needed = try_it("qwen2.5-7b", "Q4_K_M", PI, context=512).estimate.high
 

@@ -168,6 +168,16 @@ def test_force_keeps_the_reason_in_the_plan() -> None:
     assert any(text.startswith("forced: needs") for text in chosen.warnings)
 
 
+def test_force_finds_a_runtime_for_a_scheme_that_none_runs_here() -> None:
+    request = Request(profile=profile.load("raspberry-pi-5-8gb"), scheme="fp8", force=True)
+
+    chosen = pipeline.make_plan(request, [one("qwen2.5-0.5b-instruct")])
+
+    assert chosen.scheme == "fp8"
+    assert chosen.forced.startswith(f"forced: {chosen.runtime} is known to run fp8 on cuda, not on cpu")
+    assert {r.runtime for r in chosen.rejected} | {chosen.runtime} == {"vllm", "transformers"}
+
+
 def test_two_bits_of_a_large_model_do_not_beat_five_of_a_small_one() -> None:
     """By nominal score 4B at Q2_K wins on a Pi; its loss is too uncertain to ship."""
     chosen = pipeline.make_plan(Request(profile=profile.load("raspberry-pi-5-8gb")), models())

@@ -202,6 +202,7 @@ def applied(hint: str, session: Session, scheme: str, given: Settings) -> tuple[
         "--kv-type",
         "--context",
         "--ubatch",
+        "--slots",
         "--min-tokens-per-second",
         "--runtime",
     }
@@ -213,6 +214,7 @@ def applied(hint: str, session: Session, scheme: str, given: Settings) -> tuple[
             kv_type=options.get("--kv-type", given.kv_type),
             context=int(options.get("--context", given.context)),
             ubatch=int(options.get("--ubatch", given.ubatch)),
+            slots=int(options.get("--slots", given.slots)),
         ),
     )
 
@@ -245,7 +247,11 @@ def test_every_refusal_names_a_change_that_applied_fits(
     if refused.hint.startswith(NO_HELP):
         # Not even the least that these flags allow, at any scheme a hint may name, without a desktop.
         least = replace(
-            asked, context=256, ubatch=min(ubatch, 128), kv_type=kv if kv in CACHES[1:] else "q8_0"
+            asked,
+            context=256,
+            slots=1,
+            ubatch=min(ubatch, 128),
+            kv_type=kv if kv in CACHES[1:] else "q8_0",
         )
         for smaller in {*STEPS_DOWN, scheme}:
             assert not fit(spec, profile=tight, session="headless", scheme=smaller, settings=least).fits, (
@@ -291,7 +297,7 @@ def test_when_nothing_fits_the_change_that_is_named_makes_a_plan(
             replace(
                 request, session=session, scheme=scheme or None, context=context,
                 kv_type=changed.kv_type if "--kv-type" in first else request.kv_type,
-                ubatch=changed.ubatch if "--ubatch" in first else request.ubatch,
+                ubatch=changed.ubatch if "--ubatch" in first else request.ubatch, slots=changed.slots,
             ),
             models,
         )  # fmt: skip

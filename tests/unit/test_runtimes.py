@@ -545,7 +545,7 @@ def test_what_fits_is_below_the_budget_and_a_hint_applied_fits(
             where,
             runtime,
             context=int(changed.get("--context", context)),
-            slots=slots,
+            slots=int(changed.get("--slots", slots)),
             kv_type=changed.get("--kv-type"),
             ubatch=int(changed.get("--ubatch", 512)),
         )
