@@ -462,13 +462,15 @@ def _sentence(group: _Group) -> str:
     told = f"{speed:,.1f} tokens a second {how}, at least {least:,.1f}"
     taken = max(_pools(plan), key=lambda pool: pool.high / max(pool.budget, 1))
     what = f"{plan.profile.title}: {plan.model.id} at {plan.scheme} on {plan.runtime}"
-    memory = f"{show(taken.high)} of the {show(taken.budget)} there are"
     if plan.forced:
         return (
-            f"{what} {refusal(plan)}. Forced, it is meant to serve {users}, may take up to {memory}, and would write "
-            f"{told}."
+            f"{what} {refusal(plan)}. Forced, it is meant to serve {users}, may take up to {show(taken.high)} with a "
+            f"budget of {show(taken.budget)}, and would write {told}."
         )
-    return f"{what} is planned to serve {users}, to take at most {memory}, and to write {told}."
+    return (
+        f"{what} is planned to serve {users}, to take at most {show(taken.high)} of the {show(taken.budget)} there "
+        f"are, and to write {told}."
+    )
 
 
 def refusal(plan: Plan) -> str:

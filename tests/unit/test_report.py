@@ -389,6 +389,7 @@ def test_a_forced_plan_that_does_not_fit_is_not_told_as_the_best_that_fits() -> 
     candidates = next(one for one in pages.sections(subject) if one.title == "Candidates")
 
     assert "does NOT fit" in subject.sentence
+    assert "there are" not in subject.sentence
     assert summary.badge == pages.Entry("does NOT fit", "bad")
     assert not any(words.startswith("Why this one") for words in summary.words)
     assert candidates.words == (f"{len(subject.options)} were weighed, 0 fit.",)
