@@ -377,13 +377,11 @@ class Store:
     def sequence(self) -> Tuple[int, Optional[str]]:
         """The highest sequence that was ever good, and the release that had it; it outlives its release.
 
-        Of a file that a failing disk left unreadable the journal and the good releases tell, or nobody could install
-        here again.
+        Where a failing disk lost the file or left it unreadable, the journal and the good releases tell: neither may a
+        downgrade pass then, nor every release be refused.
         """
-        content = read_whole(self.path("sequence.json"))
-        if content is None:
-            return 0, None
-        return _sequence(content) or max(_told_sequences(self), default=(0, None), key=lambda told: told[0])
+        told = _sequence(self.path("sequence.json"))
+        return told or max(_told_sequences(self), default=(0, None), key=lambda told: told[0])
 
     def free(self) -> int:
         found = os.statvfs(self.root)
@@ -422,11 +420,20 @@ def _settings(path: str) -> Settings:
     return Settings(mode, keep, server, tries)
 
 
-def _sequence(content: bytes) -> Optional[Tuple[int, Optional[str]]]:
-    """What sequence.json says; None when that cannot be read."""
+UNREADABLE = (errno.EIO, errno.ELOOP, errno.EISDIR)
+"""What the disk answers for a file that it damaged; the store goes on without it."""
+
+
+def _sequence(path: str) -> Optional[Tuple[int, Optional[str]]]:
+    """What sequence.json says; None when it is not there or cannot be read."""
     try:
-        found = _object(content, "sequence.json")
+        content = read_whole(path)
+        found = {} if content is None else _object(content, "sequence.json")
     except Refused:
+        return None
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
         return None
     number, release = found.get("sequence"), found.get("release")
     if not isinstance(number, int) or not (release is None or isinstance(release, str)):
@@ -492,9 +499,10 @@ def journal_lines(store: Store, count: int) -> List[Dict[str, Any]]:
 
 def _event(line: bytes) -> Dict[str, Any]:
     try:
-        return _object(line, "journal.jsonl")
+        found = _object(line, "journal.jsonl")
     except Refused:  # what a power cut made of it; the lines around it still tell
-        return {"event": "unreadable"}
+        found = {}
+    return dict({"event": "unreadable"}, **found)
 
 
 @contextlib.contextmanager
@@ -826,9 +834,8 @@ class SystemService(Systemd):
     def _select_power_mode(self) -> None:
         """Now, since the test that follows is held against the plan; a server in another mode is slower, no worse."""
         try:
-            self._systemctl(
-                "restart", POWER
-            )  # to systemd the one of the release before ran, and would not again
+            # Not start: to systemd the unit has run, that of the release before.
+            self._systemctl("restart", POWER)
         except Failed as error:
             say("the plan's power mode is not set: %s" % error)
 
@@ -2154,13 +2161,16 @@ def fsck(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
 
 
 def _mend_sequence(store: Store) -> List[Dict[str, Any]]:
-    """Writes sequence.json anew where it cannot be read."""
-    content = read_whole(store.path("sequence.json"))
-    if content is None or _sequence(content) is not None:
-        return []
+    """Writes sequence.json anew where it cannot be read, or is gone though a release was good."""
+    path = store.path("sequence.json")
     number, release = store.sequence()
+    there = os.path.lexists(path)
+    if _sequence(path) is not None or (release is None and not there):
+        return []
+    size = os.lstat(path).st_size if there else 0
+    clear(path)
     _write_sequence(store, number, release)
-    return [{"digest": None, "bytes": len(content), "path": "sequence.json", "quarantined": False}]
+    return [{"digest": None, "bytes": size, "path": "sequence.json", "quarantined": False}]
 
 
 def _quarantine(store: Store, name: str) -> List[Dict[str, Any]]:
@@ -2169,7 +2179,7 @@ def _quarantine(store: Store, name: str) -> List[Dict[str, Any]]:
     try:
         good = hash_on_disk(path) == name
     except OSError as error:
-        if error.errno not in (errno.EIO, errno.ELOOP, errno.EISDIR):
+        if error.errno not in UNREADABLE:
             raise
         good = False
     if good:

@@ -1708,13 +1708,23 @@ def test_it_is_python_3_8_and_needs_the_standard_library_alone() -> None:
 # ── a disk that lied ──
 
 
-@pytest.mark.parametrize("left", [b"", b"\0\0\0", b"{}", b'{"sequence": "9", "release": 9}'])
-def test_a_sequence_that_cannot_be_read_is_that_of_the_best_release_that_was_good(
-    device: Device, first: Path, second: Path, left: bytes
+@pytest.mark.parametrize(
+    "left",
+    [b"", b"\0\0\0", b"{}", b'{"sequence": "9", "release": 9}', bytes(agent.JSON_LIMIT + 1), None, "."],
+)
+def test_a_sequence_that_is_gone_or_cannot_be_read_is_that_of_the_best_release_that_was_good(
+    device: Device, first: Path, second: Path, left: bytes | str | None
 ) -> None:
     for path in (first, second):
         assert device.run("install", path).status == 0
-    (device.root / "sequence.json").write_bytes(left)
+    file = device.root / "sequence.json"
+    file.unlink()
+    if isinstance(left, bytes):
+        file.write_bytes(left)
+    elif left is not None:
+        file.symlink_to(left)
+    with (device.root / "journal.jsonl").open("ab") as journal:
+        journal.write(b"{}\n")  # of which a disk left no more, either
 
     downgrade = device.run("install", first)
     mended = device.run("fsck").document
@@ -1722,8 +1732,42 @@ def test_a_sequence_that_cannot_be_read_is_that_of_the_best_release_that_was_goo
     assert downgrade.status == 6
     assert "below 2" in downgrade.said
     assert [entry["path"] for entry in mended["bad"]] == ["sequence.json"]
-    assert json.loads((device.root / "sequence.json").read_bytes())["sequence"] == 2
+    assert json.loads(file.read_bytes())["sequence"] == 2
     assert device.run("fsck").document["bad"] == []
+
+
+def test_a_sequence_that_the_disk_does_not_give_back_locks_nobody_out(
+    device: Device,
+    first: Path,
+    second: Path,
+    resigned: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for path in (first, second):
+        assert device.run("install", path).status == 0
+    bad = tmp_path / "bad"
+    os.link(device.root / "sequence.json", bad)
+    read = installer.read_whole
+
+    def broken(path: str, *limit: int) -> bytes | None:
+        if os.path.lexists(path) and os.path.samestat(os.lstat(path), bad.lstat()):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(path, *limit)
+
+    monkeypatch.setattr(installer, "read_whole", broken)
+
+    assert device.run("status").document["store"]["sequence"] == 2
+    assert device.run("install", first).status == 6
+    assert device.run("install", resigned(sequence=3, files={"n.txt": "3"})).document["outcome"] == "good"
+    assert device.store.sequence()[0] == 3
+
+
+def test_a_store_in_which_nothing_was_good_lacks_no_sequence(device: Device, first: Path) -> None:
+    Device(device.root, check=fails).run("install", first)
+
+    assert device.run("fsck").document["bad"] == []
+    assert device.store.sequence() == (0, None)
 
 
 def test_a_release_whose_head_is_damaged_is_offered_and_received_again(device: Device, first: Path) -> None:
