@@ -337,7 +337,7 @@ def _installed(done: Flashed, cargo: Cargo, device: Device, asked: Asked, progre
 
 def _offered(cargo: Cargo, device: Device, asked: Asked, *, dry_run: bool = False) -> Offer:
     head = (packed(name, content) for name, content in cargo.head)
-    return device.offer(head, asked.allowances(), dry_run=dry_run)
+    return device.offer(head, asked.allowances(), keep=asked.keep, dry_run=dry_run)
 
 
 def judged(

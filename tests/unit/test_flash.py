@@ -381,6 +381,16 @@ def test_a_dry_run_ends_as_the_flash_would_where_the_disk_is_full(big: Cargo) ->
     assert said(target).commands() == ["status", "offer"]
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_device_hears_before_anything_travels_how_many_releases_stay(big: Cargo, dry_run: bool) -> None:
+    target = device(status=status(), offer=says(offer(big, "current", good=True)), gc=says({}))
+
+    flash.flash(big, target, Asked(keep=1), progress=Silent(), dry_run=dry_run)
+
+    (asked,) = (argv for argv in said(target).asked if "offer" in argv)
+    assert asked[asked.index("--keep") + 1] == "1"
+
+
 def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:
     answer = installed(
         "rolled-back", current="b" * 64, reasons=["oom-killed (run): the kernel killed it"],

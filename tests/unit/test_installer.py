@@ -541,6 +541,80 @@ def test_what_nothing_needs_makes_room(
     assert device.run("install", second).document["outcome"] == "good"
 
 
+def disk_of(device: Device, room: int) -> Callable[[installer.Store], int]:
+    """Free bytes of a disk on which, beside the margin, so many bytes of weights have room."""
+
+    def free(_: installer.Store) -> int:
+        held = [
+            *(device.root / "blobs/sha256").iterdir(),
+            *(device.root / "incoming").glob("*.part"),
+            *(device.root / "quarantine").iterdir(),
+        ]
+        sizes = (path.stat().st_size for path in held)
+        return installer.MARGIN + room - sum(size for size in sizes if size >= 100_000)
+
+    return free
+
+
+def test_an_offer_makes_room_down_to_the_releases_that_it_says_stay(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three good releases the oldest is neither current nor previous."""
+    device.enroll("", "--keep", "3")
+    for number in (1, 2, 3):
+        weights = b"GGUF" + bytes([number]) * 100_000
+        device.run("install", resigned(sequence=number, weights=weights))
+    coming = releases.offer_frames(resigned(sequence=4, weights=b"GGUF" + b"4" * 100_000))
+    monkeypatch.setattr(installer.Store, "free", disk_of(device, 350_000))
+
+    kept = device.run("offer", stdin=coming)
+    dry = device.run("offer", "--keep", "1", "--dry-run", stdin=coming)
+    untouched = len(device.store.releases())
+    taken = device.run("offer", "--keep", "1", stdin=coming)
+
+    assert (kept.status, dry.status, untouched, taken.status) == (10, 0, 3, 0)
+    assert len(device.store.releases()) == 2
+
+
+@pytest.mark.parametrize("by", ["offer", "repair"])
+def test_what_fsck_set_aside_gives_its_place_to_the_same_file(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    path = resigned(weights=b"GGUF" + bytes(100_000))
+    device.run("install", path)
+    (device.root / "quarantine" / ("e" * 64)).write_bytes(b"of another release")
+    flip(device.root / "current/model.gguf")
+    monkeypatch.setattr(installer.Store, "free", disk_of(device, 150_000))
+    device.run("fsck")
+
+    if by == "repair":
+        answer = device.run("fsck", "--repair-from", path)
+    else:
+        dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(path))
+        held = len(list((device.root / "quarantine").iterdir()))
+        assert (dry.status, held) == (0, 2)
+        offered = device.run("offer", stdin=releases.offer_frames(path)).document
+        sent = b"".join(releases.blob_frames(path, offered["missing"]))
+        answer = device.run("receive", offered["release"], stdin=sent)
+
+    assert answer.status == 0
+    assert agent.read_bundle(str(device.root / "current"))["name"] == "tiny"
+    assert [path.name for path in (device.root / "quarantine").iterdir()] == ["e" * 64]
+
+
+def test_a_repair_from_a_bundle_that_has_no_room_writes_nothing(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    flip(device.root / "current/model.gguf")
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN)
+
+    answer = device.run("fsck", "--repair-from", first)
+
+    assert answer.status == 10
+    assert list((device.root / "incoming").iterdir()) == []
+
+
 def test_another_configuration_writes_none_of_the_weights_again(
     device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
