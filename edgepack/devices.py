@@ -34,7 +34,7 @@ from edgepack.remote import Answer, Connection
 Mode = Literal["system", "user", "none"]
 """Whose services run a release: the system's, the user's, or nobody's."""
 State = Literal["new", "received", "installed", "current"]
-"""How far a release has come on a device."""
+"""How far a release has come on a device; ``current`` runs there, where a service is to run it."""
 Outcome = Literal["good", "rolled-back", "installed", "current"]
 """``good``: switched to and kept. ``installed``: laid out only. ``current``: it was so before."""
 

@@ -85,7 +85,8 @@ def _steps(store: Store, offer: Offer, cargo: Cargo, asked: Asked) -> Iterator[S
         there = len(cargo.files) - len(offer.missing)
         text = f"send {len(offer.missing)} files, {show(offer.left)} ({there} are there already)"
         yield Step(action="send", text=text, bytes=offer.left)
-    before = next((release.name for release in store.releases if release.current), None)
+    others = (release for release in store.releases if release.digest != cargo.release)
+    before = next((release.name for release in others if release.current), None)
     if not asked.switch:
         if offer.state not in ("installed", "current"):
             yield Step(action="install", text=f"lay {cargo.name} out beside what runs")

@@ -594,7 +594,28 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
         store = Store(root, world)
         sweep(store)
         store.note("enrolled", mode=options.mode, signers=hash_on_disk(store.signers))
+        notes += start_current(store)
     return {"schema_version": SCHEMA_VERSION, "store": store_facts(options.root, world), "notes": notes}
+
+
+def start_current(store: Store) -> List[str]:
+    """Starts the release that a store had before it had a service, as of a card that was written elsewhere.
+
+    Returns what the user should know: that it runs now, or why it does not.
+    """
+    service, current = service_of(store), store.target("current")
+    if current is None or not service.runs:
+        return []
+    if not is_whole_release(store, current):
+        return ["release %s lacks files and is not started: edgepack flash --fsck" % current[:12]]
+    settle(store, current)
+    if service.active():
+        return []
+    say("starting release %s" % current[:12])
+    reasons = start(service)
+    if reasons:
+        return ["release %s does not start: %s" % (current[:12], "; ".join(reasons))]
+    return ["release %s, which lay here, is started" % current[:12]]
 
 
 def _may_enroll(root: str, options: argparse.Namespace) -> None:
@@ -714,6 +735,11 @@ WantedBy=default.target
 """
 
 
+ACTIVE = re.compile(r"^(?:SubState=(?:running|start\S*|reload\S*)|Job=[1-9]\d*)$", re.M)
+"""A service whose server runs, or is on its way: it starts, or waits for its turn. One that fails again and again waits
+in auto-restart."""
+
+
 class Service:
     """Mode none: nobody starts the server; the self-test is all that runs."""
 
@@ -732,6 +758,10 @@ class Service:
     def differs(self, release: str) -> bool:
         """Whether the service manager has other units than those of this folder of a release."""
         return False
+
+    def active(self) -> bool:
+        """Whether the server runs, or is on its way; where nobody starts it, none is missed."""
+        return True
 
     def stop(self) -> None:
         """Ends the server. Raises Failed."""
@@ -756,6 +786,10 @@ class Systemd(Service):
 
     def units(self) -> str:
         return self.world.system_units
+
+    def active(self) -> bool:
+        told = self._systemctl("show", "--property=SubState,Job", "edgepack.service", check=False)
+        return ACTIVE.search(told) is not None
 
     def stop(self) -> None:
         loaded = self._systemctl("show", "--property=LoadState", "edgepack.service", check=False)
@@ -1327,7 +1361,8 @@ def offer_document(store: Store, admission: Admission, room: Dict[str, int]) -> 
     elif not is_folder(store.release(release)):
         state = "received"
     else:
-        state = "current" if store.target("current") == release else "installed"
+        runs = store.target("current") == release and service_of(store).active()
+        state = "current" if runs else "installed"
     return {
         "schema_version": SCHEMA_VERSION,
         "release": release,
@@ -1613,7 +1648,8 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         bundle = agent.head_of(head)
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
         lay_out(store, head)
-        if store.target("current") == release and store.good(release) is not None:
+        good = store.good(release) is not None
+        if store.target("current") == release and good and service_of(store).active():
             settle(store, release)
             told = outcome(store, "current", release)
         elif options.no_switch:

@@ -232,6 +232,23 @@ def test_a_switch_names_what_runs_now(big: Cargo) -> None:
     ]
 
 
+def test_what_is_current_and_does_not_run_is_switched_to_anew(big: Cargo) -> None:
+    now = Release(
+        digest=big.release,
+        name="tiny",
+        sequence=1,
+        bytes=9,
+        whole=True,
+        good=True,
+        current=True,
+        previous=False,
+    )
+
+    assert steps(big, "installed", Asked(), good=True, releases=(now,)) == [
+        "switch to tiny; self-test, and back if it fails"
+    ]
+
+
 def test_releases_are_collected_last(big: Cargo) -> None:
     assert steps(big, "received", Asked(keep=1))[-1] == "keep 1 good releases and remove the others"
 
