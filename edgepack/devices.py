@@ -34,7 +34,7 @@ from edgepack.remote import Answer, Connection
 Mode = Literal["system", "user", "none"]
 """Whose services run a release: the system's, the user's, or nobody's."""
 State = Literal["new", "received", "installed", "current"]
-"""How far a release has come on a device."""
+"""How far a release has come on a device; ``current`` runs there, where a service is to run it."""
 Outcome = Literal["good", "rolled-back", "installed", "current"]
 """``good``: switched to and kept. ``installed``: laid out only. ``current``: it was so before."""
 
@@ -70,9 +70,20 @@ class Device:
     def name(self) -> str:
         return self.connection.name
 
-    def offer(self, head: Iterable[bytes], allowances: Sequence[str], *, dry_run: bool = False) -> Offer:
-        """What it says to the head of a bundle, which it remembers unless ``dry_run``."""
+    def offer(
+        self,
+        head: Iterable[bytes],
+        allowances: Sequence[str],
+        *,
+        keep: int | None = None,
+        dry_run: bool = False,
+    ) -> Offer:
+        """What it says to the head of a bundle, which it remembers unless ``dry_run``.
+
+        Where the disk is too full it makes room for the rest, down to ``keep`` good releases.
+        """
         words = ["offer", *allowances, *(["--dry-run"] if dry_run else [])]
+        words += ["--keep", str(keep)] if keep is not None else []
         return _of(Offer, self._ask(*words, stdin=head), self.name, missing=Missing)
 
     def receive(self, release: str, pieces: Iterable[bytes]) -> Offer:
@@ -305,7 +316,10 @@ _RAISES: Mapping[int, tuple[type[EdgepackError], str | None]] = {
     5: (CheckFailed, "edgepack check BUNDLE --on HOST says which part"),
     6: (Untrusted, None),
     7: (MissingTool, "install it there"),
-    10: (NoSpace, "free some space there, or have older releases removed with --keep N"),
+    10: (
+        NoSpace,
+        "free some space there; --keep 1 removes good releases that are neither current nor previous",
+    ),
     11: (Busy, "wait until it has ended; --status shows what it does"),
     130: (Interrupted, "the same command goes on where it stopped"),
 }

@@ -85,7 +85,8 @@ def _steps(store: Store, offer: Offer, cargo: Cargo, asked: Asked) -> Iterator[S
         there = len(cargo.files) - len(offer.missing)
         text = f"send {len(offer.missing)} files, {show(offer.left)} ({there} are there already)"
         yield Step(action="send", text=text, bytes=offer.left)
-    before = next((release.name for release in store.releases if release.current), None)
+    others = (release for release in store.releases if release.digest != cargo.release)
+    before = next((release.name for release in others if release.current), None)
     if not asked.switch:
         if offer.state not in ("installed", "current"):
             yield Step(action="install", text=f"lay {cargo.name} out beside what runs")
@@ -337,7 +338,7 @@ def _installed(done: Flashed, cargo: Cargo, device: Device, asked: Asked, progre
 
 def _offered(cargo: Cargo, device: Device, asked: Asked, *, dry_run: bool = False) -> Offer:
     head = (packed(name, content) for name, content in cargo.head)
-    return device.offer(head, asked.allowances(), dry_run=dry_run)
+    return device.offer(head, asked.allowances(), keep=asked.keep, dry_run=dry_run)
 
 
 def judged(

@@ -602,7 +602,28 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
         store = Store(root, world)
         sweep(store)
         store.note("enrolled", mode=options.mode, signers=hash_on_disk(store.signers))
+        notes += start_current(store)
     return {"schema_version": SCHEMA_VERSION, "store": store_facts(options.root, world), "notes": notes}
+
+
+def start_current(store: Store) -> List[str]:
+    """Starts the release that a store had before it had a service, as of a card that was written elsewhere.
+
+    Returns what the user should know: that it runs now, or why it does not.
+    """
+    service, current = service_of(store), store.target("current")
+    if current is None or not service.runs:
+        return []
+    if not is_whole_release(store, current):
+        return ["release %s lacks files and is not started: edgepack flash --fsck" % current[:12]]
+    settle(store, current)
+    if service.active():
+        return []
+    say("starting release %s" % current[:12])
+    reasons = start(service)
+    if reasons:
+        return ["release %s does not start: %s" % (current[:12], "; ".join(reasons))]
+    return ["release %s, which lay here, is started" % current[:12]]
 
 
 def _may_enroll(root: str, options: argparse.Namespace) -> None:
@@ -724,6 +745,11 @@ WantedBy=default.target
 """
 
 
+ACTIVE = re.compile(r"^(?:SubState=(?:running|start\S*|reload\S*)|Job=[1-9]\d*)$", re.M)
+"""A service whose server runs, or is on its way: it starts, or waits for its turn. One that fails again and again waits
+in auto-restart."""
+
+
 class Service:
     """Mode none: nobody starts the server; the self-test is all that runs."""
 
@@ -742,6 +768,10 @@ class Service:
     def differs(self, release: str) -> bool:
         """Whether the service manager has other units than those of this folder of a release."""
         return False
+
+    def active(self) -> bool:
+        """Whether the server runs, or is on its way; where nobody starts it, none is missed."""
+        return True
 
     def stop(self) -> None:
         """Ends the server. Raises Failed."""
@@ -766,6 +796,10 @@ class Systemd(Service):
 
     def units(self) -> str:
         return self.world.system_units
+
+    def active(self) -> bool:
+        told = self._systemctl("show", "--property=SubState,Job", "edgepack.service", check=False)
+        return ACTIVE.search(told) is not None
 
     def stop(self) -> None:
         loaded = self._systemctl("show", "--property=LoadState", "edgepack.service", check=False)
@@ -1012,26 +1046,29 @@ def room(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
     return {"needed": needed, "free": store.free()}
 
 
-def require_space(store: Store, bundle: agent.Bundle, window: Optional[int] = None) -> Dict[str, int]:
+def require_space(
+    store: Store, bundle: agent.Bundle, keep: int, window: Optional[int] = None
+) -> Dict[str, int]:
     """Makes room out of what nothing needs any more, where there is too little. Raises NoSpace.
 
-    ``window``: a bundle that is consumed gives back what is written of it, but for so many bytes.
+    ``keep``: good releases that stay. ``window``: a bundle that is consumed gives back what is written of it, but for
+    so many bytes.
     """
     found = room(store, bundle)
     need = MARGIN + (found["needed"] if window is None else min(found["needed"], window))
     if found["free"] < need:
-        collect(store, store.settings.keep, beside=bundle)
+        collect(store, keep, beside=bundle)
         found = room(store, bundle)
     _enough(store, found["free"], need)
     return found
 
 
-def could_have_space(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
+def could_have_space(store: Store, bundle: agent.Bundle, keep: int) -> Dict[str, int]:
     """What `require_space` would find, without making any. Raises NoSpace as that would."""
     found = room(store, bundle)
     need = MARGIN + found["needed"]
     if found["free"] < need:
-        found["free"] += surplus(store, store.settings.keep, beside=bundle).bytes
+        found["free"] += surplus(store, keep, beside=bundle).bytes
     _enough(store, found["free"], need)
     return found
 
@@ -1275,10 +1312,11 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         if is_folder(store.release(_hex(bundle["manifest_digest"]))):
             options.allow_downgrade = True
         admission = admit(store, bundle, plan_json, options, store.world.machine())
+        keep = store.settings.keep if options.keep is None else options.keep
         if options.dry_run:
-            return offer_document(store, admission, could_have_space(store, bundle))
+            return offer_document(store, admission, could_have_space(store, bundle, keep))
         sweep(store)
-        found = require_space(store, bundle)
+        found = require_space(store, bundle, keep)
         remember(store, head, plan_json)
         return offer_document(store, admission, found)
 
@@ -1345,7 +1383,8 @@ def offer_document(store: Store, admission: Admission, room: Dict[str, int]) -> 
     elif not is_folder(store.release(release)):
         state = "received"
     else:
-        state = "current" if store.target("current") == release else "installed"
+        runs = store.target("current") == release and service_of(store).active()
+        state = "current" if runs else "installed"
     return {
         "schema_version": SCHEMA_VERSION,
         "release": release,
@@ -1370,7 +1409,7 @@ def receive(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         judged_at_offer = argparse.Namespace(allow_downgrade=True, force_device=True)
         plan_json = _plan_json(store, bundle)
         admission = admit(store, bundle, plan_json, judged_at_offer, store.world.machine())
-        require_space(store, bundle)
+        require_space(store, bundle, store.settings.keep)
         for frame in frames(options.input):
             _receive_blob(store, bundle, frame, options.input)
         if not missing(store, bundle) and is_folder(store.release(release)):
@@ -1497,7 +1536,8 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     admit(store, found, plan_json, options, store.world.machine())
     release = _hex(found["manifest_digest"])
     same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
-    require_space(store, found, 2 * FLUSH if options.consume and same_disk else None)
+    window = 2 * FLUSH if options.consume and same_disk else None
+    require_space(store, found, store.settings.keep, window)
     mark = os.path.join(store.offer(release), CONSUMED)
     if options.consume and not os.path.lexists(mark):
         say("verifying the bundle, which is then consumed")
@@ -1630,7 +1670,8 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         bundle = agent.head_of(head)
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
         lay_out(store, head)
-        if store.target("current") == release and store.good(release) is not None:
+        good = store.good(release) is not None
+        if store.target("current") == release and good and service_of(store).active():
             settle(store, release)
             told = outcome(store, "current", release)
         elif options.no_switch:
@@ -2034,13 +2075,14 @@ def surplus(
 ) -> Surplus:
     """All but the current, the previous and the ``keep`` newest good releases, and what only the others need.
 
-    ``beside``: a release that is on its way; what came of it stays. ``everything``: bundles that were consumed half
-    go too, and what fsck set aside. Nothing is written.
+    ``beside``: a release that is on its way; what came of it stays, and what fsck set aside of it goes, since it comes
+    again. ``everything``: bundles that were consumed half go too, and all that fsck set aside. Nothing is written.
     """
     coming = None if beside is None else _hex(beside["manifest_digest"])
     kept = {store.target("current"), store.target("previous"), coming, *good_releases(store)[:keep]}
     releases = [release for release in store.releases() if release not in kept]
-    needed = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
+    again = set() if beside is None else {_hex(digest) for digest in blobs_of(beside)}
+    needed = set(again)
     offers = []
     for name in os.listdir(store.path("incoming")):
         release, _, kind = name.partition(".")
@@ -2060,9 +2102,10 @@ def surplus(
             if HEX.match(digest) and digest not in needed and found.st_nlink == 1 + links[found.st_ino]:
                 files.append(path)
                 size += found.st_size
-    for name in os.listdir(store.path("quarantine")) if everything else ():
-        files.append(store.path("quarantine", name))
-        size += file_size(store.path("quarantine", name)) or 0
+    for name in os.listdir(store.path("quarantine")):
+        if everything or name in again:
+            files.append(store.path("quarantine", name))
+            size += os.lstat(store.path("quarantine", name)).st_size
     return Surplus(releases, offers, files, size)
 
 
@@ -2246,6 +2289,7 @@ def _repair(store: Store, path: str) -> None:
     agent.verify_signature(bundle, store.signers)
     if not is_folder(store.release(release)):
         raise Refused("%s is release %s, which is not installed here" % (path, release[:12]))
+    require_space(store, bundle, store.settings.keep)
     taker = Taker(store, bundle, set(blobs_of(bundle)), None)
     try:
         agent.read_bundle(path, sink=taker)
@@ -2456,7 +2500,8 @@ def _parser() -> argparse.ArgumentParser:
     made["install"].add_argument("--no-switch", action="store_true", help="only lay it out")
     made["install"].add_argument("--no-self-test", action="store_true")
     made["self-test"].add_argument("release", metavar="RELEASE", nargs="?")
-    made["gc"].add_argument("--keep", metavar="N", type=_count)
+    for name in ("offer", "gc"):
+        made[name].add_argument("--keep", metavar="N", type=_count, help="good releases that stay")
     made["fsck"].add_argument("--repair-from", metavar="BUNDLE")
     made["offer"].add_argument("--dry-run", action="store_true", help="answer, and write nothing")
     for name in ("offer", "install"):

@@ -232,6 +232,23 @@ def test_a_switch_names_what_runs_now(big: Cargo) -> None:
     ]
 
 
+def test_what_is_current_and_does_not_run_is_switched_to_anew(big: Cargo) -> None:
+    now = Release(
+        digest=big.release,
+        name="tiny",
+        sequence=1,
+        bytes=9,
+        whole=True,
+        good=True,
+        current=True,
+        previous=False,
+    )
+
+    assert steps(big, "installed", Asked(), good=True, releases=(now,)) == [
+        "switch to tiny; self-test, and back if it fails"
+    ]
+
+
 def test_releases_are_collected_last(big: Cargo) -> None:
     assert steps(big, "received", Asked(keep=1))[-1] == "keep 1 good releases and remove the others"
 
@@ -379,6 +396,16 @@ def test_a_dry_run_ends_as_the_flash_would_where_the_disk_is_full(big: Cargo) ->
 
     assert failure.value.exit_code == 10
     assert said(target).commands() == ["status", "offer"]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_device_hears_before_anything_travels_how_many_releases_stay(big: Cargo, dry_run: bool) -> None:
+    target = device(status=status(), offer=says(offer(big, "current", good=True)), gc=says({}))
+
+    flash.flash(big, target, Asked(keep=1), progress=Silent(), dry_run=dry_run)
+
+    (asked,) = (argv for argv in said(target).asked if "offer" in argv)
+    assert asked[asked.index("--keep") + 1] == "1"
 
 
 def test_a_release_that_failed_there_is_told_as_rolled_back(big: Cargo) -> None:

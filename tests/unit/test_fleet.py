@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -201,6 +202,25 @@ def test_the_script_knows_what_edgepack_knows(project: Path) -> None:
     assert (told["SYSTEM_ROOT"], told["USER_ROOT"]) == (installer.SYSTEM_ROOT, installer.USER_ROOT)
     assert (told["PATIENCE"], told["LOST"]) == (flash.PATIENCE, remote.LOST)
     assert told["BUSY"] == installer.STATUS[installer.Busy]
+
+
+def test_the_script_says_before_anything_travels_how_many_releases_stay(project: Path) -> None:
+    told = runpy.run_path(str(project / "roles/edgepack/files/push.py"))
+    asked: list[list[str]] = []
+
+    class Current:
+        """A device that runs the bundle already."""
+
+        def ask(self, words: list[str], _: object = ()) -> dict[str, object]:
+            asked.append(words)
+            return {"state": "current", "good": True, "missing": []}
+
+    parsed = argparse.Namespace(
+        host="pi", dry_run=False, no_self_test=False, allow_downgrade=True, force=False, keep=1
+    )
+    told["push"](Current(), told["Bundle"](str(project / "bundles/pi.tar")), parsed)
+
+    assert asked == [["offer", "--allow-downgrade", "--keep", "1"], ["gc", "--keep", "1"]]
 
 
 def test_the_script_ends_with_the_agents_own_status_and_reason(project: Path, tmp_path: Path) -> None:

@@ -541,6 +541,80 @@ def test_what_nothing_needs_makes_room(
     assert device.run("install", second).document["outcome"] == "good"
 
 
+def disk_of(device: Device, room: int) -> Callable[[installer.Store], int]:
+    """Free bytes of a disk on which, beside the margin, so many bytes of weights have room."""
+
+    def free(_: installer.Store) -> int:
+        held = [
+            *(device.root / "blobs/sha256").iterdir(),
+            *(device.root / "incoming").glob("*.part"),
+            *(device.root / "quarantine").iterdir(),
+        ]
+        sizes = (path.stat().st_size for path in held)
+        return installer.MARGIN + room - sum(size for size in sizes if size >= 100_000)
+
+    return free
+
+
+def test_an_offer_makes_room_down_to_the_releases_that_it_says_stay(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three good releases the oldest is neither current nor previous."""
+    device.enroll("", "--keep", "3")
+    for number in (1, 2, 3):
+        weights = b"GGUF" + bytes([number]) * 100_000
+        device.run("install", resigned(sequence=number, weights=weights))
+    coming = releases.offer_frames(resigned(sequence=4, weights=b"GGUF" + b"4" * 100_000))
+    monkeypatch.setattr(installer.Store, "free", disk_of(device, 350_000))
+
+    kept = device.run("offer", stdin=coming)
+    dry = device.run("offer", "--keep", "1", "--dry-run", stdin=coming)
+    untouched = len(device.store.releases())
+    taken = device.run("offer", "--keep", "1", stdin=coming)
+
+    assert (kept.status, dry.status, untouched, taken.status) == (10, 0, 3, 0)
+    assert len(device.store.releases()) == 2
+
+
+@pytest.mark.parametrize("by", ["offer", "repair"])
+def test_what_fsck_set_aside_gives_its_place_to_the_same_file(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    path = resigned(weights=b"GGUF" + bytes(100_000))
+    device.run("install", path)
+    (device.root / "quarantine" / ("e" * 64)).write_bytes(b"of another release")
+    flip(device.root / "current/model.gguf")
+    monkeypatch.setattr(installer.Store, "free", disk_of(device, 150_000))
+    device.run("fsck")
+
+    if by == "repair":
+        answer = device.run("fsck", "--repair-from", path)
+    else:
+        dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(path))
+        held = len(list((device.root / "quarantine").iterdir()))
+        assert (dry.status, held) == (0, 2)
+        offered = device.run("offer", stdin=releases.offer_frames(path)).document
+        sent = b"".join(releases.blob_frames(path, offered["missing"]))
+        answer = device.run("receive", offered["release"], stdin=sent)
+
+    assert answer.status == 0
+    assert agent.read_bundle(str(device.root / "current"))["name"] == "tiny"
+    assert [path.name for path in (device.root / "quarantine").iterdir()] == ["e" * 64]
+
+
+def test_a_repair_from_a_bundle_that_has_no_room_writes_nothing(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    flip(device.root / "current/model.gguf")
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN)
+
+    answer = device.run("fsck", "--repair-from", first)
+
+    assert answer.status == 10
+    assert list((device.root / "incoming").iterdir()) == []
+
+
 def test_another_configuration_writes_none_of_the_weights_again(
     device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1579,11 +1653,109 @@ def test_boot_goes_back_with_the_units_too(
     assert device.ran[-2:] == ["systemctl daemon-reload", "systemctl enable edgepack.service"]
 
 
+class Manager:
+    """A service manager that remembers whether it runs the server."""
+
+    def __init__(self, *, starts: bool = True) -> None:
+        self.runs = False
+        self.starts = starts
+
+    def __call__(self, argv: Sequence[str]) -> tuple[int, str]:
+        if "--property=SubState,Job" in argv:
+            return 0, f"SubState={'running' if self.runs else 'dead'}\n"
+        if "start" in argv:
+            self.runs = self.starts
+            return (0, "") if self.starts else (1, "Job for edgepack.service failed.\n")
+        self.runs = self.runs and "stop" not in argv
+        return 0, ""
+
+
+@pytest.mark.parametrize(
+    ("told", "active"),
+    [
+        ("SubState=running\n", True),
+        ("SubState=start-post\nJob=17\n", True),
+        ("Job=17\nSubState=dead\n", True),
+        ("SubState=dead\nJob=\n", False),
+        ("SubState=auto-restart\n", False),
+        ("SubState=failed\n", False),
+        ("Failed to connect to bus: No medium found\n", False),
+    ],
+)
+def test_a_server_that_starts_or_waits_for_its_turn_is_active(
+    device: Device, told: str, active: bool
+) -> None:
+    device = Device(device.root, status=lambda _: (0, told))
+
+    assert installer.UserService(str(device.root), None, device.world).active() == active
+
+
+@pytest.mark.parametrize("mode", ["system", "user"])
+def test_a_card_that_was_written_elsewhere_is_started_when_the_device_enrolls_it(
+    tmp_path: Path, signers: str, first: Path, mode: str
+) -> None:
+    enrolled(tmp_path, signers, "none").run("install", first, "--no-self-test")
+
+    device = enrolled(tmp_path, "", mode, status=Manager())
+
+    words = ["systemctl", *(["--user"] if mode == "user" else [])]
+    assert device.ran[-1].split() == [*words, "start", "edgepack.service"]
+    if mode == "system":
+        assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
+        assert "systemctl enable edgepack.service" in device.ran
+
+
+@pytest.mark.parametrize(
+    ("starts", "whole", "told"),
+    [
+        (True, True, "which lay here, is started"),
+        (False, True, "does not start: systemctl start edgepack.service: Job for"),
+        (True, False, "lacks files and is not started"),
+    ],
+)
+def test_an_enrolling_says_what_became_of_the_release_that_lay_there(
+    tmp_path: Path, signers: str, first: Path, starts: bool, whole: bool, told: str
+) -> None:
+    device = Device(tmp_path / "store", status=Manager(starts=starts))
+    device.enroll(signers)
+    device.run("install", first, "--no-self-test")
+    if not whole:
+        (device.root / "current/model.gguf").unlink()
+
+    first_time, again = device.enroll("", mode="user"), device.enroll("", mode="user")
+
+    release = releases.release_of(first)[:12]
+    notes = [note for note in first_time.document["notes"] if release in note]
+    assert (first_time.status, len(notes)) == (0, 1)
+    assert told in notes[0]
+    assert any(release in note for note in again.document["notes"]) != (starts and whole)
+
+
+def test_a_current_release_that_does_not_run_is_tested_and_started(
+    tmp_path: Path, signers: str, first: Path
+) -> None:
+    manager = Manager()
+    device = enrolled(tmp_path, signers, "user", status=manager)
+    head = releases.offer_frames(first)
+    device.run("install", first)
+
+    runs = device.run("offer", stdin=head).document["state"], device.run("install", first).document["outcome"]
+    manager.runs = False
+    rests = (
+        device.run("offer", stdin=head).document["state"],
+        device.run("install", first).document["outcome"],
+    )
+
+    assert (runs, rests) == (("current", "current"), ("installed", "good"))
+    assert manager.runs
+    assert device.events().count("tested") == 2
+
+
 @pytest.mark.parametrize("words", [("boot",), ("install",)])
 def test_units_of_another_release_than_the_current_one_do_not_stay(
     tmp_path: Path, signers: str, first: Path, words: tuple[str, ...]
 ) -> None:
-    device = enrolled(tmp_path, signers, "system")
+    device = enrolled(tmp_path, signers, "system", status=Manager())
     device.run("install", first)
     unit = tmp_path / "units/edgepack.service"
     unit.write_text("# of a release whose installation was cut\n")

@@ -183,16 +183,19 @@ def push(device: Device, bundle: Bundle, options: argparse.Namespace) -> dict[st
     """Sends what is missing, installs, and tells what came of it."""
     allowed = ["--allow-downgrade"] if options.allow_downgrade else []
     allowed += ["--force-device"] if options.force else []
+    keep = ["--keep", str(options.keep)] if options.keep is not None else []
     done: dict[str, Any] = {
         "schema_version": 1, "host": options.host, "name": bundle.name, "release": bundle.release, "outcome": "current",
         "previous": None, "sent": 0, "seconds_to_send": None, "seconds_to_switch": None, "reasons": [], "report": None,
     }  # fmt: skip
-    offer = device.ask(["offer", *allowed, *(["--dry-run"] if options.dry_run else [])], bundle.offer())
+    offer = device.ask(
+        ["offer", *allowed, *keep, *(["--dry-run"] if options.dry_run else [])], bundle.offer()
+    )
     if options.dry_run:
         return dict(done, outcome="planned", bytes=left(offer))
     if offer["missing"]:
         began = time.monotonic()
-        done["sent"] = send(device, bundle, offer, allowed)
+        done["sent"] = send(device, bundle, offer, [*allowed, *keep])
         done["seconds_to_send"] = round(time.monotonic() - began, 3)
     if offer["state"] != "current" or not offer["good"] or offer["missing"]:
         words = ["install", bundle.release, *allowed, *(["--no-self-test"] if options.no_self_test else [])]
@@ -206,8 +209,8 @@ def push(device: Device, bundle: Bundle, options: argparse.Namespace) -> dict[st
             reasons=told.get("reasons", []),
             report=test.get("verdict"),
         )
-    if options.keep is not None and done["outcome"] != "rolled-back":
-        device.ask(["gc", "--keep", str(options.keep)])
+    if keep and done["outcome"] != "rolled-back":
+        device.ask(["gc", *keep])
     return done
 
 
