@@ -9,7 +9,7 @@ from edgepack import runtimes, speed
 from edgepack.errors import NothingFits
 from edgepack.fit import WITHOUT_DESKTOP, Change, binding, fit
 from edgepack.parts import Place
-from edgepack.plan import Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
+from edgepack.plan import UNSCORED, Candidate, Figures, Goal, Plan, Rejection, Request, label, survey
 from edgepack.profile import PowerMode, budget
 from edgepack.runtimes import Machine
 from edgepack.units import MIB, show
@@ -77,7 +77,7 @@ def rank(plans: Sequence[Plan], goal: Goal) -> list[Plan]:
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
         groups.setdefault(plan.quality.panel, []).append(plan)
-    by_size = sorted(groups, key=lambda panel: (panel == "none", -len({p.model.id for p in groups[panel]})))
+    by_size = sorted(groups, key=lambda panel: (panel == UNSCORED, -len({p.model.id for p in groups[panel]})))
     return [plan for panel in by_size for plan in _ordered(groups[panel], goal)]
 
 
@@ -201,7 +201,8 @@ def _why(chosen: Plan, goal: Goal) -> str:
         for r in chosen.rejected
         if r.figures is not None and r.figures.panel == chosen.quality.panel
     ]
-    size = f"of {len(others) + 1} that fit and are scored in {chosen.quality.panel}"
+    panel = chosen.quality.panel
+    size = f"of {len(others) + 1} that fit" + ("" if panel == UNSCORED else f" and are scored in {panel}")
     match goal:
         case "latency":
             return f"the fastest for one user {size}, at {WORTH:.0%} or more of the best sure score"
@@ -216,8 +217,10 @@ def _why(chosen: Plan, goal: Goal) -> str:
             equal = sum(score >= max(scores) * (1.0 - NOISE) for score in scores)
             low = f"{chosen.quality.low:.1f}"
             if equal == 1:
-                return f"the best score one can be sure of, {low}, {size}"
-            return f"surely scores {low}, {size}: the fastest of {equal} within {NOISE:.0%} of the best"
+                best = "what surely keeps most" if panel == UNSCORED else "the best score one can be sure of"
+                return f"{best}, {low}, {size}"
+            does = "keeps" if panel == UNSCORED else "scores"
+            return f"surely {does} {low}, {size}: the fastest of {equal} within {NOISE:.0%} of the best"
 
 
 def _against(chosen: Plan) -> Iterator[str]:
@@ -292,7 +295,7 @@ def _worth_trying(chosen: Plan, candidates: Sequence[Candidate]) -> list[Candida
         for name in names
         if name in by_id
         and name != chosen.model.id
-        and (panel == "none" or (panel in by_id[name].panels and by_id[name].score(panel) >= whole))
+        and (panel == UNSCORED or (panel in by_id[name].panels and by_id[name].score(panel) >= whole))
     ]
     return [by_id[chosen.model.id], *near[:NEAR_MISSES]]
 

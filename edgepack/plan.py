@@ -28,6 +28,8 @@ Goal = Literal["quality", "latency", "throughput", "context"]
 
 DEFAULT_CONTEXT = 4096
 """Tokens a slot."""
+UNSCORED = "none"
+"""Stands for a panel where no score of a model is published: what its schemes keep of it is compared."""
 FORCED = "forced: "
 TO_BE_MADE = "to be made: "
 DEFAULT_MIN_DECODE = 5.0
@@ -155,7 +157,7 @@ class Quality:
     kept_low: float
     """Its lower end."""
     panel: str
-    """Name of the single-source panel; "none" when the model has no published score in it."""
+    """Name of the single-source panel; UNSCORED when the model has no published score in any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,9 +339,9 @@ def assign_panels(candidates: Sequence[Candidate]) -> dict[str, str]:
     left = list(candidates)
     while left:
         names = sorted({panel for c in left for panel in c.panels})
-        widest = max(names, key=lambda panel: sum(panel in c.panels for c in left), default="none")
+        widest = max(names, key=lambda panel: sum(panel in c.panels for c in left), default=UNSCORED)
         for candidate in left:
-            if widest in candidate.panels or widest == "none":
+            if widest in candidate.panels or widest == UNSCORED:
                 assigned[candidate.model.id] = widest
         left = [c for c in left if c.model.id not in assigned]
     return assigned

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from edgepack import serde
 from edgepack.choice import Explanation
-from edgepack.plan import ModelRef, Plan, beginning, label
+from edgepack.plan import UNSCORED, ModelRef, Plan, beginning, label
 from edgepack.profile import DeviceProfile, Session, budget
 from edgepack.screen import PLAIN, Screen, Style, plain
 from edgepack.units import show
@@ -235,7 +235,7 @@ def pareto(chosen: Plan, screen: Screen = PLAIN) -> str:
     rows.sort(key=lambda row: -row[1])
     header = (
         "candidate",
-        f"{quality.panel}, surely",
+        "kept, surely" if quality.panel == UNSCORED else f"{quality.panel}, surely",
         "expected",
         "tok/s, full",
         "memory, up to" if chosen.budget.unified else "card and host, up to",

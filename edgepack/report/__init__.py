@@ -19,7 +19,7 @@ from edgepack.errors import BadInput
 from edgepack.evaluation import Quality
 from edgepack.memory import Part
 from edgepack.modelspec import ModelSpec
-from edgepack.plan import Plan, Rejection
+from edgepack.plan import UNSCORED, Plan, Rejection
 from edgepack.report.documents import (
     Bundled,
     Checked,
@@ -689,7 +689,7 @@ def _planned_numbers(plan: Plan) -> Iterator[Number]:
         source=law,
     )
     quality = plan.quality
-    if quality.panel != "none":
+    if quality.panel != UNSCORED:
         source, around = f"panel {quality.panel}", (quality.low, quality.high)
         yield _number("expected score", quality.score, "score", "fitted", source, around)
     yield Number(

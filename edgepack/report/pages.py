@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from edgepack.plan import UNSCORED
 from edgepack.report import (
     Option,
     Release,
@@ -463,7 +464,7 @@ def _weighed(options: Sequence[Option], panel: str) -> str:
         "the best score",
         "A score is the mean of a panel of benchmarks, and panels do not compare.",
     )
-    if panel == "none":
+    if panel == UNSCORED:
         scored, apart, best, unit = (
             f"{len(first)} have no published score and count by what they keep for sure",
             "have scores, which are not compared",
@@ -506,7 +507,7 @@ def _options(caption: str, options: Sequence[Option], memory: str, *, folded: bo
 
 
 def _expected(one: Option) -> str:
-    kept = one.panel == "none"
+    kept = one.panel == UNSCORED
     return f"expected {one.quality or 0:.1f} {'of 100 kept' if kept else f'in {one.panel}'}"
 
 
