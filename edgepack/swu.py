@@ -121,14 +121,16 @@ def admission(cargo: Cargo, root: str) -> str:
     """Lua that SWUpdate runs once the description is verified: the agent judges the bundle by its first pages.
 
     So a bundle that it will refuse (signer, sequence, device, memory, disk) is refused before its weights are fetched.
+    Of the disk the whole bundle needs a place, whatever the store has of it.
     """
     pages = b"".join(flash.packed(name, content) for name, content in cargo.head)
     agent = f"{for_sh(f'{root}/agent.pyz')} --root {for_sh(root)}"
+    offer = f"offer --room {cargo.path.stat().st_size}"
     return f"""\
 function admit(image)
     os.remove('{tar_at(root)}')
     local told = os.tmpname()
-    local agent = io.popen('base64 -d | python3 -I {agent} offer 2>' .. told .. ' >/dev/null', 'w')
+    local agent = io.popen('base64 -d | python3 -I {agent} {offer} 2>' .. told .. ' >/dev/null', 'w')
     agent:write([[
 {base64.encodebytes(pages).decode("ascii")}]])
     local taken = agent:close() == true

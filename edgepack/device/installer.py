@@ -1040,32 +1040,39 @@ def _have(store: Store, digest: str, size: int) -> int:
     return found if found <= size else 0
 
 
-def room(store: Store, bundle: agent.Bundle) -> Dict[str, int]:
-    """Bytes of a release that are yet to be written, and bytes that are free."""
+def room(store: Store, bundle: agent.Bundle, consumed: Optional[int] = None) -> Dict[str, int]:
+    """Bytes of a release that are yet to be written, and bytes that are free.
+
+    ``consumed``: so many bytes of the bundle's file are yet to come onto this disk, and are given back as they are
+    written into the store, but for a window.
+    """
     needed = sum(entry["bytes"] - entry["have"] for entry in missing(store, bundle))
+    if consumed is not None:
+        needed = consumed + min(needed, 2 * FLUSH)
     return {"needed": needed, "free": store.free()}
 
 
 def require_space(
-    store: Store, bundle: agent.Bundle, keep: int, window: Optional[int] = None
+    store: Store, bundle: agent.Bundle, keep: int, consumed: Optional[int] = None
 ) -> Dict[str, int]:
-    """Makes room out of what nothing needs any more, where there is too little. Raises NoSpace.
+    """Makes `room` out of what nothing needs any more, where there is too little. Raises NoSpace.
 
-    ``keep``: good releases that stay. ``window``: a bundle that is consumed gives back what is written of it, but for
-    so many bytes.
+    ``keep``: good releases that stay.
     """
-    found = room(store, bundle)
-    need = MARGIN + (found["needed"] if window is None else min(found["needed"], window))
+    found = room(store, bundle, consumed)
+    need = MARGIN + found["needed"]
     if found["free"] < need:
         collect(store, keep, beside=bundle)
-        found = room(store, bundle)
+        found = room(store, bundle, consumed)
     _enough(store, found["free"], need)
     return found
 
 
-def could_have_space(store: Store, bundle: agent.Bundle, keep: int) -> Dict[str, int]:
+def could_have_space(
+    store: Store, bundle: agent.Bundle, keep: int, consumed: Optional[int] = None
+) -> Dict[str, int]:
     """What `require_space` would find, without making any. Raises NoSpace as that would."""
-    found = room(store, bundle)
+    found = room(store, bundle, consumed)
     need = MARGIN + found["needed"]
     if found["free"] < need:
         found["free"] += surplus(store, keep, beside=bundle).bytes
@@ -1314,9 +1321,9 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         admission = admit(store, bundle, plan_json, options, store.world.machine())
         keep = store.settings.keep if options.keep is None else options.keep
         if options.dry_run:
-            return offer_document(store, admission, could_have_space(store, bundle, keep))
+            return offer_document(store, admission, could_have_space(store, bundle, keep, options.room))
         sweep(store)
-        found = require_space(store, bundle, keep)
+        found = require_space(store, bundle, keep, options.room)
         remember(store, head, plan_json)
         return offer_document(store, admission, found)
 
@@ -1536,8 +1543,7 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     admit(store, found, plan_json, options, store.world.machine())
     release = _hex(found["manifest_digest"])
     same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
-    window = 2 * FLUSH if options.consume and same_disk else None
-    require_space(store, found, store.settings.keep, window)
+    require_space(store, found, store.settings.keep, 0 if options.consume and same_disk else None)
     mark = os.path.join(store.offer(release), CONSUMED)
     if options.consume and not os.path.lexists(mark):
         say("verifying the bundle, which is then consumed")
@@ -2504,6 +2510,9 @@ def _parser() -> argparse.ArgumentParser:
         made[name].add_argument("--keep", metavar="N", type=_count, help="good releases that stay")
     made["fsck"].add_argument("--repair-from", metavar="BUNDLE")
     made["offer"].add_argument("--dry-run", action="store_true", help="answer, and write nothing")
+    made["offer"].add_argument(
+        "--room", metavar="BYTES", type=int, help="the bundle's file comes onto this disk, and is consumed"
+    )
     for name in ("offer", "install"):
         made[name].add_argument("--allow-downgrade", action="store_true")
         made[name].add_argument("--force-device", action="store_true", help="though it is for another device")

@@ -432,7 +432,8 @@ def test_the_agent_that_judges_is_the_devices_own(cargo: Cargo, tmp_path: Path, 
     found = written(cargo, tmp_path / "x.swu", root="/srv/store", hardware=("1.2", "1.3"))
 
     text, script = found["sw-description"][0].decode(), found["install.sh"][0].decode()
-    assert "python3 -I /srv/store/agent.pyz --root /srv/store offer" in text
+    size = cargo.path.stat().st_size
+    assert f"python3 -I /srv/store/agent.pyz --root /srv/store offer --room {size} 2>" in text
     assert (
         "python3 -I /srv/store/agent.pyz --root /srv/store install --consume /srv/store/.swupdate.tar"
         in script

@@ -576,6 +576,35 @@ def test_an_offer_makes_room_down_to_the_releases_that_it_says_stay(
     assert len(device.store.releases()) == 2
 
 
+def test_a_bundle_that_comes_as_a_file_needs_its_whole_size_though_the_store_has_its_weights(
+    device: Device, first: Path, second: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.run("install", first)
+    size = second.stat().st_size
+    lacking = len("another context")
+    spare = 0
+    monkeypatch.setattr(installer.Store, "free", lambda self: installer.MARGIN + size + lacking + spare)
+    words = ("offer", "--room", str(size))
+
+    enough = [device.run(*words, *dry, stdin=releases.offer_frames(second)) for dry in ((), ("--dry-run",))]
+    spare = -1
+    short = [device.run(*words, *dry, stdin=releases.offer_frames(second)) for dry in ((), ("--dry-run",))]
+
+    assert [answer.status for answer in (*enough, *short)] == [0, 0, 10, 10]
+    assert enough[0].document["disk"]["needed"] == size + lacking
+
+
+def test_of_a_bundle_that_is_consumed_no_more_than_a_window_is_there_twice(
+    device: Device, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installer, "FLUSH", 1000)
+    size = first.stat().st_size
+
+    answer = device.run("offer", "--room", str(size), stdin=releases.offer_frames(first))
+
+    assert answer.document["disk"]["needed"] == size + 2000
+
+
 @pytest.mark.parametrize("by", ["offer", "repair"])
 def test_what_fsck_set_aside_gives_its_place_to_the_same_file(
     device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, by: str
