@@ -783,6 +783,7 @@ def report(
     help="Run it on an enrolled device; what runs there rests meanwhile, and nothing is switched.",
 )
 @_place_options
+@click.option("--force", is_flag=True, help="With --on: run it there with too little memory, too.")
 @click.option(
     "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report here."
 )
@@ -800,6 +801,7 @@ def check(
     host: str | None,
     root: str | None,
     sudo: bool,
+    force: bool,
     output: Path | None,
     as_json: bool,
 ) -> None:
@@ -827,10 +829,10 @@ def check(
                 )
         report = _checked_on(
             host, _existing(bundle), allowed_signers, root=root, sudo=sudo, full=full, memory_limit=limit,
-            strict_device=strict_device, progress=progress,
+            strict_device=strict_device, force=force, progress=progress,
         )  # fmt: skip
-    elif root is not None or sudo:
-        raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+    elif root is not None or sudo or force:
+        raise BadInput("--root, --sudo and --force are for a device", hint="name it with --on HOST")
     else:
         report = checks.check(
             _existing(bundle),
@@ -1526,6 +1528,7 @@ def _checked_on(
     full: bool = False,
     memory_limit: int | None = None,
     strict_device: bool = False,
+    force: bool = False,
 ) -> CheckReport:
     from contextlib import closing
 
@@ -1538,9 +1541,8 @@ def _checked_on(
         return flashes.check_on(
             cargo,
             devices.find(connection, devices.Where(root=root, sudo=sudo)),
-            flashes.Asked(
-                allow_downgrade=True, force=True
-            ),  # nothing is switched: the report says what does not match
+            # Nothing is switched: the report says what does not match.
+            flashes.Asked(allow_downgrade=True, other_device=True, force=force),
             full=full,
             memory_limit=memory_limit,
             strict_device=strict_device,

@@ -358,7 +358,9 @@ def failure(host: str, answer: Answer) -> EdgepackError:
     for word in _WORDS:
         text = text.removeprefix(word)
     if raises is Untrusted and "--force-device" in text:
-        text, hint = text.replace(" (--force-device)", ""), "--force installs it all the same"
+        text, hint = text.replace(" (--force-device)", ""), "--force does it all the same"
+    if "unrecognized arguments" in text:
+        hint = f"its agent is another edgepack's: edgepack flash --enroll {host} brings this one's"
     return raises(f"{host}: {text}", hint=hint)
 
 

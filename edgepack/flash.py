@@ -49,13 +49,16 @@ class Asked:
     keep: int | None = None
     """Good releases that stay; None as the device was enrolled."""
     allow_downgrade: bool = False
+    other_device: bool = False
+    """Also onto another device than the planned one."""
     force: bool = False
-    """Also onto another device than the planned one, and with too little memory."""
+    """That, and with too little memory."""
 
     def allowances(self) -> list[str]:
         """The agent's words for what it may let pass."""
         downgrade = ["--allow-downgrade"] if self.allow_downgrade else []
-        return [*downgrade, *(["--force-device"] if self.force else [])]
+        other = ["--other-device"] if self.other_device else []
+        return [*downgrade, *(["--force-device"] if self.force else other)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +377,8 @@ def check_on(
     The bundle is sent first where it is missing. Raises as `flash` does, and CheckFailed for a test without facts.
     """
     flash(cargo, device, replace(asked, switch=False, keep=None), progress=progress)
-    words = ["--full"] if full else []
+    words = ["--force-device"] if asked.force else []
+    words += ["--full"] if full else []
     words += ["--memory-limit", str(memory_limit)] if memory_limit is not None else []
     answer = device.self_test(cargo.release, words, progress.step)
     report = judged(cargo, answer, source=device.name, strict_device=strict_device)

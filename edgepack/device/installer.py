@@ -950,8 +950,10 @@ def admit(
         match = agent.match_device(plan["profile"], machine)
         memory = memory_need(bundle, plan, machine, store.root)
         _is_tested_here(plan)
+    if not (options.force_device or options.other_device):
+        _is_the_planned_device(match)
     if not options.force_device:
-        _fits_this_machine(match, memory)
+        _has_the_memory(memory)
     return Admission(bundle, plan, sequence, match, memory)
 
 
@@ -1000,11 +1002,14 @@ def memory_need(
     }
 
 
-def _fits_this_machine(match: List[Dict[str, str]], memory: Dict[str, Any]) -> None:
+def _is_the_planned_device(match: List[Dict[str, str]]) -> None:
     wrong = [row for row in match if row["status"] == "fail"]
     if wrong:
         told = ["%s is %s, not %s" % (row["fact"], row["measured"], row["expected"]) for row in wrong]
         raise Refused("it was built for another device: %s (--force-device)" % "; ".join(told))
+
+
+def _has_the_memory(memory: Dict[str, Any]) -> None:
     for need, total, what in (
         (memory["needed"], memory["total"], "memory"),
         (memory["device_needed"], memory["device_total"], "memory on the card"),
@@ -1718,7 +1723,7 @@ def _switch(
     began = time.monotonic()
     try:
         if not options.force_device:
-            _memory_is_free(store, admission)
+            _memory_is_free(memory_need(admission.bundle, admission.plan, store.world.machine(), store.root))
         flip(store, release, back)
         service.apply(store.release(release))
         seconds = round(time.monotonic() - began, 3)
@@ -1764,8 +1769,7 @@ def good_releases(store: Store) -> List[str]:
     return [release for order, release in sorted((o, r) for o, r in found if o is not None)][::-1]
 
 
-def _memory_is_free(store: Store, admission: Admission) -> None:
-    memory = memory_need(admission.bundle, admission.plan, store.world.machine(), store.root)
+def _memory_is_free(memory: Dict[str, Any]) -> None:
     if memory["available"] is not None and memory["needed"] > memory["available"]:
         raise Refused(
             "it needs %d bytes of memory and %d are free (--force-device)"
@@ -1976,15 +1980,24 @@ def _backend(planned: str, facts: Dict[str, Any]) -> str:
 
 
 def self_test_command(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
-    """Facts and verdict of an installed release; the server rests meanwhile, since two do not fit."""
+    """Facts and verdict of an installed release; the server rests meanwhile, since two do not fit.
+
+    Raises Refused for too little memory, as `install` does: beyond it the device may be lost, not only the test.
+    """
     with locked(store.root, "self-test"):
         sweep(store)
         release = store.target("current") if options.release is None else _hex(options.release)
         if release is None or not is_folder(store.release(release)):
             raise BadUsage("release %s is not installed here" % (release or "")[:12])
+        bundle = _bundle_in(store, release)
+        plan = agent.read_document(bundle, "plan.json")
+        if not options.force_device:
+            _has_the_memory(memory_need(bundle, plan, store.world.machine(), store.root))
         service = service_of(store)
         with service.resting():
             try:
+                if not options.force_device:
+                    _memory_is_free(memory_need(bundle, plan, store.world.machine(), store.root))
                 return self_test(store, release, options)
             finally:
                 if store.target("current") is not None:
@@ -2515,7 +2528,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name in ("offer", "install"):
         made[name].add_argument("--allow-downgrade", action="store_true")
-        made[name].add_argument("--force-device", action="store_true", help="though it is for another device")
+        made[name].add_argument("--other-device", action="store_true", help="though it is for another device")
+    for name in ("offer", "install", "self-test"):
+        made[name].add_argument(
+            "--force-device", action="store_true", help="that, and with too little memory"
+        )
     for name in ("install", "self-test"):
         made[name].add_argument("--memory-limit", metavar="BYTES", type=int, help="simulate a smaller device")
         made[name].add_argument("--full", action="store_true", help="fill every slot, not one")

@@ -594,7 +594,7 @@ def test_a_refusal_names_the_option_of_this_side() -> None:
 
     assert (found.message, found.hint) == (
         "pi: it was built for another device: arch is x",
-        "--force installs it all the same",
+        "--force does it all the same",
     )
 
 
@@ -805,7 +805,8 @@ def test_the_command_flashes_a_folder(tmp_path: Path, key: Path, signers: Path) 
     [
         (["check", "b.tar", "--on", "pi", "--emulate"], "--emulate is for a check here"),
         (["check", "b.tar", "--on", "pi", "--server", "x"], "--server is for a check here"),
-        (["check", "b.tar", "--sudo"], "--root and --sudo are for a device"),
+        (["check", "b.tar", "--sudo"], "--root, --sudo and --force are for a device"),
+        (["check", "b.tar", "--force"], "--root, --sudo and --force are for a device"),
         (
             ["calibrate", "--profile", "raspberry-pi-5-8gb", "--on", "pi", "bench.json"],
             "no bundle to measure on pi",
@@ -820,6 +821,49 @@ def test_what_runs_on_a_device_is_told_from_what_runs_here(words: list[str], tol
 
     assert done.exit_code == 2
     assert told in done.output
+
+
+def test_a_check_takes_another_device_and_too_little_memory_only_when_forced(
+    tmp_path: Path, key: Path, signers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    facts = {**releases.machine(), "arch": "x86_64", "memory_total": 64 << 20, "memory_available": 64 << 20}
+    there = releases.Device(tmp_path / "store", check=lambda _: copy.deepcopy(RECORDED), facts=facts)
+    there.enroll(signers.read_text(encoding="utf-8"))
+
+    def act(argv: Sequence[str], *, stdin: Iterable[bytes] = (), **_: object) -> Answer:
+        if "--root" not in argv:
+            store = {"root": str(there.root), "enrolled": True, "ours": True}
+            return says({**SEEN, "stores": [store]})
+        words = argv[argv.index("--root") + 2 :]
+        answer = there.run(*words, stdin=b"".join(stdin))
+        return Answer(
+            status=answer.status,
+            stdout=json.dumps(answer.document).encode() if answer.document else b"",
+            said=tuple(answer.said.splitlines()),
+        )
+
+    target = Scripted()
+    monkeypatch.setattr(target, "run", act)
+    monkeypatch.setattr(remote, "connect", lambda *_, **__: target)
+    words = ["check", str(releases.bundle(tmp_path / "b.tar", key)), "--on", "pi", "--json"]
+
+    refused = CliRunner().invoke(cli, words)
+    took = [path.name for path in (there.root / "blobs/sha256").iterdir()]
+    forced = CliRunner().invoke(cli, [*words, "--force"])
+
+    assert (refused.exit_code, took) == (6, [])
+    assert "bytes of memory and this device has 67108864" in refused.stderr
+    assert "--force does it all the same" in refused.stderr
+    assert json.loads(forced.stdout)["facts"]["machine"] == RECORDED["machine"]
+    assert there.events()[-1] == "tested"
+
+
+def test_an_option_that_an_agent_does_not_know_says_how_to_bring_a_newer_one() -> None:
+    found = devices.failure("pi", fails(2, "agent.pyz: error: unrecognized arguments: --other-device"))
+
+    assert "edgepack flash --enroll pi" in str(found.hint)
 
 
 def test_a_device_is_calibrated_by_the_checks_of_bundles_on_it(

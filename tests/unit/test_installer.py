@@ -442,6 +442,44 @@ def test_too_little_free_memory_refuses_the_switch_and_the_server_goes_on(
     assert busy.ran[-1] == "systemctl --user start edgepack.service"
 
 
+def test_another_device_is_let_pass_alone_and_too_little_memory_is_not(device: Device, first: Path) -> None:
+    other = Device(device.root, facts={**releases.machine(), "arch": "x86_64"})
+    small = Device(device.root, facts={**releases.machine(), "memory_total": 64 << 20})
+
+    for answer in refusals(small, first, "--other-device"):
+        assert answer.status == 6
+        assert "bytes of memory and this device has 67108864 (--force-device)" in answer.said
+    assert other.run("install", first, "--other-device").document["outcome"] == "good"
+
+
+@pytest.mark.parametrize(
+    ("fact", "told", "asked"),
+    [
+        ("memory_total", "this device has 67108864", []),
+        ("memory_available", "67108864 are free", ["show", "stop", "reset-failed", "start"]),
+    ],
+)
+def test_a_self_test_with_too_little_memory_is_refused_and_the_server_goes_on(
+    tmp_path: Path, signers: str, first: Path, fact: str, told: str, asked: list[str]
+) -> None:
+    tested: list[argparse.Namespace] = []
+
+    def check(options: argparse.Namespace) -> dict[str, Any]:
+        tested.append(options)
+        return releases.passing()
+
+    device = enrolled(tmp_path, signers, "user")
+    device.run("install", first)
+    small = Device(device.root, check=check, facts={**releases.machine(), fact: 64 << 20})
+
+    refused = small.run("self-test")
+
+    assert (refused.status, len(tested)) == (6, 0)
+    assert told in refused.said
+    assert [words.split()[2] for words in small.ran] == asked
+    assert (small.run("self-test", "--force-device").status, len(tested)) == (0, 1)
+
+
 @pytest.mark.parametrize(
     "plan",
     [
