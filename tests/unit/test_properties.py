@@ -322,11 +322,17 @@ def test_when_nothing_is_fast_enough_the_pace_that_is_named_makes_a_plan(
     request = Request(profile=device, scheme=scheme, context=2048, min_decode=pace)
     refused = refusal(request, [model])
     assume("fast enough" in refused.message)
-    named = re.fullmatch(r"--min-tokens-per-second ([\d.]+)", str(refused.hint))
+    named = re.fullmatch(
+        r"(?:--power-mode (\S+) \(decodes [\d.]+ tok/s with a full context\); or )?--min-tokens-per-second ([\d.]+)",
+        str(refused.hint),
+    )
 
     assert named is not None
-    assert float(named.group(1)) <= pace
-    pipeline.make_plan(replace(request, min_decode=float(named.group(1))), [model])
+    mode, floor = named.group(1), float(named.group(2))
+    assert floor <= pace
+    pipeline.make_plan(replace(request, min_decode=floor), [model])
+    if mode is not None:
+        pipeline.make_plan(replace(request, power_mode=mode), [model])
 
 
 @pytest.mark.parametrize("device", [d for d in DEVICES if d.deployable], ids=lambda d: d.name)
