@@ -323,7 +323,8 @@ def _pace(subject: Subject) -> Drawing:
         ax.set_ylabel("tokens a second")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         ax.grid(axis="y")
-        ax.legend(frameon=False, loc="best")
+        above = (0, 1)  # where no line can be
+        ax.legend(frameon=False, loc="lower left", bbox_to_anchor=above, ncols=3, borderaxespad=0)
         first, last = points[0], points[-1]
         return page.drawing(
             f"pace-{subject.letter}",

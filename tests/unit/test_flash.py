@@ -215,17 +215,15 @@ def test_beside_what_runs_nothing_is_switched(big: Cargo) -> None:
     assert steps(big, "installed", asked) == []
 
 
-def test_a_switch_names_what_runs_now(big: Cargo) -> None:
-    now = Release(
-        digest="b" * 64,
-        name="older",
-        sequence=1,
-        bytes=9,
-        whole=True,
-        good=True,
-        current=True,
-        previous=False,
+def running(digest: str, name: str) -> Release:
+    """A good release that is the current one."""
+    return Release(
+        digest=digest, name=name, sequence=1, bytes=9, whole=True, good=True, current=True, previous=False
     )
+
+
+def test_a_switch_names_what_runs_now(big: Cargo) -> None:
+    now = running("b" * 64, "older")
 
     assert steps(big, "received", Asked(self_test=False), releases=(now,)) == [
         "switch from older to tiny; no self-test"
@@ -233,16 +231,7 @@ def test_a_switch_names_what_runs_now(big: Cargo) -> None:
 
 
 def test_what_is_current_and_does_not_run_is_switched_to_anew(big: Cargo) -> None:
-    now = Release(
-        digest=big.release,
-        name="tiny",
-        sequence=1,
-        bytes=9,
-        whole=True,
-        good=True,
-        current=True,
-        previous=False,
-    )
+    now = running(big.release, "tiny")
 
     assert steps(big, "installed", Asked(), good=True, releases=(now,)) == [
         "switch to tiny; self-test, and back if it fails"
