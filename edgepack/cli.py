@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import json
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, cast
 
 import click
 from click.shell_completion import CompletionItem
@@ -62,6 +63,19 @@ def _completed(names: Callable[[], Iterable[str]], *, files: bool = False) -> Co
     return offered
 
 
+def _with_cache(command: Command) -> Command:
+    """A command that makes or uses what is in the cache: nothing is taken out of it meanwhile."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **options: Any) -> Any:
+        from edgepack import workspace
+
+        with workspace.cache_used():
+            return command(*args, **options)
+
+    return cast(Command, guarded)
+
+
 def _profile_names() -> Iterable[str]:
     from edgepack import profile
 
@@ -85,6 +99,12 @@ def _scheme_names() -> Iterable[str]:
     from edgepack import runtimes
 
     return sorted({scheme for runtime in runtimes.RUNTIMES for scheme in runtime.SCHEMES})
+
+
+def _kinds_of_cache() -> Iterable[str]:
+    from edgepack import cache
+
+    return cache.KINDS
 
 
 def _schema_names() -> Iterable[str]:
@@ -437,6 +457,7 @@ def plan(
               help="Folder for the bundle and its plan.")  # fmt: skip
 @json_option
 @click.pass_obj
+@_with_cache
 def build(
     progress: Progress,
     /,
@@ -538,6 +559,7 @@ def build(
               help="Folder for the artifact.")  # fmt: skip
 @json_option
 @click.pass_obj
+@_with_cache
 def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any) -> None:
     """Make one artifact of a scheme, for any runtime, and measure what it lost.
 
@@ -591,6 +613,7 @@ def quantize(progress: Progress, /, output: Path, as_json: bool, **options: Any)
               help="The student's folder (default: the teacher's name and what is kept of it, here).")  # fmt: skip
 @json_option
 @click.pass_obj
+@_with_cache
 def distill(progress: Progress, /, output: Path | None, as_json: bool, **options: Any) -> None:
     """Make a student: cut it out of its teacher or take a smaller model, and teach it on your data.
 
@@ -635,6 +658,7 @@ def distill(progress: Progress, /, output: Path | None, as_json: bool, **options
 )
 @json_option
 @click.pass_obj
+@_with_cache
 def quality(
     progress: Progress,
     /,
@@ -789,6 +813,7 @@ def report(
 )
 @json_option
 @click.pass_obj
+@_with_cache
 def check(
     progress: Progress,
     bundle: Path,
@@ -1189,6 +1214,7 @@ def unpack(progress: Progress, /, bundle: Path, folder: Path, allowed_signers: P
     "--server", type=click.Path(path_type=Path), help="llama-server, or a Python that has the runtime."
 )
 @click.pass_obj
+@_with_cache
 def run(progress: Progress, /, bundle: Path, prompt: str, **options: Any) -> None:
     """Start a bundle here, with the flags it ships, and continue a text.
 
@@ -1259,6 +1285,7 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
 )
 @json_option
 @click.pass_obj
+@_with_cache
 def calibrate(
     progress: Progress,
     /,
@@ -1442,6 +1469,7 @@ def toolchain_group() -> None:
 
 @toolchain_group.command("install")
 @click.pass_obj
+@_with_cache
 def toolchain_install(progress: Progress) -> None:
     """Build llama.cpp (about 8 minutes on 2 cores); resumes, and does nothing when it is there.
 
@@ -1471,6 +1499,69 @@ def toolchain_status(as_json: bool) -> None:
     else:
         for name, value in status.items():
             click.echo(f"{name:<10} {value}")
+
+
+@cli.group("cache")
+def cache_group() -> None:
+    """What is kept so that stages resume: how large it is, and how it is made smaller."""
+
+
+def _cache_options(command: Command) -> Command:
+    for option in (
+        json_option,
+        click.option("--unused", type=click.IntRange(0), default=0, metavar="DAYS",
+                     help="Only what was not used for so many days."),
+        click.argument("kinds", nargs=-1, metavar="[KIND]...", shell_complete=_completed(_kinds_of_cache)),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cache_group.command("list")
+@_cache_options
+@click.pass_obj
+def cache_list(progress: Progress, /, kinds: tuple[str, ...], unused: int, as_json: bool) -> None:
+    """Show what the cache holds; of kinds that are named, every single thing.
+
+    \b
+    Examples:
+      edgepack cache list
+      edgepack cache list artifacts --unused 30
+    """
+    from edgepack import cache, serde
+
+    found = cache.contents(kinds, unused=unused)
+    if as_json:
+        _print_json(serde.dump(found))
+    else:
+        click.echo(cache.table(found, each=bool(kinds), screen=_screen()), nl=False)
+
+
+@cache_group.command("remove")
+@_cache_options
+@click.option("--all", "every", is_flag=True, help="Of every kind, llama.cpp's programs too.")
+@click.option("--dry-run", is_flag=True, help="Say what would go, and leave it.")
+@click.pass_obj
+def cache_remove(
+    progress: Progress, /, kinds: tuple[str, ...], unused: int, every: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Take things out of the cache; what is needed again is made again. Refused while another edgepack works.
+
+    \b
+    Examples:
+      edgepack cache remove artifacts reference-logits
+      edgepack cache remove --all --unused 30 --dry-run
+    """
+    from edgepack import cache, serde
+
+    if bool(kinds) == every:
+        raise BadInput("name what is to go", hint=f"KINDs or --all; the cache has {', '.join(cache.KINDS)}")
+    found = cache.contents(kinds, unused=unused)
+    account = found if dry_run else cache.remove(found)
+    if as_json:
+        _print_json(serde.dump(account))
+    else:
+        click.echo(cache.table(account, each=bool(kinds) or dry_run, screen=_screen()), nl=False)
 
 
 @cli.group("key")

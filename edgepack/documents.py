@@ -11,6 +11,7 @@ from typing import Literal, TypedDict
 
 from edgepack import (
     bundle,
+    cache,
     calibrate,
     check,
     distillation,
@@ -221,6 +222,12 @@ DOCUMENTS = (
         also={ToolchainStatus: VERSION},
     ),
     Document(name="schemas", title="These documents", of=ListDocument, written_by=("schema --json",)),
+    Document(
+        name="cache",
+        title="What the cache holds, or what was taken out of it",
+        of=cache.Account,
+        written_by=("cache list --json", "cache remove --json"),
+    ),
     Document(
         name="record",
         title="How an artifact was made",

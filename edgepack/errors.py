@@ -86,7 +86,7 @@ class QualityTooLow(EdgepackError):
 
 
 class Busy(EdgepackError):
-    """Another installer is changing the same device."""
+    """Another process works on the same device or cache."""
 
     exit_code = 13
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edgepack.errors import NoSpace
+from edgepack.errors import Busy, NoSpace
 from edgepack.units import show
 
 
@@ -22,6 +22,36 @@ def cache_root() -> Path:
     if "EDGEPACK_CACHE" in os.environ:
         return Path(os.environ["EDGEPACK_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgepack"
+
+
+@contextmanager
+def cache_used() -> Iterator[None]:
+    """While the block runs nothing is taken out of the cache; it waits for who is taking something out now."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def cache_alone() -> Iterator[None]:
+    """Holds the cache while no other process is in `cache_used`. Raises Busy when one is."""
+    root = cache_root()
+    if not root.is_dir():
+        yield
+        return
+    with (root / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"another edgepack works with {root}; nothing was removed", hint="wait until it has ended"
+            ) from None
+        yield
+
+
+_LOCK = ".lock"
 
 
 def sha256_file(path: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
@@ -107,6 +137,11 @@ def scratch(kind: str) -> Iterator[Path]:
 def part(path: Path) -> Path:
     """The name of ``path`` while this process writes or removes it; with the machine's, for some share a cache."""
     return path.with_name(f".{path.name}.part{os.uname().nodename}-{os.getpid()}")
+
+
+def is_part(path: Path) -> bool:
+    """Whether it has a name that `part` gives."""
+    return path.name.startswith(".") and ".part" in path.name
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

@@ -34,7 +34,7 @@ LEVELS = (
         "drawing",
         "screen",
     },
-    {"profile", "modelspec", "l4t"},
+    {"profile", "modelspec", "l4t", "cache"},
     {"layouts", "students"},
     {"schemes"},
     {"runtimes"},
