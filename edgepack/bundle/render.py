@@ -14,7 +14,7 @@ from edgepack import runtimes
 from edgepack.device import installer
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
-from edgepack.profile import RuntimeImage
+from edgepack.profile import DeviceProfile, RuntimeImage
 from edgepack.runtimes import vllm
 from edgepack.settings import Settings
 from edgepack.units import MIB
@@ -104,10 +104,16 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
         if image.runtime == plan.runtime:
             known = digest or image.digest
             return replace(image, digest=known)
-    own = None if readers(plan) else runtimes.named(plan.runtime).IMAGES.get(plan.profile.backend)
+    own = None if readers(plan) else runtimes.named(plan.runtime).IMAGES.get(_platform(plan.profile))
     return (
         None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")
     )
+
+
+def _platform(profile: DeviceProfile) -> str:
+    """What an image must be for: a backend, or the newest L4T of a Jetson's GPU."""
+    l4t = profile.software.l4t if profile.backend == "cuda" else ()
+    return f"l4t-r{max(l4t, key=int)}" if l4t else profile.backend
 
 
 def templates() -> Path:

@@ -219,6 +219,30 @@ def test_a_digest_that_is_none_is_refused(digest: str) -> None:
         render(example_plan("raspberry-pi-5-8gb"), image_digest=digest)
 
 
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("x86-laptop-ddr5", "transformers-5.17.0"),
+        ("raspberry-pi-5-8gb", "transformers-5.17.0"),
+        ("rtx-4060-8gb", "transformers-5.17.0-cuda13"),
+        ("jetson-orin-nano-8gb", "transformers-5.17.0-r36.4"),
+        ("jetson-agx-thor", "transformers-5.17.0-cuda13"),
+    ],
+)
+def test_the_image_of_transformers_is_the_one_for_the_device_s_cuda(name: str, tag: str) -> None:
+    rendered = render(served_plan("transformers", name))
+
+    (service,) = yaml.safe_load(rendered["compose.yaml"])["services"].values()
+    assert service["image"] == f"localhost/edgepack/edgepack-server:{tag}"
+
+
+def test_a_jetson_of_another_l4t_gets_no_image_that_is_not_for_it() -> None:
+    plan = served_plan("transformers", "jetson-orin-nano-8gb")
+    plan = replace(plan, profile=replace(plan.profile, software=Software(l4t=("35",))))
+
+    assert "compose.yaml" not in render(plan)
+
+
 def test_a_profile_without_image_gets_no_container_files() -> None:
     plan = example_plan("raspberry-pi-5-8gb")
     bare = replace(plan, profile=replace(plan.profile, software=Software()))
