@@ -328,6 +328,7 @@ def test_the_images_that_bundles_name_are_built_here() -> None:
 
 def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_needs() -> None:
     assert set(images.TESTED) == set(BAKE["group"]["default"]["targets"])
+    assert images.BUILDER in TARGETS
     assert images.BEHIND.keys() <= images.TESTED.keys()
     for front, server in images.BEHIND.items():
         assert images.TESTED[front] == images.TESTED[server]
