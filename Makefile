@@ -28,9 +28,10 @@ test: $(VENV)/.dev system-tools
 	$(BIN)/edgepack toolchain install
 	$(BIN)/python -m pytest
 
-## Build the CPU images and start them on the built-in model, without a container engine (root; buildah, debootstrap).
+## Build the CPU images, llama.cpp in them, and start them on the built-in model, without a container engine (as root).
 test-images: $(VENV)/.dev
-	$(BIN)/python scripts/images.py test
+	sh scripts/system_tools.sh buildah
+	$(BIN)/python scripts/images.py test --compile
 
 $(VENV)-vllm/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm

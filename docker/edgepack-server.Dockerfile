@@ -1,5 +1,6 @@
 # The Python that a bundle's own edgepack_server runs in; the server itself comes with the bundle, mounted at /bundle.
-# RUNTIME is onnx-genai, onnx-genai-cuda, transformers or front. Which bases were verified, and where: docker/README.md.
+# RUNTIME is onnx-genai, onnx-genai-cuda, transformers, transformers-cuda or front. Which bases were verified, and where:
+# docker/README.md.
 ARG DEBIAN=docker.io/library/debian:bookworm-20260803-slim@sha256:abd67ffcfa541b485a3dff59865ab629aa048a6c613e639d36e7456b0b229241
 ARG SNAPSHOT=20261120T000000Z
 

@@ -8,7 +8,7 @@ The base is Debian's own root file system made by debootstrap, the builder is bu
 started as compose would: read-only root, /tmp in memory, the bundle read-only at /bundle, user 10001 without
 capabilities, a network of its own; asked for its health by the compose file's own check, then for a completion. Only
 the number of threads is another where the plan's device has more cores than this machine. The front stands before
-llama-server, and is asked for a chat.
+llama-server, and is asked for a chat. The build host is asked for a bundle of the built-in model, as its own user.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import yaml
 
@@ -52,6 +52,10 @@ TESTED = {
 """Targets that run on a CPU, and the runtime whose bundles they serve."""
 BEHIND = {"edgepack-server-front": "llama-server-cpu"}
 """Targets that stand before a server, and the target of that server."""
+BUILDER = "build-host"
+"""The target that makes bundles."""
+DEMO = ("build", "--profile", "x86-laptop", "--model", "demo", "--scheme", "Q8_0")
+"""What the build host is asked for."""
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PORT = 8080
 FRONT_PORT = 8081
@@ -86,14 +90,17 @@ def main(words: Sequence[str] | None = None) -> None:
     build.add_argument(
         "--static",
         action="store_true",
-        help="llama-server as edgepack's toolchain built it, not compiled again",
+        help="llama.cpp as edgepack's toolchain built it on this machine, not compiled again",
     )
     start = commands.add_parser("start", help="start an image with a bundle, and ask it")
     start.add_argument("target")
     start.add_argument("bundle", type=Path, help="a bundle file, or the folder of an unpacked one")
     test = commands.add_parser("test", help="build images and bundles, and start each")
     test.add_argument(
-        "targets", nargs="*", default=list(TESTED), help=f"of {', '.join(TESTED)} (default: all)"
+        "targets",
+        nargs="*",
+        default=[*TESTED, BUILDER],
+        help=f"of {', '.join([*TESTED, BUILDER])} (default: all)",
     )
     test.add_argument(
         "--compile", action="store_true", help="llama.cpp inside the image, not the toolchain's"
@@ -102,7 +109,11 @@ def main(words: Sequence[str] | None = None) -> None:
     inside.add_argument("request", type=Path)
     asked = parser.parse_args(words)
     if asked.command == "inside":
-        serve(json.loads(asked.request.read_text(encoding="utf-8")))
+        request = json.loads(asked.request.read_text(encoding="utf-8"))
+        if "toolchain" in request:
+            make_bundle(request)
+        else:
+            serve(request)
         return
     missing = [name for name in ("buildah", "debootstrap", "unshare") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
@@ -146,7 +157,8 @@ def ensure_base(work: Path) -> None:
 def build_target(name: str, work: Path, *, jobs: int, static: bool = False) -> None:
     """Builds one target for this machine's architecture, on the base made here and from today's packages.
 
-    ``static``: with the llama-server that edgepack's toolchain built. Wheels in a folder that pip is told of
+    ``static``: with the llama-server that edgepack's toolchain built; the build host then has none, and is lent this
+    machine's. Wheels in a folder that pip is told of
     (PIP_FIND_LINKS) take the place of further indexes.
     """
     target = targets()[name]
@@ -158,7 +170,9 @@ def build_target(name: str, work: Path, *, jobs: int, static: bool = False) -> N
         sys.exit(f"{name} stands on {args['BUILD'].partition('@')[0]}, which only a registry has")
     args = {**args, "DEBIAN": BASE, "SNAPSHOT": "", "JOBS": str(jobs)}
     more: list[str] = []
-    if static:
+    if static and name == BUILDER:
+        more += ["--target", "tools"]
+    elif static:
         more += ["--build-context", f"build={place_static(work / 'static')}"]
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     if Path(wheels).is_absolute():
@@ -185,22 +199,23 @@ def place_static(folder: Path) -> Path:
 
 
 def test_targets(names: Sequence[str], work: Path, *, static: bool) -> None:
-    """Builds each target, a bundle for it, and starts the one with the other."""
+    """Builds each target, a bundle for it, and starts the one with the other; the build host makes one itself."""
     ensure_base(work)
     profile = work / "profile.yaml"
-    images = {TESTED[name]: targets()[BEHIND.get(name, name)]["tags"][0] for name in names}
+    served = [name for name in names if name != BUILDER]
+    images = {TESTED[name]: targets()[BEHIND.get(name, name)]["tags"][0] for name in served}
     rows = [{"runtime": runtime, "reference": image} for runtime, image in sorted(images.items())]
     device = {"name": "images-test", "extends": "x86-laptop-ddr5", "software": {"images": rows}}
     profile.write_text(json.dumps(device), encoding="utf-8")
-    for name in names:
+    for name in served:
         for each in (BEHIND[name], name) if name in BEHIND else (name,):
             build_target(each, work, jobs=os.cpu_count() or 1, static=static)
         words = ("--profile", str(profile), "--model", "demo", "--runtime", TESTED[name])
-        done = subprocess.run(
-            [sys.executable, "-m", "edgepack", "build", *words, "--output", str(work / "bundles")],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-        start_target(name, Path(done.stdout.strip().splitlines()[-1]), work)
+        bundle = edgepack("build", *words, "--output", str(work / "bundles"))
+        start_target(name, Path(bundle), work)
+    if BUILDER in names:
+        build_target(BUILDER, work, jobs=os.cpu_count() or 1, static=static)
+        start_builder(work, toolchain.find().root.parent if static else None)
     say(f"{len(names)} images built and started")
 
 
@@ -232,6 +247,31 @@ def start_target(name: str, bundle: Path, work: Path) -> None:
                 encoding="utf-8",
             )
             run("unshare", "--mount", "--net", "--ipc", sys.executable, __file__, "inside", str(request))
+    finally:
+        for container in containers:
+            buildah(work, "rm", container, capture=True)
+
+
+def start_builder(work: Path, lent: Path | None) -> None:
+    """Has the build host make a bundle of the built-in model, without a network; exits 1 when it does not.
+
+    ``lent``: the folder of this machine's toolchain, for an image that was built without one. With the same programs it
+    must make the bundle that this machine makes.
+    """
+    containers: list[str] = []
+    here = Path(edgepack(*DEMO, "--output", str(work / "bundles")))
+    try:
+        mounted = mount_target(BUILDER, work, containers)
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            request = Path(folder) / "request.json"
+            lending = None if lent is None else str(lent)
+            request.write_text(json.dumps({"toolchain": lending, **mounted}), encoding="utf-8")
+            run("unshare", "--mount", "--net", "--ipc", sys.executable, __file__, "inside", str(request))
+        there = next(Path(str(mounted["root"])).glob(f"home/*/out/{here.name}"))
+        same = there.read_bytes() == here.read_bytes()
+        say(f"{there.name}: {'the same' if same else 'other'} bytes as made on this machine")
+        if lent is not None and not same:
+            sys.exit("that is not how a build host is to run")
     finally:
         for container in containers:
             buildah(work, "rm", container, capture=True)
@@ -297,7 +337,7 @@ def serve(request: Mapping[str, object]) -> None:
         say(f"completion: {answer['choices'][0]['text']!r}")
         say(f"usage: {answer['usage']}")
         if isinstance(before := request.get("front"), dict):
-            stand_before(server, before, bundle, key)
+            stand_before(server, before, compose["services"]["front"], bundle, key)
         facts = say_status(server)
         places = ("/usr/x", "/bundle/x", "/tmp/x")
         written = [place for place in places if succeeds(root, ["touch", place], environment)]
@@ -310,19 +350,54 @@ def serve(request: Mapping[str, object]) -> None:
         sys.exit("that is not how a server is to run")
 
 
+def make_bundle(request: Mapping[str, object]) -> None:
+    """Runs edgepack in the build host: its version, a plan, a bundle."""
+    root, lent, config = Path(str(request["root"])), request["toolchain"], request["config"]
+    if not isinstance(config, dict):
+        sys.exit("the build host's image has no configuration")
+    loopback_up()
+    home = next(
+        Path(fields[5])
+        for line in (root / "etc/passwd").read_text(encoding="utf-8").splitlines()
+        if (fields := line.split(":"))[2] == str(UID)
+    )
+    lay_out_root(root)
+    if lent is not None:
+        place = root / home.relative_to("/") / ".cache/edgepack/toolchain"
+        place.mkdir(parents=True)
+        for folder in (place, *list(place.parents)[:2]):
+            os.chown(folder, UID, UID)
+        bind(Path(str(lent)), place)
+    environment = dict(str(pair).split("=", 1) for pair in config["Env"]) | {"HOME": str(home)}
+    for words in (("--version",), ("plan", *DEMO[1:]), (*DEMO, "--output", "out")):
+        command = [*config["Entrypoint"], *words]
+        say(f"$ {' '.join(command)}")
+        began = time.monotonic()
+        status = start(root, command, environment, folder=str(config["WorkingDir"])).wait()
+        say(f"status {status} after {time.monotonic() - began:.1f} s")
+        if status != 0:
+            sys.exit("that is not how a build host is to run")
+
+
 def stand_before(
-    server: subprocess.Popen[bytes], front: Mapping[str, object], bundle: Path, key: Path
+    server: subprocess.Popen[bytes],
+    front: Mapping[str, object],
+    service: Mapping[str, Any],
+    bundle: Path,
+    key: Path,
 ) -> None:
-    """Starts the front before the server that runs, asks its /chat and ends it."""
+    """Starts the front before the server that runs, as the compose file has it, asks its /chat and ends it."""
     root, config = Path(str(front["root"])), front["config"]
     if not isinstance(config, dict):
         sys.exit("the front's image has no configuration")
     lay_out(root, bundle, key)
     environment = dict(str(pair).split("=", 1) for pair in config["Env"])
-    environment |= {"EDGEPACK_PYTHON": "python3", "EDGEPACK_KEY_FILE": "/run/secrets/edgepack-api-key"}
-    started = start(root, ["/bin/sh", "/bundle/start.sh", "chat"], environment)
+    environment |= {name: plain(value) for name, value in service["environment"].items()}
+    environment["EDGEPACK_HOST"] = "127.0.0.1"  # both are in one network here
+    started = start(root, [*service["entrypoint"], *service["command"]], environment)
     try:
-        seconds = wait_healthy(started, lambda: answers("/health", FRONT_PORT))
+        check = ["/bin/sh", "-c", plain(service["healthcheck"]["test"][1])]
+        seconds = wait_healthy(started, lambda: succeeds(root, check, environment))
         say(f"front healthy after {seconds:.1f} s")
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, "temperature": 0}
         say(f"chat: {fetch('/chat', body, key.read_text(encoding='utf-8').strip(), FRONT_PORT)}")
@@ -346,31 +421,27 @@ def say_status(process: subprocess.Popen[bytes]) -> dict[str, str]:
     return facts
 
 
-def answers(path: str, port: int) -> bool:
-    """Whether something answers there with 200."""
-    try:
-        fetch(path, None, port=port)
-    except urllib.error.URLError:
-        return False
-    return True
-
-
-def lay_out(root: Path, bundle: Path, key: Path) -> None:
-    """The mounts of the compose file; all of them end with this process."""
+def lay_out_root(root: Path) -> None:
+    """What every container has in its root; all mounts end with this process."""
     mount("none", "/", _MS_REC | _MS_PRIVATE)
     mount(root, root, _MS_BIND | _MS_REC)
-    secret = root / "run/secrets/edgepack-api-key"
-    secret.parent.mkdir(parents=True, exist_ok=True)
-    secret.touch()
-    (root / "bundle").mkdir(exist_ok=True)
-    bind(bundle, root / "bundle")
-    bind(key, secret)
     mount("proc", root / "proc", 0, kind="proc")
     for name in ("null", "zero", "random", "urandom"):
         place = root / "dev" / name
         place.touch()
         mount(Path("/dev") / name, place, _MS_BIND)
     mount("tmpfs", root / "tmp", 0, kind="tmpfs", data="mode=1777,size=64m")
+
+
+def lay_out(root: Path, bundle: Path, key: Path) -> None:
+    """The mounts of the compose file."""
+    lay_out_root(root)
+    secret = root / "run/secrets/edgepack-api-key"
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    secret.touch()
+    (root / "bundle").mkdir(exist_ok=True)
+    bind(bundle, root / "bundle")
+    bind(key, secret)
     mount("none", root, _MS_REMOUNT | _MS_BIND | _MS_RDONLY)
 
 
@@ -395,7 +466,12 @@ def loopback_up() -> None:
 
 
 def start(
-    root: Path, command: Sequence[str], environment: Mapping[str, str], output: int | None = None
+    root: Path,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    output: int | None = None,
+    *,
+    folder: str = "/bundle",
 ) -> subprocess.Popen[bytes]:
     """The command as user 10001 in this root: no groups, no capabilities, no way to get any."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -403,7 +479,7 @@ def start(
 
     def confine() -> None:
         os.chroot(root)
-        os.chdir("/bundle")
+        os.chdir(folder)
         libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         for capability in range(last + 1):
             libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -455,6 +531,13 @@ def plain(word: object) -> str:
 
 
 # ── programs ──
+
+
+def edgepack(*words: str) -> str:
+    """Runs this checkout's edgepack; the last line of its output."""
+    argv = [sys.executable, "-m", "edgepack", *words]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
 
 
 def buildah(work: Path, *words: str, capture: bool = False) -> str:

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages whose programs the integration tests run; does nothing when all are there.
+# Installs the Debian packages whose programs the integration tests run, and those that are named to it; does nothing when
+# all are there.
 set -eu
 missing=""
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
@@ -20,6 +21,7 @@ need strace strace
 need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need g++ g++
 need chromium chromium
+for each in "$@"; do need "$each" "$each"; done
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "the tests need these Debian packages:$missing" >&2

@@ -14,9 +14,10 @@ from edgepack import runtimes
 from edgepack.device import installer
 from edgepack.errors import BadInput
 from edgepack.plan import Plan
-from edgepack.profile import RuntimeImage
+from edgepack.profile import DeviceProfile, RuntimeImage
 from edgepack.runtimes import vllm
 from edgepack.settings import Settings
+from edgepack.units import MIB
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,8 +29,13 @@ STOP_SECONDS = 45
 """edgepack_server lets running answers end for 30 s."""
 _SLOWEST_DISK = 20_000_000
 """Bytes per second at which a start may read the weights: a slow SD card (class 10 promises 10 MB/s)."""
-_CONTAINERS = ("compose.yaml", "edgepack.container")
+FRONT_IMAGE = "localhost/edgepack/edgepack-server:front"
+"""What the front runs in before a server whose own image has no Python (docker/bake.json)."""
+FRONT_MEMORY = 256 * MIB
+"""Bound of the front: docker/README.md saw 52 MB at its peak; above it, requests and answers that are on their way."""
+_CONTAINERS = ("compose.yaml", "edgepack.container", "edgepack-chat.container")
 _JETSON = ("edgepack-power.service", "power.sh")
+_FRONT = ("edgepack-chat.service", "edgepack-chat.container")
 
 
 def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None = None) -> Mapping[str, str]:
@@ -50,7 +56,9 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
     return {
         name: files.get_template(found[name]).render(values)
         for name in sorted(found)
-        if (values["image"] or name not in _CONTAINERS) and (values["jetson"] or name not in _JETSON)
+        if (values["image"] or name not in _CONTAINERS)
+        and (values["jetson"] or name not in _JETSON)
+        and (values["front"] or name not in _FRONT)
     }
 
 
@@ -96,10 +104,16 @@ def image_for(plan: Plan, digest: str | None = None) -> RuntimeImage | None:
         if image.runtime == plan.runtime:
             known = digest or image.digest
             return replace(image, digest=known)
-    own = None if readers(plan) else runtimes.named(plan.runtime).IMAGES.get(plan.profile.backend)
+    own = None if readers(plan) else runtimes.named(plan.runtime).IMAGES.get(_platform(plan.profile))
     return (
         None if own is None else RuntimeImage(runtime=plan.runtime, reference=own, digest=digest or "unknown")
     )
+
+
+def _platform(profile: DeviceProfile) -> str:
+    """What an image must be for: a backend, or the newest L4T of a Jetson's GPU."""
+    l4t = profile.software.l4t if profile.backend == "cuda" else ()
+    return f"l4t-r{max(l4t, key=int)}" if l4t else profile.backend
 
 
 def templates() -> Path:
@@ -192,6 +206,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
     reference = None
     if image is not None:
         reference = f"{_without_tag(image.reference)}@{image.digest}" if pinned else image.reference
+    own_python = plan.runtime != runtimes.llama_cpp.NAME
     return {
         "title": f"{plan.model.id} {plan.scheme} on {plan.profile.title}",
         "alias": plan.model.id,
@@ -199,11 +214,16 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "flags": {line[0]: " ".join(line[1:]) for line in lines},
         "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
         "modules": " ".join((*runtime.MODULES, *(_module(line) for line in readers(plan)))),
-        "service": "llama-server" if plan.runtime == runtimes.llama_cpp.NAME else "server",
+        "service": "server" if own_python else "llama-server",
         "small_torch": "torch" in runtime.MODULES and plan.profile.backend == "cpu",
         "front": runtime.FRONT,
         "front_modules": " ".join(FRONT_MODULES),
         "front_lines": _lines(front(plan.settings)),
+        "front_image": reference if own_python else FRONT_IMAGE,
+        "front_is_ours": not own_python,
+        "front_digest_known": own_python and pinned,
+        "front_memory_max": FRONT_MEMORY,
+        "front_stop_seconds": STOP_SECONDS,
         "release": RELEASE,
         "with_runtime": with_runtime,
         "image": reference,
@@ -221,7 +241,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "memory_max": int(plan.budget.host),
         "max_files": runtimes.llama_cpp.max_files(plan.settings),
         "tmp": _tmp(plan),
-        "stop_seconds": 30 if plan.runtime == runtimes.llama_cpp.NAME else STOP_SECONDS,
+        "stop_seconds": STOP_SECONDS if own_python else 30,
         "ready_seconds": (300 if plan.runtime == vllm.NAME else 60)
         + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }

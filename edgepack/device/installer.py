@@ -693,7 +693,9 @@ def _write_signers(path: str, given: bytes, *, replace: bool) -> None:
 
 POWER = "edgepack-power.service"
 """Selects the power mode of a release's plan, on a Jetson."""
-UNITS = ("edgepack.service", "edgepack-health.service", "edgepack-health.timer", POWER)
+CHAT = "edgepack-chat.service"
+"""The front of a release's server; it starts with that where somebody enabled it."""
+UNITS = ("edgepack.service", "edgepack-health.service", "edgepack-health.timer", POWER, CHAT)
 """The units that a release brings for the system."""
 
 BOOT_UNIT = """\

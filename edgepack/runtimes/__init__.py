@@ -37,8 +37,11 @@ class Runtime(Protocol):
     """How to get a Python that has them; empty for a program."""
     READERS: Mapping[str, tuple[str, ...]]
     """By family of schemes: requirements beside its own that it reads such a checkpoint with."""
-    IMAGES: Mapping[Backend, str]
-    """Images of docker/ that run it where the profile names none; none for what needs more than its requirements."""
+    IMAGES: Mapping[str, str]
+    """Images of docker/ that run it where the profile names none; none for what needs more than its requirements.
+
+    By backend, on a Jetson's GPU by its L4T ("l4t-r36"), whose CUDA no other image is for.
+    """
     SPEED_FAMILY: Family
     """Whose constants of the speed law it has."""
     EAGER: tuple[Backend, ...]

@@ -24,7 +24,7 @@ MODULES: tuple[str, ...] = ("onnxruntime_genai", "fastapi", "uvicorn", "jinja2")
 FRONT = False
 INSTALL = "pip install 'edgepack[serve,onnx]', or name a Python that has them: EDGEPACK_PYTHON=PATH"
 READERS: Mapping[str, tuple[str, ...]] = {}
-IMAGES: Mapping[Backend, str] = {
+IMAGES: Mapping[str, str] = {
     "cpu": "localhost/edgepack/edgepack-server:onnx-genai-0.18.0",
     "cuda": "localhost/edgepack/edgepack-server:onnx-genai-0.18.0-cuda13",
 }

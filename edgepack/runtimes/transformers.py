@@ -32,7 +32,12 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "awq": ("gptqmodel==7.6.0", "optimum==2.3.0", "accelerate==1.15.0"),
     "autoround": ("auto-round==0.15.1", "accelerate==1.15.0"),
 }
-IMAGES: Mapping[Backend, str] = {"cpu": "localhost/edgepack/edgepack-server:transformers-5.17.0"}
+IMAGES: Mapping[str, str] = {
+    "cpu": "localhost/edgepack/edgepack-server:transformers-5.17.0",
+    "cuda": "localhost/edgepack/edgepack-server:transformers-5.17.0-cuda13",
+    "l4t-r36": "localhost/edgepack/edgepack-server:transformers-5.17.0-r36.4",
+    "l4t-r39": "localhost/edgepack/edgepack-server:transformers-5.17.0-cuda13",
+}
 SPEED_FAMILY: support.Family = "torch"
 EAGER: tuple[Backend, ...] = ("cpu", "cuda")
 ONE_BY_ONE = True

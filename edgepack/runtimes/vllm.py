@@ -31,7 +31,7 @@ INSTALL = (
     "EDGEPACK_PYTHON=VENV/bin/python"
 )
 READERS: Mapping[str, tuple[str, ...]] = {}
-IMAGES: Mapping[Backend, str] = {}
+IMAGES: Mapping[str, str] = {}
 SPEED_FAMILY: support.Family = "torch"
 EAGER: tuple[Backend, ...] = ("cpu",)
 """It starts the same operations of PyTorch there as transformers, without the CUDA graphs that spare them on a card: 3

@@ -86,11 +86,12 @@ def test_the_compose_file_follows_the_compose_schema(tmp_path: Path, name: str) 
     jsonschema.Draft7Validator(schema).validate(document)
 
 
+@pytest.mark.parametrize("file", ["edgepack.container", "edgepack-chat.container"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_quadlet_uses_documented_keys_only(tmp_path: Path, name: str) -> None:
+def test_the_quadlet_uses_documented_keys_only(tmp_path: Path, name: str, file: str) -> None:
     rendered_into(tmp_path, name)
     known = set((SCHEMAS / "quadlet-keys.txt").read_text().split())
-    text = (tmp_path / "edgepack.container").read_text().replace("\\\n", "")
+    text = (tmp_path / file).read_text().replace("\\\n", "")
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
 
     section = ""

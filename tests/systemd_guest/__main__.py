@@ -55,6 +55,27 @@ print(json.dumps({"text": ask("/completion", question, key)["content"], "slots":
 """
 """What a client on the device asks of the server: without its key, and with it."""
 
+CHAT = """\
+import json, sys, urllib.error, urllib.request
+port, key_file = sys.argv[1:]
+def ask(key):
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer " + key}
+    data = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
+    request = urllib.request.Request("http://127.0.0.1:%s/chat" % port, data, headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+try:
+    ask("none")
+    stranger = 200
+except urllib.error.HTTPError as error:
+    stranger = error.code
+print(json.dumps({"tokens": ask(open(key_file).read().strip())["data"]["completion_tokens"], "stranger": stranger}))
+"""
+"""The same of its front."""
+CHAT_PORT = 8082
+FRONT = Path(__file__).parents[2] / "docker" / "requirements-front.txt"
+"""What the front needs, locked."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mode:
@@ -138,12 +159,15 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     running(told, made, made.first)
     units(told)
     hangs(told, made)
+    give_front(told)
     device.reboot()
     told.row("rebooted", seconds=device.boots[-1])
     running(told, made, made.first)
+    chats(told, "rebooted")
     for mode in MODES:
         flash(told, mode, made.second, "good")
     running(told, made, made.second)
+    chats(told, "after a flash")
     for mode in MODES:
         flash(told, mode, made.fails_its_test, "rolled-back")
     running(told, made, made.second)
@@ -257,6 +281,60 @@ def hangs(told: Told, made: Releases) -> None:
     told.row("hung and restarted", healthy=healthy, hung=hung, seconds=round(time.monotonic() - began))
     assert healthy == 0 and hung != 0 and after not in (before, "0"), (healthy, hung, before, after)
     settled(told, made, SYSTEM)
+
+
+def give_front(told: Told) -> None:
+    """The front of root's release, once it is enabled: beside the server, as its user, started and ended with it."""
+    device = told.device
+    venv = "/opt/edgepack/venv"
+    inside(
+        device,
+        "root",
+        f"python3 -m venv --without-pip {venv}; echo EDGEPACK_CHAT_PORT={CHAT_PORT} >>/etc/edgepack/server.env",
+    )
+    with tempfile.TemporaryDirectory() as packages:
+        Path(packages).chmod(0o755)  # the unit's user reads it
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:",
+             "--python-version", "3.11", "--require-hashes", "--requirement", FRONT, "--target", packages],
+            check=True,
+        )  # fmt: skip
+        with subprocess.Popen(["tar", "-cC", packages, "."], stdout=subprocess.PIPE) as packed:
+            unpack = f"tar -xC {venv}/lib/python3.11/site-packages --no-same-owner"
+            subprocess.run([*device.ssh, "root@device", unpack], stdin=packed.stdout, check=True)
+    off = device.run("root", "systemctl is-active edgepack-chat.service")[1]
+    inside(device, "root", "systemctl enable --now edgepack-chat.service")
+    chats(told, "enabled")
+    users = inside(
+        device,
+        "root",
+        "for unit in edgepack edgepack-chat; do ps -o uid= -p $(systemctl show --value -p MainPID $unit); done",
+    ).split()
+    inside(device, "root", "systemctl stop edgepack.service")
+    stopped = device.run("root", "systemctl is-active edgepack-chat.service")[1]
+    inside(device, "root", "systemctl start edgepack.service")
+    chats(told, "started with the server")
+    said = inside(
+        device,
+        "root",
+        "systemd-analyze security --no-pager edgepack-chat.service | grep -i overall; "
+        "grep VmHWM /proc/$(systemctl show --value -p MainPID edgepack-chat)/status",
+    )
+    told.row("fronted", before=off, users=users, stopped=stopped, said=said.splitlines())
+    assert (off, stopped) == ("inactive", "inactive")
+    assert len(users) == 2 and users[0] == users[1] != "0", users
+
+
+def chats(told: Told, when: str) -> None:
+    """The front answers who has the key."""
+    began = time.monotonic()
+    ask = f"python3 - {CHAT_PORT} {SYSTEM.key} <<'END'\n{CHAT}END"
+    while (done := told.device.run("root", ask))[0] != 0:
+        assert time.monotonic() - began < SETTLE_SECONDS, done[1]
+        time.sleep(2)
+    answer = json.loads(done[1])
+    told.row("chats", when=when, waited=round(time.monotonic() - began), **answer)
+    assert answer["stranger"] == 401 and answer["tokens"] > 0, answer
 
 
 def goes_back_at_boot(told: Told, made: Releases) -> None:

@@ -21,6 +21,14 @@ REQUIREMENTS = ROOT / "edgepack" / "server" / "requirements"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 RUNTIMES = sorted(path.stem for path in REQUIREMENTS.glob("*.txt") if not path.stem.startswith("vllm"))
 """vLLM runs in its makers' images."""
+TOLD = {
+    **{name: name for name in RUNTIMES},
+    "transformers-cuda": "transformers",
+    "transformers-l4t": "transformers",
+}
+"""Lock files of images, and the requirements that their devices are told to install."""
+OF_THE_BASE = {"transformers-l4t": {"torch", "numpy"}}
+"""What an image has from the base that it stands on."""
 LOCKS = sorted(DOCKER.glob("requirements-*.txt"))
 BAKE = json.loads((DOCKER / "bake.json").read_text(encoding="utf-8"))
 TARGETS = BAKE["target"]
@@ -166,7 +174,7 @@ def test_every_target_names_files_arguments_and_bases_that_exist() -> None:
             if dockerfile.name == "llama-server.Dockerfile" and base:
                 assert re.search(r":[^:@/]+@sha256:[0-9a-f]{64}$", base), name
         if dockerfile.name == "edgepack-server.Dockerfile":
-            assert arguments["RUNTIME"] in RUNTIMES, name
+            assert arguments["RUNTIME"] in TOLD, name
             assert (DOCKER / f"requirements-{arguments['RUNTIME']}.txt").is_file(), name
 
 
@@ -183,8 +191,10 @@ def test_where_each_base_was_verified_is_said() -> None:
 def test_all_images_take_one_moment_of_debian_s_archive_and_one_debian() -> None:
     texts = [path.read_text(encoding="utf-8") for path in DOCKERFILES]
 
-    assert len({re.findall(r"^ARG SNAPSHOT=(\S+)$", text, re.MULTILINE)[0] for text in texts}) == 1
-    assert len({re.findall(r"^ARG DEBIAN=(\S+)$", text, re.MULTILINE)[0] for text in texts}) == 1
+    for name in ("SNAPSHOT", "DEBIAN"):
+        found = [re.findall(rf"^ARG {name}=(\S+)$", text, re.MULTILINE) for text in texts]
+        assert len({given[0] for given in found if given}) == 1
+        assert sum(bool(given) for given in found) == len(texts) - 1  # one stands on NVIDIA's Ubuntu
 
 
 def test_an_image_of_a_profile_that_is_ours_is_one_that_we_build() -> None:
@@ -226,13 +236,14 @@ def locked(path: Path) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("name", TOLD)
 def test_an_image_has_what_a_device_is_told_to_install(name: str) -> None:
     lock = locked(DOCKER / f"requirements-{name}.txt")
+    of_the_base = OF_THE_BASE.get(name, set())
 
-    for package, version in pins(REQUIREMENTS / f"{name}.txt").items():
-        builds = {found.partition("+")[0] for found in lock[package]}
-        assert builds == {version}, package
+    for package, version in pins(REQUIREMENTS / f"{TOLD[name]}.txt").items():
+        builds = {found.partition("+")[0] for found in lock.get(package, ())}
+        assert builds == (set() if package in of_the_base else {version}), package
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -252,6 +263,25 @@ def test_the_cpu_build_of_torch_is_the_one_that_is_locked() -> None:
 
     assert lock["torch"] == {"2.13.0+cpu"}
     assert not [package for package in lock if package.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_the_cuda_build_of_torch_comes_with_the_libraries_of_cuda_13() -> None:
+    lock = locked(DOCKER / "requirements-transformers-cuda.txt")
+    text = (DOCKER / "requirements-transformers-cuda.txt").read_text(encoding="utf-8")
+
+    assert lock["torch"] == {"2.13.0"}
+    assert {"nvidia-cublas", "nvidia-cuda-runtime", "nvidia-cudnn-cu13", "triton"} <= set(lock)
+    for package in transformers.READERS["bnb"]:
+        assert f"\n{package} " in text
+
+
+def test_on_jetpack_6_nothing_is_laid_over_the_torch_of_the_base() -> None:
+    lock = locked(DOCKER / "requirements-transformers-l4t.txt")
+    rest = locked(DOCKER / "requirements-transformers.txt")
+
+    torch_s_own = {"torch", "numpy", "triton", "sympy", "mpmath", "networkx", "setuptools", "bitsandbytes"}
+    assert set(lock) == set(rest) - torch_s_own
+    assert all(versions <= rest[package] for package, versions in lock.items())
 
 
 def test_the_build_host_has_what_edgepack_says_it_needs() -> None:
@@ -298,6 +328,7 @@ def test_the_images_that_bundles_name_are_built_here() -> None:
 
 def test_every_image_that_bake_builds_by_default_is_started_here_with_what_it_needs() -> None:
     assert set(images.TESTED) == set(BAKE["group"]["default"]["targets"])
+    assert images.BUILDER in TARGETS
     assert images.BEHIND.keys() <= images.TESTED.keys()
     for front, server in images.BEHIND.items():
         assert images.TESTED[front] == images.TESTED[server]

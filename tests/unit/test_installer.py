@@ -1601,6 +1601,21 @@ def test_a_power_mode_that_cannot_be_set_is_told_and_the_release_runs(
     )
 
 
+def test_the_front_of_a_release_comes_and_goes_with_it_and_whoever_wants_it_enables_it(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path]
+) -> None:
+    device = enrolled(tmp_path, signers, "system")
+    unit = tmp_path / "units/edgepack-chat.service"
+
+    device.run("install", resigned(files={"edgepack-chat.service": "# front\n"}))
+    there = unit.read_text()
+    device.run("install", resigned(sequence=2))
+
+    assert there == "# front\n"
+    assert not unit.exists()
+    assert not [words for words in device.ran if "edgepack-chat" in words]
+
+
 def test_mode_user_runs_one_unit_of_its_own(tmp_path: Path, signers: str, first: Path) -> None:
     device = enrolled(tmp_path, signers, "user")
     assert "systemctl --user enable edgepack.service" in device.ran

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -95,15 +96,33 @@ def test_the_server_listens_on_loopback_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_container_has_no_more_rights_than_it_needs(name: str) -> None:
-    service = yaml.safe_load(render(example_plan(name))["compose.yaml"])["services"]["llama-server"]
+    services = yaml.safe_load(render(example_plan(name))["compose.yaml"])["services"]
 
-    assert service["read_only"] is True
-    assert service["cap_drop"] == ["ALL"]
-    assert service["security_opt"] == ["no-new-privileges:true"]
-    assert not service["user"].startswith("0")
-    assert service["oom_score_adj"] == 500
-    assert service["logging"]["options"]["max-size"] == "10m"
-    assert "healthcheck" in service
+    assert list(services) == ["llama-server", "front"]
+    for service in services.values():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["user"] == "${EDGEPACK_UID:-10001}:${EDGEPACK_GID:-10001}"
+        assert service["oom_score_adj"] == 500
+        assert service["mem_limit"] == service["memswap_limit"] > 0
+        assert service["logging"]["options"]["max-size"] == "10m"
+        assert "healthcheck" in service
+
+
+HARDENING = re.compile(
+    r"^(?:UMask|NoNew|Capability|Ambient|Protect|Private|Restrict|Lock|SystemCall|MemoryDeny|LimitCORE|Dynamic|User)\w*=.*",
+    re.MULTILINE,
+)
+
+
+def test_the_front_s_unit_is_confined_as_a_server_s_on_a_cpu_is() -> None:
+    rendered = render(example_plan("raspberry-pi-5-8gb"))
+
+    server, front = (sorted(HARDENING.findall(rendered[f"edgepack{part}.service"])) for part in ("", "-chat"))
+
+    assert len(server) > 20
+    assert front == server
 
 
 def test_a_jetson_gets_its_runtime_its_power_mode_and_keeps_its_devices() -> None:
@@ -142,15 +161,86 @@ def test_an_image_is_pinned_by_digest_or_marked_as_unverified() -> None:
     pinned = render(plan, image_digest=DIGEST)
 
     for file in ("compose.yaml", "edgepack.container"):
-        assert "digest unknown: not verified" in unknown[file]
+        assert "digest unknown: not verified" in unknown[file].partition("  front:")[0]
         assert f"ghcr.io/ggml-org/llama.cpp@{DIGEST}" in pinned[file]
-        assert "not verified" not in pinned[file]
+        assert "not verified" not in pinned[file].partition("  front:")[0]
+    for file in ("compose.yaml", "edgepack-chat.container"):  # the digest is the server's, not the front's
+        assert "digest unknown: not verified; it is edgepack-server-front" in pinned[file]
+
+
+def test_before_vllm_the_front_runs_in_vllm_s_own_image() -> None:
+    rendered = render(served_plan("vllm", "rtx-4060-8gb"), image_digest=DIGEST)
+
+    services = yaml.safe_load(rendered["compose.yaml"])["services"]
+    assert services["front"]["image"] == services["server"]["image"] == f"docker.io/vllm/vllm-openai@{DIGEST}"
+    assert f"Image=docker.io/vllm/vllm-openai@{DIGEST}\n" in rendered["edgepack-chat.container"]
+
+
+def test_a_server_with_a_chat_of_its_own_has_no_front() -> None:
+    rendered = render(served_plan("transformers", "x86-laptop-ddr5"))
+
+    assert not [name for name in rendered if "chat" in name]
+    assert list(yaml.safe_load(rendered["compose.yaml"])["services"]) == ["server"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_front_listens_on_loopback_only_and_asks_for_the_server_s_key(name: str) -> None:
+    rendered = render(example_plan(name))
+
+    services = yaml.safe_load(rendered["compose.yaml"])["services"]
+    front, environment = services["front"], services["front"]["environment"]
+    if front.get("network_mode") == "host":
+        assert environment["EDGEPACK_HOST"] == environment["EDGEPACK_CHAT_HOST"] == "127.0.0.1"
+    else:
+        assert environment["EDGEPACK_HOST"] in services
+        assert front["ports"] == ["127.0.0.1:${EDGEPACK_CHAT_PORT:-8081}:8081"]
+    assert front["secrets"] == services["llama-server"]["secrets"]
+    assert "EDGEPACK_CHAT_HOST=127.0.0.1 " in rendered["edgepack-chat.service"]
+    assert "\nStateDirectory=edgepack-server\n" in rendered["edgepack-chat.service"]
+    quadlet = rendered["edgepack-chat.container"]
+    assert "Network=host" in quadlet and "EDGEPACK_CHAT_HOST=127.0.0.1 " in quadlet
+    assert "/var/lib/edgepack-server/api-key:/run/secrets/edgepack-api-key:ro" in quadlet
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_front_starts_and_ends_with_the_server_where_somebody_enabled_it(name: str) -> None:
+    rendered = render(example_plan(name))
+
+    assert "edgepack-chat" not in rendered["edgepack.service"]
+    assert yaml.safe_load(rendered["compose.yaml"])["services"]["front"]["profiles"] == ["chat"]
+    for unit in ("edgepack-chat.service", "edgepack-chat.container"):
+        lines = rendered[unit].splitlines()
+        assert {"After=edgepack.service", "PartOf=edgepack.service", "WantedBy=edgepack.service"} <= {*lines}
 
 
 @pytest.mark.parametrize("digest", ["latest", "sha256:12", "sha256:" + "g" * 64, f"{DIGEST}\n"])
 def test_a_digest_that_is_none_is_refused(digest: str) -> None:
     with pytest.raises(BadInput, match="image digest"):
         render(example_plan("raspberry-pi-5-8gb"), image_digest=digest)
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("x86-laptop-ddr5", "transformers-5.17.0"),
+        ("raspberry-pi-5-8gb", "transformers-5.17.0"),
+        ("rtx-4060-8gb", "transformers-5.17.0-cuda13"),
+        ("jetson-orin-nano-8gb", "transformers-5.17.0-r36.4"),
+        ("jetson-agx-thor", "transformers-5.17.0-cuda13"),
+    ],
+)
+def test_the_image_of_transformers_is_the_one_for_the_device_s_cuda(name: str, tag: str) -> None:
+    rendered = render(served_plan("transformers", name))
+
+    (service,) = yaml.safe_load(rendered["compose.yaml"])["services"].values()
+    assert service["image"] == f"localhost/edgepack/edgepack-server:{tag}"
+
+
+def test_a_jetson_of_another_l4t_gets_no_image_that_is_not_for_it() -> None:
+    plan = served_plan("transformers", "jetson-orin-nano-8gb")
+    plan = replace(plan, profile=replace(plan.profile, software=Software(l4t=("35",))))
+
+    assert "compose.yaml" not in render(plan)
 
 
 def test_a_profile_without_image_gets_no_container_files() -> None:
@@ -198,7 +288,7 @@ def test_a_hostile_model_name_stays_one_word_everywhere(value: str) -> None:
     assert words[words.index("--alias") + 1] == value
     checked = subprocess.run(["sh", "-n"], input=script.encode(), check=False, capture_output=True)
     assert checked.returncode == 0, checked.stderr
-    for unit in ("edgepack.service", "edgepack.container", "edgepack-power.service"):
+    for unit in [file for file in rendered if file.endswith((".service", ".container"))]:
         for line in rendered[unit].splitlines():
             assert not line or line[0] in "#[ " or line.split("=")[0].isalpha()
 

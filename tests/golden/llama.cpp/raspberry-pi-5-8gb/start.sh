@@ -7,7 +7,8 @@
 # sh start.sh ready      wait until it does
 # sh start.sh container  run it with docker compose instead
 # sh start.sh install    make a Python environment out of requirements.txt
-# sh start.sh chat       run the front beside it: /chat, /metrics and the OpenAI API, on EDGEPACK_CHAT_PORT (8081)
+# sh start.sh chat       run the front beside it: /chat, /metrics and the OpenAI API, on EDGEPACK_CHAT_HOST (as the
+#                        server) and EDGEPACK_CHAT_PORT (8081)
 # EDGEPACK_HOST (127.0.0.1), EDGEPACK_PORT (8080), EDGEPACK_STATE (folder of the key) and
 # EDGEPACK_LLAMA_SERVER (program) change where it runs; EDGEPACK_FORCE=1 starts in too little memory all the
 # same; nothing changes the flags that bound memory.
@@ -133,7 +134,7 @@ chat() {
         --alias Qwen/Qwen2.5-1.5B-Instruct \
         --ctx-size 4096 \
         --parallel 1 \
-        --host "$host" --port "${EDGEPACK_CHAT_PORT:-8081}" \
+        --host "${EDGEPACK_CHAT_HOST:-$host}" --port "${EDGEPACK_CHAT_PORT:-8081}" \
         --api-key-file "$key_file"
 }
 
