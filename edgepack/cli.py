@@ -1252,6 +1252,7 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
 @click.option("--on", "host", metavar="HOST",
               help="Check each FILE that is a bundle (.tar) on an enrolled device, and read the report.")  # fmt: skip
 @_place_options
+@click.option("--force", is_flag=True, help="With --on: run it there with too little memory, too.")
 @click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="YAML file of more models, in the form of edgepack/catalog/*.yaml.")  # fmt: skip
 @click.option(
@@ -1270,6 +1271,7 @@ def calibrate(
     host: str | None,
     root: str | None,
     sudo: bool,
+    force: bool,
     catalog: Path | None,
     output: Path | None,
     as_json: bool,
@@ -1292,9 +1294,11 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="edgepack-") as folder:
         given = (*files, *more)
         if host is not None:
-            given = _measured_on(host, given, Path(folder), root=root, sudo=sudo, progress=progress)
-        elif root is not None or sudo:
-            raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+            given = _measured_on(
+                host, given, Path(folder), root=root, sudo=sudo, force=force, progress=progress
+            )
+        elif root is not None or sudo or force:
+            raise BadInput("--root, --sudo and --force are for a device", hint="name it with --on HOST")
         found, text = pipeline.calibrate(
             profile,
             power_mode=power_mode,
@@ -1551,7 +1555,14 @@ def _checked_on(
 
 
 def _measured_on(
-    host: str, files: tuple[Path, ...], folder: Path, *, root: str | None, sudo: bool, progress: Progress
+    host: str,
+    files: tuple[Path, ...],
+    folder: Path,
+    *,
+    root: str | None,
+    sudo: bool,
+    force: bool,
+    progress: Progress,
 ) -> tuple[Path, ...]:
     """The files, with the report of a check on the device in the place of each bundle."""
     from edgepack import check as checks
@@ -1567,7 +1578,9 @@ def _measured_on(
         if path.suffix != ".tar":
             reports.append(path)
             continue
-        report = _checked_on(host, _existing(path), None, root=root, sudo=sudo, progress=progress)
+        report = _checked_on(
+            host, _existing(path), None, root=root, sudo=sudo, force=force, progress=progress
+        )
         reports.append(folder / f"{path.stem}.json")
         workspace.write_text(reports[-1], json.dumps(checks.to_document(report)))
     return tuple(reports)
