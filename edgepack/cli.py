@@ -23,6 +23,7 @@ from edgepack.screen import PLAIN, Screen
 
 if TYPE_CHECKING:
     from edgepack.check import CheckReport
+    from edgepack.doctor import Report as Diagnosed
     from edgepack.plan import Candidate, Plan, Request
     from edgepack.remote import Connection
 
@@ -1129,9 +1130,14 @@ def emit(
 @click.argument("source", required=False, metavar="BUNDLE|CHECK.json|LOG|-")
 @click.option("--symptom", metavar="NAME", help="Answer by name what no log shows (docs/troubleshooting.md).",
               shell_complete=_completed(_symptom_names))  # fmt: skip
+@click.option("--on", "host", metavar="HOST",
+              help="Read a device: its installer's journal, its service's log, its kernel's.")  # fmt: skip
+@_place_options
 @json_option
-def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
-    """Name cause and cure of a failed check, of a log, or of a bundle that this machine would not carry.
+def doctor(
+    source: str | None, symptom: str | None, host: str | None, root: str | None, sudo: bool, as_json: bool
+) -> None:
+    """Name cause and cure of a failed check, of a log, of a device, or of a bundle that this machine would not carry.
 
     \b
     Examples:
@@ -1139,15 +1145,23 @@ def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
       journalctl -u edgepack | edgepack doctor -
       edgepack check out/demo.tar --json | edgepack doctor -
       edgepack doctor out/demo.tar
+      edgepack doctor --on pi@raspberrypi
     """
     from edgepack import doctor as doctors
 
-    if (source is None) == (symptom is None):
+    given = [word for word in (source, symptom and "--symptom", host and "--on") if word is not None]
+    if not given:
         raise BadInput(
-            "name a bundle, a report, a log or -, or a --symptom",
+            "name a bundle, a report, a log or -, a --symptom, or a device with --on HOST",
             hint="docs/troubleshooting.md lists the symptoms",
         )
-    if symptom is not None:
+    if len(given) > 1:
+        raise BadInput(f"{given[-1]} goes alone, not with {given[0]} too")
+    if host is None and (root is not None or sudo):
+        raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+    if host is not None:
+        report = _examined_on(host, root=root, sudo=sudo)
+    elif symptom is not None:
         report = doctors.answer(symptom)
     elif source == "-":
         report = doctors.examine(None, sys.stdin.buffer.read().decode("utf-8", "replace"))
@@ -1156,7 +1170,7 @@ def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
     if as_json:
         _print_json(doctors.to_document(report))
     else:
-        click.echo(doctors.table(report), nl=False)
+        click.echo(doctors.table(report, _screen()), nl=False)
 
 
 @cli.command()
@@ -1584,6 +1598,15 @@ def _measured_on(
         reports.append(folder / f"{path.stem}.json")
         workspace.write_text(reports[-1], json.dumps(checks.to_document(report)))
     return tuple(reports)
+
+
+def _examined_on(host: str, *, root: str | None, sudo: bool) -> Diagnosed:
+    from contextlib import closing
+
+    from edgepack import devices, doctor, hostlogs
+
+    with closing(_connected(host)) as connection:
+        return doctor.examine_host(hostlogs.read(connection, devices.Where(root=root, sudo=sudo)))
 
 
 def _connected(host: str) -> Connection:

@@ -512,13 +512,7 @@ def status_table(found: Status, host: str) -> str:
         rest = ", ".join(
             f"{name} {value}" for name, value in sorted(line.items()) if name not in ("at", "event")
         )
-        at = line.get("at")
-        when = (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
-            if isinstance(at, int) and 0 <= at < 1 << 33
-            else "-"
-        )
-        lines.append(f"{when}  {line.get('event')}  {rest}")
+        lines.append(f"{devices.moment(line)}  {line.get('event')}  {rest}")
     return _text(lines)
 
 
