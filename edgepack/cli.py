@@ -1328,7 +1328,7 @@ def calibrate(
     if as_json:
         _print_json(calibrations.to_document(found))
     elif output is not None:
-        click.echo(calibrations.table(found), nl=False)
+        click.echo(calibrations.table(found, _screen()), nl=False)
     else:
         click.echo(text, nl=False)
 

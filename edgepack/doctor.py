@@ -23,7 +23,7 @@ from edgepack.faults import RULES, Certainty, Log, Rule, Section, Values
 from edgepack.hostlogs import HostLogs
 from edgepack.plan import Plan
 from edgepack.runtimes import vllm, vllm_flags
-from edgepack.screen import PLAIN, Screen, plain
+from edgepack.screen import GAP, PLAIN, Screen, plain
 from edgepack.units import MIB, show
 
 Kind = Literal["log", "check", "facts", "bundle", "symptom", "host"]
@@ -110,8 +110,8 @@ def examine_host(found: HostLogs) -> Report:
     if not (found.enrolled or diagnoses or found.logs.get("service")):
         raise NotEnrolled(
             f"{found.name} is not enrolled, and nothing of edgepack has logged there",
-            hint=f"edgepack flash --enroll --signers FILE {found.name}; a container's log: `docker logs NAME 2>&1 | "
-            "edgepack doctor -`",
+            hint=f"edgepack flash --enroll --signers FILE {found.name}; what runs there in a container: "
+            f"`ssh {found.name} docker logs NAME 2>&1 | edgepack doctor -`",
         )
     return Report(
         name=found.name,
@@ -122,8 +122,8 @@ def examine_host(found: HostLogs) -> Report:
     )
 
 
-_SECTIONS: tuple[Section, ...] = ("journal", "service", "kernel")
-"""In the order in which they are read: why the last install failed comes before what was logged meanwhile."""
+_SECTIONS: tuple[Section, ...] = ("service", "kernel", "journal")
+"""In the order in which they are read: that a release was rolled back follows from what it logged."""
 
 
 def answer(symptom: str) -> Report:
@@ -158,14 +158,13 @@ def table(report: Report, screen: Screen = PLAIN) -> str:
     texts = screen if screen.width is not None else Screen(width=PIPE)
     lines = screen.lines(report.notes, "warning")
     for one in report.diagnoses:
-        source = [] if screen.width is None else [("source", one.source)]
+        rows = [
+            (name.ljust(len("source")), plain(text))
+            for name, text in (("cause", one.cause), ("cure", one.cure))
+        ]
         lines += screen.line(f"{one.rule}  ({_how(one)})", "title")
         lines += screen.line(f"  {place(one)}{plain(one.seen)}")
-        lines += texts.pairs(
-            [("cause", plain(one.cause)), ("cure", plain(one.cure)), *source], least=len("source")
-        )
-        lines += [] if source else [f"  source  {one.source}"]
-        lines.append("")
+        lines += texts.pairs(rows, least=0) + screen.pairs([("source", one.source)], least=0, gap=GAP) + [""]
     if not report.diagnoses:
         read = f" in {report.lines} lines" if report.kind in ("log", "host") else ""
         lines += screen.line(f"{report.name}: nothing wrong that is known{read}", "good")

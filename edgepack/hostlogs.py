@@ -170,19 +170,22 @@ def _journalctl(
     connection: Connection, where: Where, section: Section, words: Sequence[str], since: int | None
 ) -> tuple[str, tuple[str, ...]]:
     """The last lines that match, as they were logged, and a note where they could not be read."""
-    argv = [*devices.as_whom(where.sudo), "journalctl", *words, "-n", str(LINES), "-o", "cat", "--no-pager"]
-    argv += [] if since is None else [f"--since=@{since}"]
-    answer = connection.run(argv, timeout=SECONDS)
+    argv = [*devices.as_whom(where.sudo), "journalctl", *words, "--no-pager"]
+    begin = [] if since is None else [f"--since=@{since}"]
+    answer = connection.run([*argv, "-n", str(LINES), "-o", "cat", *begin], timeout=SECONDS)
     lines = answer.stdout.decode("utf-8", "replace").removesuffix("\n").split("\n")
     # "-- " begins journalctl's own: where it begins, a reboot, that there are none.
     text = "".join(f"{line}\n" for line in lines if line and not line.startswith("-- "))
+    if answer.status == 0 and not text:
+        # With "-o cat" it says nothing of what it may not read.
+        answer = connection.run([*argv, "-n", "1"], timeout=SECONDS)
     hidden = next((line for line in answer.said if any(words in line for words in _HIDDEN)), None)
     if answer.status == 0 and (text or hidden is None):
         return text, ()
     said = [line.strip() for line in answer.said if line.strip()]
-    why = hidden or (said[-1] if said else f"journalctl ended with status {answer.status}")
+    why = (hidden or (said[-1] if said else f"journalctl ended with status {answer.status}")).strip()
     cure = "; --sudo reads it, or a user of the group systemd-journal" if hidden and not where.sudo else ""
-    return "", (f"the {section}'s log may not be read by this login: {why.strip()}{cure}",)
+    return "", (f"the {section}'s log may not be read by this login: {why.removeprefix('Hint: ')}{cure}",)
 
 
 _HIDDEN = ("insufficient permissions", "not seeing messages from other users")

@@ -1587,7 +1587,9 @@ class Server:
         group = cgroup_facts(self.limit)
         said = error_lines(log, self._runtime)
         # llama.cpp says first what went wrong, and a traceback last.
-        detail = (said[-1] if self._runtime.modules else said[0]) if said else str(error or "no message")
+        detail = (
+            said[-1 if self._runtime.modules else 0] if said else last_line(log) or str(error or "no message")
+        )
         if (group is not None and group["oom_kills"]) or status == -signal.SIGKILL:
             return Failed("oom-killed", stage, "the kernel killed %s: out of memory" % self.title)
         refused = [line for line in said if any(text in line for text in OUT_OF_MEMORY)]
@@ -1626,6 +1628,12 @@ def error_lines(log: str, runtime: Runtime) -> List[str]:
         found.append(message.replace("\\n", " ").strip())
     telling = [line for line in found if not any(text in line for text in _SUMMARY)]
     return telling or found
+
+
+def last_line(log: str) -> str:
+    """What a program said last, such as of its command line or of a library that the loader misses."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 REQUEST_TIMEOUT = 3600.0

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepack import devices, flash, probe, remote, workspace
+from edgepack.bundle import server_document
 from edgepack.cli import cli
 from edgepack.devices import Where
 from edgepack.errors import MissingTool, Offline, Untrusted
@@ -248,8 +249,11 @@ def test_the_doctor_reads_on_the_device_why_a_release_was_rolled_back(
     store = ("--root", tmp_path / "store")
     where = (*store, HOST)
     here = example_plan("x86-laptop-ddr5")
-    good = releases.bundle(tmp_path / "1.tar", signer.key, plan=here, sequence=1)
-    bad = releases.bundle(tmp_path / "2.tar", signer.key, plan=here, sequence=2, server=REFUSING)
+    started = {"server.json": server_document(here)}
+    good = releases.bundle(tmp_path / "1.tar", signer.key, plan=here, files=started)
+    bad = releases.bundle(
+        tmp_path / "2.tar", signer.key, plan=here, files=started, sequence=2, server=REFUSING
+    )
     monkeypatch.setenv("EDGEPACK_SSH", " ".join(sshd.ssh))
     before = command("doctor", "--on", HOST, *store, status=6)
     command("flash", "--enroll", "--mode", "none", "--signers", signer.signers, *where)
