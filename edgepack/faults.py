@@ -215,7 +215,8 @@ def _layers(found: re.Match[str], log: Log) -> Values | None:
     """A build without GPU says so to every --gpu-layers, a CPU plan's 0 too: a fault only where a GPU was meant."""
     groups = found.groupdict()
     if not groups.get("all"):
-        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text) else None
+        _, begin, end = log.section_at(found.start())  # a kernel names NVIDIA wherever there is a card
+        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text, begin, end) else None
     on, of = int(groups["on"]), int(groups["all"])
     return {"layers": f"{on} of {of} layers are"} if on < of else None
 

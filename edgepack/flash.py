@@ -421,7 +421,8 @@ def shortfall(done: Flashed) -> CheckFailed | None:
         )
         return CheckFailed(
             f"rolled back: {done.name} failed on {done.host}: {'; '.join(done.reasons)}",
-            hint=f"{before}; edgepack check BUNDLE --on {done.host} tests it again, without switching",
+            hint=f"{before}; edgepack doctor --on {done.host} names the cause where it is known, and edgepack check "
+            f"BUNDLE --on {done.host} tests it again, without switching",
         )
     if done.report is None or done.report.passed:
         return None

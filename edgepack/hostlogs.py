@@ -77,9 +77,9 @@ def told_journal(status: Status, journal: Sequence[Event]) -> Iterator[str]:
             why = f": {'; '.join(reasons)}" if reasons else ""
             yield f"{when} went back from release {release} to {_short(event.get('back'))}{why}"
             yield from (f"{when} {trouble}" for trouble in _texts(event.get("trouble")))
-    for release in status.store.releases:
-        if not release.whole:
-            yield f"release {release.digest[:12]} is not whole there"
+    for one in status.store.releases:
+        if not one.whole:
+            yield f"release {one.digest[:12]} is not whole there"
     if status.store.free < installer.MARGIN:
         yield f"machine: {installer.MARGIN} bytes of disk are needed and {status.store.free} are free"
 

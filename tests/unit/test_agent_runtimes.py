@@ -404,6 +404,17 @@ def test_the_start_of_a_vllm_says_what_its_pool_is() -> None:
     assert agent.error_lines(text, agent.RUNTIMES["vllm"]) == []
 
 
+def test_what_a_program_says_last_is_told_where_no_error_is_known() -> None:
+    lost = (
+        "llama-server: error while loading shared libraries: libcudart.so.12: cannot open shared object file"
+    )
+
+    assert agent.error_lines(lost, agent.RUNTIMES["llama.cpp"]) == []
+    assert agent.last_line(f"usage: x\n{lost}\n\n") == lost
+    assert agent.last_line("x" * 1000) == "x" * 300
+    assert agent.last_line(" \n") == ""
+
+
 def test_the_words_of_older_vllms_and_of_cards_are_known_too() -> None:
     text = (
         "INFO 11-26 17:46:00 [gpu_model_runner.py:5150] Model loading took 1.23 GiB memory and 4.500000 seconds\n"

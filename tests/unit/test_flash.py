@@ -879,7 +879,7 @@ def test_so_does_a_calibration(
 
 def measured_at(decode: float) -> dict[str, Any]:
     """The recorded run as one of the example plan on its own device, at this speed in tokens a second."""
-    facts = copy.deepcopy(RECORDED)
+    facts: dict[str, Any] = copy.deepcopy(RECORDED)
     facts["bundle"]["name"] = f"qwen2.5-1.5b-instruct-q4_k_m-{releases.PROFILE}"
     facts["machine"]["load"] = 0.0
     facts["match"] = []

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from edgepack import doctor, hostlogs, remote
+from edgepack import doctor, hostlogs, remote, serde
 from edgepack.cli import cli
+from edgepack.device import installer
 from edgepack.devices import NotEnrolled, Where
 from edgepack.doctor import Report
 from edgepack.errors import BadInput
 from edgepack.remote import Answer, Dropped
 from tests import releases
 from tests.documents import obeys
+from tests.plans import example_plan
 from tests.unit.test_flash import ROOT, SEEN, Reply, Scripted, fails, says, store
 
 OLD, NEW = "a" * 64, "b" * 64
@@ -216,7 +218,7 @@ def test_what_the_installer_gives_as_a_reason_is_known(reason: str, rule: str) -
 
 def test_the_installer_s_own_verdict_is_what_is_read() -> None:
     """Its words and the rules' are in two modules: this holds them together."""
-    plan = json.loads(releases.serde.to_json(releases.example_plan(releases.PROFILE)))
+    plan = json.loads(serde.to_json(example_plan(releases.PROFILE)))
     facts = {
         **releases.passing(),
         "slots": {"slots": 9, "tokens": [1]},
@@ -225,8 +227,8 @@ def test_the_installer_s_own_verdict_is_what_is_read() -> None:
     facts["memory"] = {**facts["memory"], "peak_rss": 1 << 40}
     facts["fill"] = {**facts["fill"], "held_tokens": [3]}
 
-    reasons = releases.installer.verdict(plan, facts)
-    broken = releases.installer.verdict(
+    reasons = installer.verdict(plan, facts)
+    broken = installer.verdict(
         plan, {**facts, "failure": {"kind": "crashed", "stage": "run", "message": "it ended"}}
     )
 
@@ -317,6 +319,16 @@ def test_lines_say_which_log_they_are_of_and_where_in_it() -> None:
 
     assert told(report) == [("prompt-cache-oom", "service", 3), ("kernel-oom", "kernel", 2)]
     assert "  service, line 3: srv  update" in doctor.table(report)
+
+
+def test_a_card_that_the_kernel_knows_is_none_that_the_server_was_meant_to_use() -> None:
+    service = "warning: no usable GPU found, --gpu-layers option will be ignored\n"
+
+    report = examined(
+        device(service=logged(service), kernel=logged("nvidia: NVIDIA UNIX Open Kernel Module\n"))
+    )
+
+    assert report.diagnoses == ()
 
 
 def test_what_an_older_log_recovered_from_says_nothing_of_another_log() -> None:
