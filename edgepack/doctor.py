@@ -351,7 +351,7 @@ def _of_bundle(path: Path) -> Report:
 
 
 def _judged(log: Log) -> tuple[Diagnosis, ...]:
-    """What is sure before what is likely, then by place in the log; each root before its consequences."""
+    """Clients' mistakes last, what is sure before what is likely, by place in the log; roots before consequences."""
     found = {rule.id: one for rule in RULES if (one := _tried(rule, log)) is not None}
     follows = {
         other: rule.id
@@ -363,7 +363,7 @@ def _judged(log: Log) -> tuple[Diagnosis, ...]:
     order: list[str] = []
     for root in sorted(
         (name for name in found if name not in follows),
-        key=lambda name: (_RULE[name].certainty != "sure", found[name][0]),
+        key=lambda name: (_RULE[name].client, _RULE[name].certainty != "sure", found[name][0]),
     ):
         order += _with_consequences(root, follows)
     return tuple(_diagnosis(_RULE[name], found[name], follows.get(name)) for name in order[:SHOWN])

@@ -80,6 +80,8 @@ class Rule:
     """What stands in the texts, from the line and the log around it; None when this match is not the fault."""
     explains: tuple[str, ...] = ()
     """Rules whose diagnosis is a consequence when this one holds."""
+    client: bool = False
+    """Who asked is at fault, and the server is well: told after what is wrong with the device."""
     recovered: re.Pattern[str] | None = None
     """What a later line of the same section says when the program went on all the same."""
 
@@ -1562,6 +1564,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="api-key-refused",
+        client=True,
         symptom="401: `Invalid API Key`, `Unauthorized`",
         patterns=_any(
             r"(?i)unauthorized: invalid api key",
@@ -1575,6 +1578,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="context-exceeded",
+        client=True,
         symptom="400: `exceeds the available context size`, `maximum context length is …`",
         patterns=_any(
             r"request \((?P<asked>\d+) tokens\) exceeds the available context size \((?P<holds>\d+) tokens\)",
@@ -1594,6 +1598,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="queue-full",
+        client=True,
         symptom="429 (vLLM: 503, `The engine is currently busy`): the queue is full",
         patterns=_any(r"HTTP/1\.\d\" 429\b", r"\"refused\": \"queue_full\"", r"wait: the queue is full"),
         cause="more requests came than run and wait at the same time; nothing is wrong with the server",

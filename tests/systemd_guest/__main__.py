@@ -135,9 +135,8 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     enroll(told, made)
     for mode in MODES:
         flash(told, mode, made.first, "good")
-    running(told, made, made.first)
-    for mode in MODES:
         doctor(told, mode)
+    running(told, made, made.first)
     units(told)
     hangs(told, made)
     device.reboot()
@@ -148,11 +147,11 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     running(told, made, made.second)
     for mode in MODES:
         flash(told, mode, made.fails_its_test, "rolled-back")
-        doctor(told, mode, ("journal", "server-ended"), ("journal", "rolled-back"))
+        doctor(told, mode, ("journal", "server-ended"), ("journal", "rolled-back"), STRANGER)
     running(told, made, made.second)
     for mode in MODES:
         flash(told, mode, made.does_not_start[mode.name], "rolled-back")
-        doctor(told, mode, *CAUSES[mode.name], ("journal", "rolled-back"))
+        doctor(told, mode, *CAUSES[mode.name], ("journal", "rolled-back"), STRANGER)
     running(told, made, made.second)
     goes_back_at_boot(told, made)
     for _ in range(cuts):
@@ -161,7 +160,7 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
         flash(told, mode, made.third, "good", *(("current",) if cuts else ()))
     running(told, made, made.third)
     for mode in MODES:
-        doctor(told, mode)
+        doctor(told, mode, STRANGER)
     off_again(told)
 
 
@@ -197,6 +196,8 @@ def flash(told: Told, mode: Mode, bundle: Path, *outcomes: str) -> None:
     told.longest = max(told.longest, time.monotonic() - began)
 
 
+STRANGER = ("service", "api-key-refused")
+"""What `settled` does to every release."""
 CAUSES: dict[str, tuple[tuple[str, str], ...]] = {"system": (("service", "memory-weights"),), "user": ()}
 """By mode: what the service itself logs of why a release does not start. That of the user ends without a word."""
 

@@ -343,6 +343,14 @@ def test_what_an_older_log_recovered_from_says_nothing_of_another_log() -> None:
     assert [one.rule for one in report.diagnoses] == ["memory-weights", "server-ended"]
 
 
+def test_what_clients_did_wrong_comes_after_what_is_wrong_with_the_device() -> None:
+    refused = "W srv    operator(): unauthorized: Invalid API Key\n"
+
+    report = examined(device(journal=[*GOOD, *WENT_BACK], service=logged(refused)))
+
+    assert [one.rule for one in report.diagnoses][-2:] == ["rolled-back", "api-key-refused"]
+
+
 def test_a_service_that_is_down_is_told_and_one_that_is_up_again_is_not() -> None:
     failed = "edgepack.service: Failed with result 'exit-code'.\n"
 
