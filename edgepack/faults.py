@@ -534,7 +534,7 @@ RULES: tuple[Rule, ...] = (
         "nvidia-jetpack`), or install the library and name its folder in LD_LIBRARY_PATH; `ldconfig -p | grep LIBRARY` "
         "says what the loader finds. `edgepack build --with-runtime` carries a static llama-server",
         source=f"{_VLLM}issues/1718",
-        explains=("gpu-not-used", "server-ended", "package-missing"),
+        explains=("gpu-not-used", "server-ended", "package-missing", "unit-failed"),
     ),
     Rule(
         id="gpu-not-seen",
@@ -596,7 +596,7 @@ RULES: tuple[Rule, ...] = (
         cure="`sh start.sh install` makes the bundle's own environment from requirements.txt; EDGEPACK_PYTHON names "
         "another Python that has them",
         source="https://packaging.python.org/en/latest/tutorials/installing-packages/",
-        explains=("server-ended",),
+        explains=("server-ended", "unit-failed"),
     ),
     Rule(
         id="wheel-not-found",
@@ -649,6 +649,7 @@ RULES: tuple[Rule, ...] = (
         cure="`systemctl cat UNIT` names the program: run it by hand as the unit's user; `file PROGRAM` says for which "
         "CPU it is. A bundle's unit belongs where the bundle was unpacked (`edgepack unpack`)",
         source="https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html",
+        explains=("unit-failed",),
     ),
     Rule(
         id="package-interface",
@@ -700,12 +701,17 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="illegal-instruction",
         symptom="`Illegal instruction (core dumped)`",
-        patterns=_any(r"(?i)illegal instruction(?! was encountered)", r"trap invalid opcode"),
+        patterns=_any(
+            r"(?i)illegal instruction(?! was encountered)",
+            r"trap invalid opcode",
+            r"code=(?:killed|dumped), status=4/ILL",
+        ),
         cause="the program was built for a CPU with more instructions than this one has (built with "
         "-march=native, or for AVX2)",
         cure="`edgepack build --with-runtime` carries a server for the profile's CPU; by hand build llama.cpp "
         "with `-DGGML_NATIVE=OFF` and without what `lscpu` does not list",
         source=f"{_LLAMA}issues/8734",
+        explains=("unit-failed",),
     ),
     Rule(
         id="compiler-missing",
@@ -906,7 +912,15 @@ RULES: tuple[Rule, ...] = (
         "systemctl isolate multi-user.target` ends the desktop). Else a smaller plan: `edgepack plan "
         "--profile P --explain`, `edgepack build … --context N --kv-type q8_0`",
         source="https://docs.kernel.org/filesystems/proc.html",
-        explains=("kernel-oom", "cgroup-oom", "check-killed", "check-refused", "memory-thrash", *_MEMORY),
+        explains=(
+            "unit-failed",
+            "kernel-oom",
+            "cgroup-oom",
+            "check-killed",
+            "check-refused",
+            "memory-thrash",
+            *_MEMORY,
+        ),
     ),
     Rule(
         id="memory-kv-cache",
@@ -1074,7 +1088,23 @@ RULES: tuple[Rule, ...] = (
         "`edgepack build … --context N`, a `--scheme` of fewer bits. A checkpoint that is not quantized is loaded "
         "whole",
         source=f"{_HUB}huggingface/transformers/issues/23016",
-        explains=("check-refused",),
+        explains=("check-refused", "program-fault"),
+    ),
+    Rule(
+        id="thread-refused",
+        symptom="`std::system_error`, `what():  Resource temporarily unavailable`; `can't start new thread`",
+        patterns=_any(
+            r"what\(\): +Resource temporarily unavailable",
+            r"(?:system_error|constructor failed|pthread_create\b.*|creation failed): Resource temporarily unavailable",
+            r"RuntimeError: can't start new thread",
+        ),
+        cause="the program was refused a thread: a limit on tasks (a unit's TasksMax=, `docker run --pids-limit`, "
+        "`ulimit -u`) or on address space (LimitAS=, `ulimit -v`) is lower than what it needs",
+        cure="`systemctl show -p TasksMax -p LimitAS -p LimitNPROC UNIT` and `ulimit -a` say which; a bundle's files "
+        "allow as many tasks as its server starts (a thread for each slot and 36 more) and any address space: look in "
+        "the drop-ins (`systemctl cat UNIT`) and in what starts the container",
+        source=f"{_LLAMA}issues/17168",
+        explains=("program-fault", "server-ended", "unit-failed"),
     ),
     Rule(
         id="vllm-context-too-long",
@@ -1282,6 +1312,7 @@ RULES: tuple[Rule, ...] = (
         cure="{instead}; or run the server that the bundle was planned with (`edgepack build --with-runtime`, "
         "`edgepack toolchain install`)",
         source=f"{_LLAMA}pull/28334",
+        explains=("unit-failed",),
     ),
     Rule(
         id="vllm-flag-refused",
@@ -1561,6 +1592,7 @@ RULES: tuple[Rule, ...] = (
         cause="another program listens on the port already",
         cure="`ss -ltnp 'sport = :{port}'` names it; stop it, or start with EDGEPACK_PORT=OTHER",
         source=f"{_VLLM}issues/7514",
+        explains=("unit-failed",),
     ),
     Rule(
         id="api-key-refused",
@@ -1791,6 +1823,7 @@ RULES: tuple[Rule, ...] = (
             r"(?P<what>Assertion [`'].+' failed)",
             r"(?P<what>Assertion failed: [^(\n]+)",
             r"(?i)(?P<what>segmentation fault|SIGSEGV|signal: segmentation)",
+            r"Main process exited, code=(?:killed|dumped), (?P<what>status=(?:6/ABRT|7/BUS|8/FPE|11/SEGV|31/SYS))",
         ),
         cause="the program itself failed ({what}): a fault in it for this model, quantization, flags or device, "
         "libraries of another version than its own, or a model file that another version wrote",
@@ -1799,6 +1832,7 @@ RULES: tuple[Rule, ...] = (
         "with `-fa off`, `--gpu-layers 0`, a cache of f16; vLLM with `--enforce-eager`",
         source=f"{_LLAMA}issues/20587",
         certainty="likely",
+        explains=("unit-failed",),
     ),
     Rule(
         id="buffers-differ",

@@ -198,7 +198,10 @@ def flash(told: Told, mode: Mode, bundle: Path, *outcomes: str) -> None:
 
 STRANGER = ("service", "api-key-refused")
 """What `settled` does to every release."""
-CAUSES: dict[str, tuple[tuple[str, str], ...]] = {"system": (("service", "memory-weights"),), "user": ()}
+CAUSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "system": (("service", "thread-refused"), ("service", "program-fault")),
+    "user": (),
+}
 """By mode: what the service itself logs of why a release does not start. That of the user ends without a word."""
 
 
