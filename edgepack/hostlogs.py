@@ -36,11 +36,14 @@ class HostLogs:
 def read(connection: Connection, where: Where) -> HostLogs:
     """Asks a device for all of it; a machine that is not enrolled for the logs that it has all the same.
 
-    Raises what logging in and the agent's answers raise; what a log's reader says is a note.
+    Raises what logging in and the agent's answers raise, and NotEnrolled for a folder; what a log's reader says is a
+    note.
     """
     try:
         device = devices.find(connection, where)
     except NotEnrolled as error:
+        if connection.folder is not None:
+            raise
         logs, notes = _system_logs(connection, where, mode=None, since=None)
         return HostLogs(
             name=connection.name,
@@ -94,14 +97,14 @@ def unsettled(journal: Sequence[Event]) -> tuple[Event, ...]:
     begins = [at + 1 for at, kind in enumerate(kinds) if kind in ("good", "rolled-back")]
     begins += [at for at, kind in enumerate(kinds) if kind == "switching"]
     last = journal[max(begins, default=0) :]
-    tests = {event.get("release"): event for event in last if event.get("event") == "tested"}
+    tests = {str(event.get("release")): event for event in last if event.get("event") == "tested"}
     found: list[Event] = []
     for event in last:
-        if event.get("event") == "tested" and event is tests[event.get("release")]:
+        if event.get("event") == "tested" and event is tests[str(event.get("release"))]:
             found.append(event)
         elif event.get("event") == "went-back" and event.get("release") is not None:
             why = _texts(event.get("reasons")) or _starts(event)
-            why = why or _texts(tests.get(event.get("release"), {}).get("reasons"))
+            why = why or _texts(tests.get(str(event.get("release")), {}).get("reasons"))
             found.append({**event, "reasons": why})
     return tuple(event for event in found if event.get("event") != "tested" or _texts(event.get("reasons")))
 

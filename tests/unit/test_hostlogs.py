@@ -445,6 +445,26 @@ def test_a_machine_on_which_nothing_of_edgepack_ever_ran_is_an_error() -> None:
     assert told.value.exit_code == 6
 
 
+def test_a_folder_that_is_no_store_is_an_error_and_this_machine_s_logs_are_not_read(tmp_path: Path) -> None:
+    target = stranger(service="error: invalid argument: --no-mmap\n")
+    target.folder = tmp_path
+
+    with pytest.raises(NotEnrolled):
+        examined(target)
+
+    assert len(target.asked) == 1
+
+
+@pytest.mark.parametrize("value", [None, 7, [], {}, ["x"], "x", True, -1, 1 << 62])
+@pytest.mark.parametrize("name", ["at", "release", "reasons", "back", "trouble", "event", "tries", "whole"])
+def test_a_journal_of_a_damaged_disk_does_no_harm(name: str, value: object) -> None:
+    journal = [{**event, name: value} for event in WENT_BACK]
+
+    report = examined(device(journal=[*GOOD, *journal]))
+
+    assert doctor.table(report)
+
+
 # ── by the command line ──
 
 
