@@ -166,7 +166,8 @@ def table(report: Report, screen: Screen = PLAIN) -> str:
         lines += screen.line(f"  {place(one)}{plain(one.seen)}")
         lines += texts.pairs(rows, least=0) + screen.pairs([("source", one.source)], least=0, gap=GAP) + [""]
     if not report.diagnoses:
-        read = f" in {report.lines} lines" if report.kind in ("log", "host") else ""
+        counts = report.kind == "log" or (report.kind == "host" and report.lines > 0)
+        read = f" in {report.lines} lines" if counts else ""
         lines += screen.line(f"{report.name}: nothing wrong that is known{read}", "good")
     return "\n".join(lines).rstrip("\n") + "\n"
 

@@ -455,6 +455,13 @@ def test_a_folder_that_is_no_store_is_an_error_and_this_machine_s_logs_are_not_r
     assert len(target.asked) == 1
 
 
+def test_a_folder_of_a_good_release_has_nothing_to_read_and_nothing_wrong(tmp_path: Path) -> None:
+    target = device(mode="none")
+    target.folder = tmp_path
+
+    assert doctor.table(examined(target)).splitlines()[-1] == "pi: nothing wrong that is known"
+
+
 @pytest.mark.parametrize("value", [None, 7, [], {}, ["x"], "x", True, -1, 1 << 62])
 @pytest.mark.parametrize("name", ["at", "release", "reasons", "back", "trouble", "event", "tries", "whole"])
 def test_a_journal_of_a_damaged_disk_does_no_harm(name: str, value: object) -> None:
