@@ -21,6 +21,7 @@ from edgepack.errors import BadInput, EdgepackError
 from edgepack.modelspec import ModelSpec
 from edgepack.profile import DeviceProfile, PowerMode, SpeedConstants
 from edgepack.progress import Progress
+from edgepack.screen import PLAIN, Screen
 from edgepack.shell import TimedOut, run
 from edgepack.speed import Terms, Work
 from edgepack.toolchain import Toolchain
@@ -231,22 +232,35 @@ def to_document(found: Calibration) -> dict[str, object]:
     }
 
 
-def table(found: Calibration) -> str:
+def table(found: Calibration, screen: Screen = PLAIN) -> str:
     """The result for people."""
     own = found.constants
     rate = f", prompt {own.prefill_tflops:.3g} TFLOPS" if own.prefill_tflops is not None else ""
-    lines = [
+    title = (
         f"{found.profile.title}, {found.power_mode}: {own.decode_efficiency:.1%} of the bandwidth, "
-        f"{own.layer_overhead_us:.1f} us a layer{rate}, interval {own.relative_interval:.0%}",
+        f"{own.layer_overhead_us:.1f} us a layer{rate}, interval {own.relative_interval:.0%}"
+    )
+    lines = [
+        *screen.line(title, "title"),
         "",
-        *(
-            f"{r.model + ' ' + r.scheme:<44}{r.decode:>9.2f} tok/s{r.predicted:>10.2f} predicted ({r.relative:+.1%})"
-            for r in found.residuals
-        ),
-        *(f"not used: {r.where}: {r.reason}" for r in found.refused),
-        *(f"warning: {warning}" for warning in found.warnings),
+        *_rows(found.residuals, screen),
+        *screen.lines(f"not used: {r.where}: {r.reason}" for r in found.refused),
+        *screen.lines((f"warning: {warning}" for warning in found.warnings), "warning"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rows(residuals: Sequence[Residual], screen: Screen) -> list[str]:
+    if screen.width is None:
+        return [
+            f"{r.model + ' ' + r.scheme:<44}{r.decode:>9.2f} tok/s{r.predicted:>10.2f} predicted ({r.relative:+.1%})"
+            for r in residuals
+        ]
+    cells = [
+        (f"{r.model} {r.scheme}", f"{r.decode:>7.2f}", f"{r.predicted:>9.2f}", f"{r.relative:>+6.1%}")
+        for r in residuals
+    ]
+    return screen.columns([("model", "  tok/s", "predicted", "   off"), *cells])
 
 
 # ── from readings to constants ───────────────────────────────────────────────────────────────────────

@@ -24,6 +24,7 @@ from edgepack.screen import PLAIN, Screen
 
 if TYPE_CHECKING:
     from edgepack.check import CheckReport
+    from edgepack.doctor import Report as Diagnosed
     from edgepack.plan import Candidate, Plan, Request
     from edgepack.remote import Connection
 
@@ -1154,9 +1155,14 @@ def emit(
 @click.argument("source", required=False, metavar="BUNDLE|CHECK.json|LOG|-")
 @click.option("--symptom", metavar="NAME", help="Answer by name what no log shows (docs/troubleshooting.md).",
               shell_complete=_completed(_symptom_names))  # fmt: skip
+@click.option("--on", "host", metavar="HOST",
+              help="Read a device: its installer's journal, its service's log, its kernel's.")  # fmt: skip
+@_place_options
 @json_option
-def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
-    """Name cause and cure of a failed check, of a log, or of a bundle that this machine would not carry.
+def doctor(
+    source: str | None, symptom: str | None, host: str | None, root: str | None, sudo: bool, as_json: bool
+) -> None:
+    """Name cause and cure of a failed check, of a log, of a device, or of a bundle that this machine would not carry.
 
     \b
     Examples:
@@ -1164,15 +1170,23 @@ def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
       journalctl -u edgepack | edgepack doctor -
       edgepack check out/demo.tar --json | edgepack doctor -
       edgepack doctor out/demo.tar
+      edgepack doctor --on pi@raspberrypi
     """
     from edgepack import doctor as doctors
 
-    if (source is None) == (symptom is None):
+    given = [word for word in (source, symptom and "--symptom", host and "--on") if word is not None]
+    if not given:
         raise BadInput(
-            "name a bundle, a report, a log or -, or a --symptom",
+            "name a bundle, a report, a log or -, a --symptom, or a device with --on HOST",
             hint="docs/troubleshooting.md lists the symptoms",
         )
-    if symptom is not None:
+    if len(given) > 1:
+        raise BadInput(f"{given[-1]} goes alone, not with {given[0]} too")
+    if host is None and (root is not None or sudo):
+        raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+    if host is not None:
+        report = _examined_on(host, root=root, sudo=sudo)
+    elif symptom is not None:
         report = doctors.answer(symptom)
     elif source == "-":
         report = doctors.examine(None, sys.stdin.buffer.read().decode("utf-8", "replace"))
@@ -1181,7 +1195,7 @@ def doctor(source: str | None, symptom: str | None, as_json: bool) -> None:
     if as_json:
         _print_json(doctors.to_document(report))
     else:
-        click.echo(doctors.table(report), nl=False)
+        click.echo(doctors.table(report, _screen()), nl=False)
 
 
 @cli.command()
@@ -1278,6 +1292,7 @@ def probe(progress: Progress, root: Path, output: Path | None, as_json: bool) ->
 @click.option("--on", "host", metavar="HOST",
               help="Check each FILE that is a bundle (.tar) on an enrolled device, and read the report.")  # fmt: skip
 @_place_options
+@click.option("--force", is_flag=True, help="With --on: run it there with too little memory, too.")
 @click.option("--catalog", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="YAML file of more models, in the form of edgepack/catalog/*.yaml.")  # fmt: skip
 @click.option(
@@ -1297,6 +1312,7 @@ def calibrate(
     host: str | None,
     root: str | None,
     sudo: bool,
+    force: bool,
     catalog: Path | None,
     output: Path | None,
     as_json: bool,
@@ -1319,9 +1335,11 @@ def calibrate(
     with tempfile.TemporaryDirectory(prefix="edgepack-") as folder:
         given = (*files, *more)
         if host is not None:
-            given = _measured_on(host, given, Path(folder), root=root, sudo=sudo, progress=progress)
-        elif root is not None or sudo:
-            raise BadInput("--root and --sudo are for a device", hint="name it with --on HOST")
+            given = _measured_on(
+                host, given, Path(folder), root=root, sudo=sudo, force=force, progress=progress
+            )
+        elif root is not None or sudo or force:
+            raise BadInput("--root, --sudo and --force are for a device", hint="name it with --on HOST")
         found, text = pipeline.calibrate(
             profile,
             power_mode=power_mode,
@@ -1337,7 +1355,7 @@ def calibrate(
     if as_json:
         _print_json(calibrations.to_document(found))
     elif output is not None:
-        click.echo(calibrations.table(found), nl=False)
+        click.echo(calibrations.table(found, _screen()), nl=False)
     else:
         click.echo(text, nl=False)
 
@@ -1642,7 +1660,14 @@ def _checked_on(
 
 
 def _measured_on(
-    host: str, files: tuple[Path, ...], folder: Path, *, root: str | None, sudo: bool, progress: Progress
+    host: str,
+    files: tuple[Path, ...],
+    folder: Path,
+    *,
+    root: str | None,
+    sudo: bool,
+    force: bool,
+    progress: Progress,
 ) -> tuple[Path, ...]:
     """The files, with the report of a check on the device in the place of each bundle."""
     from edgepack import check as checks
@@ -1658,10 +1683,21 @@ def _measured_on(
         if path.suffix != ".tar":
             reports.append(path)
             continue
-        report = _checked_on(host, _existing(path), None, root=root, sudo=sudo, progress=progress)
+        report = _checked_on(
+            host, _existing(path), None, root=root, sudo=sudo, force=force, progress=progress
+        )
         reports.append(folder / f"{path.stem}.json")
         workspace.write_text(reports[-1], json.dumps(checks.to_document(report)))
     return tuple(reports)
+
+
+def _examined_on(host: str, *, root: str | None, sudo: bool) -> Diagnosed:
+    from contextlib import closing
+
+    from edgepack import devices, doctor, hostlogs
+
+    with closing(_connected(host)) as connection:
+        return doctor.examine_host(hostlogs.read(connection, devices.Where(root=root, sudo=sudo)))
 
 
 def _connected(host: str) -> Connection:

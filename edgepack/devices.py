@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,6 +45,10 @@ PYTHON = (3, 8)
 """Oldest Python that the agent runs on."""
 SYSTEM_ROOT = installer.SYSTEM_ROOT
 LOOK_SECONDS = 120.0
+
+
+class NotEnrolled(Untrusted):
+    """A machine without a store; its logs can be read all the same."""
 
 
 # ── finding and asking it ────────────────────────────────────────────────────────────────────────────
@@ -114,6 +119,10 @@ class Device:
         """Its store and the last lines of its journal. Raises Unsupported for an agent that speaks another language."""
         return _status(self._ask("status"), self.name)
 
+    def journal(self) -> tuple[dict[str, object], ...]:
+        """All that its journal still has, the oldest first."""
+        return _events(self._ask("journal"))
+
     def fsck(self, on_line: Callable[[str], None]) -> Fsck:
         """Has it hash every file again, set aside what is bad, and mend what it can."""
         return _of(Fsck, self._ask("fsck", on_line=on_line), self.name, missing=Damage, bad=Bad)
@@ -125,7 +134,7 @@ class Device:
         on_line: Callable[[str], None] | None = None,
         accept: Sequence[int] = (0,),
     ) -> dict[str, Any]:
-        argv = [*_sudo(self.sudo), "python3", "-I", f"{self.root}/agent.pyz", "--root", self.root, *words]
+        argv = [*as_whom(self.sudo), "python3", "-I", f"{self.root}/agent.pyz", "--root", self.root, *words]
         tell = None if on_line is None else _reports(on_line)
         answer = self.connection.run(argv, stdin=stdin, on_line=tell)
         if answer.status not in accept or not answer.stdout:
@@ -134,7 +143,7 @@ class Device:
 
 
 def find(connection: Connection, where: Where) -> Device:
-    """The enrolled store that is meant. Raises Untrusted when there is none, and what `look` raises."""
+    """The enrolled store that is meant. Raises NotEnrolled when there is none, and what `look` raises."""
     seen = look(connection, where)
     found = [
         place
@@ -142,7 +151,7 @@ def find(connection: Connection, where: Where) -> Device:
         if place.enrolled and (where.mode != "user" or place.root == seen.home or where.root is not None)
     ]
     if not found:
-        raise Untrusted(
+        raise NotEnrolled(
             f"{connection.name} is not enrolled: nothing there says who may sign",
             hint=f"edgepack flash --enroll --signers FILE {connection.name}",
         )
@@ -279,13 +288,20 @@ class Status:
 
 
 def _status(document: Mapping[str, Any], host: str) -> Status:
-    journal = document.get("journal")
-    return Status(
-        store=_of(Store, document.get("store"), host, releases=Release),
-        journal=tuple(line for line in journal if isinstance(line, dict))
-        if isinstance(journal, list)
-        else (),
-    )
+    return Status(store=_of(Store, document.get("store"), host, releases=Release), journal=_events(document))
+
+
+def _events(document: Mapping[str, Any]) -> tuple[dict[str, object], ...]:
+    lines = document.get("journal")
+    return tuple(line for line in lines if isinstance(line, dict)) if isinstance(lines, list) else ()
+
+
+def moment(event: Mapping[str, object]) -> str:
+    """When a line of a journal was written, in UTC by the device's clock; "-" where it does not say."""
+    at = event.get("at")
+    if not isinstance(at, int) or not 0 <= at < 1 << 33:
+        return "-"
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
 
 
 T = TypeVar("T")
@@ -392,8 +408,9 @@ def _document(host: str, answer: Answer) -> dict[str, Any]:
     return found
 
 
-def _sudo(yes: bool) -> tuple[str, ...]:
-    return ("sudo", "-n") if yes else ()
+def as_whom(sudo: bool) -> tuple[str, ...]:
+    """What stands before a program that is run there."""
+    return ("sudo", "-n") if sudo else ()
 
 
 # ── before there is one: what this edgepack runs there itself ────────────────────────────────────────
@@ -460,7 +477,7 @@ def look(connection: Connection, where: Where) -> Seen:
     """Logs in and looks. Raises what logging in raises, MissingTool without a Python, Unsupported for an old one."""
     roots = () if (root := _named(connection, where)) is None else (root,)
     program = LOOK.format(system=SYSTEM_ROOT, user=installer.USER_ROOT).encode()
-    argv = [*_sudo(where.sudo), "python3", "-I", "-", *roots]
+    argv = [*as_whom(where.sudo), "python3", "-I", "-", *roots]
     answer = connection.run(argv, stdin=(program,), timeout=LOOK_SECONDS)
     if answer.status != 0:
         raise failure(connection.name, answer)
@@ -520,7 +537,7 @@ def enroll(
     told = {"agent": enrolled.zipapp(), "signers": given}
     program = ENROLL.format(**{name: base64.b64encode(content).decode() for name, content in told.items()})
     progress.step(f"enrolling {connection.name}: {root}, mode {mode}")
-    argv = [*_sudo(where.sudo), "python3", "-I", "-", root, *words]
+    argv = [*as_whom(where.sudo), "python3", "-I", "-", root, *words]
     answer = connection.run(argv, stdin=(program.encode(),), on_line=_reports(progress.step))
     if answer.status != 0:
         raise failure(connection.name, answer)

@@ -1,7 +1,7 @@
-"""Names cause and cure of a failed check and of what a server, a container or the kernel logged.
+"""Names cause and cure of a failed check and of what a server, a container, the kernel or an installer logged.
 
-What it knows are the rows of faults.RULES. A report of `edgepack check`, the agent's facts and a bundle are first
-told as lines, so that the same rows read them.
+What it knows are the rows of faults.RULES. A report of `edgepack check`, the agent's facts, a bundle and an installer's
+journal are first told as lines, so that the same rows read them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from typing import Literal
 from edgepack import bundle as bundles
 from edgepack import serde, workspace
 from edgepack.check import CheckReport, Facts, FailureFacts, Item, MachineFacts, MatchFact, PreflightFacts
+from edgepack.devices import NotEnrolled
 from edgepack.errors import BadInput, NotFound
-from edgepack.faults import RULES, Certainty, Log, Rule, Values
+from edgepack.faults import RULES, Certainty, Log, Rule, Section, Values
+from edgepack.hostlogs import HostLogs
 from edgepack.plan import Plan
 from edgepack.runtimes import vllm, vllm_flags
+from edgepack.screen import GAP, PLAIN, Screen, plain
 from edgepack.units import MIB, show
 
-Kind = Literal["log", "check", "facts", "bundle", "symptom"]
+Kind = Literal["log", "check", "facts", "bundle", "symptom", "host"]
 
 SHOWN = 4
 """Diagnoses at most: further ones of one log were consequences of the first ones in every log we have."""
 LIMIT = 4 * MIB
 """Bytes of a log that are read; of a longer one the last."""
+PIPE = 106
+"""Columns to which causes and cures are wrapped where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +43,15 @@ class Diagnosis:
     seen: str
     """What the line says that it rests on; of a long line a part."""
     line: int | None
-    """Its number from 1; None for what no log has said (a check's item, a symptom)."""
+    """Its number from 1, in its section; None for what no log has said (an item of a check, an event, a symptom)."""
     cause: str
     cure: str
     source: str
     """Where the cause or the cure was found: an issue or a document."""
     follows: str | None
     """The rule of an earlier diagnosis that this one is a consequence of."""
+    section: Section | None = None
+    """Of a device: which of its logs the line is from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +100,32 @@ def examine(path: Path | None, text: str | None = None) -> Report:
     return _of_text(str(path), content, notes)
 
 
+def examine_host(found: HostLogs) -> Report:
+    """What is wrong with a device by its own logs. Pure. Raises NotEnrolled where nothing of edgepack's was found."""
+    text, sections = "", []
+    for section in _SECTIONS:
+        sections.append((section, len(text)))
+        text += plain(_plain(found.logs.get(section, "")))
+    diagnoses = _judged(Log(text=text, numbered=True, sections=tuple(sections)))
+    if not (found.enrolled or diagnoses or found.logs.get("service")):
+        raise NotEnrolled(
+            f"{found.name} is not enrolled, and nothing of edgepack has logged there",
+            hint=f"edgepack flash --enroll --signers FILE {found.name}; what runs there in a container: "
+            f"`ssh {found.name} docker logs NAME 2>&1 | edgepack doctor -`",
+        )
+    return Report(
+        name=found.name,
+        kind="host",
+        lines=len(text.splitlines()),
+        diagnoses=diagnoses,
+        notes=tuple(map(plain, found.notes)),
+    )
+
+
+_SECTIONS: tuple[Section, ...] = ("service", "kernel", "journal")
+"""In the order in which they are read: that a release was rolled back follows from what it logged."""
+
+
 def answer(symptom: str) -> Report:
     """Cause and cure of a rule by its name, for what no log shows. Raises NotFound."""
     rule = next((rule for rule in RULES if rule.id == symptom), None)
@@ -120,17 +153,29 @@ def to_document(report: Report) -> dict[str, object]:
     return document
 
 
-def table(report: Report) -> str:
+def table(report: Report, screen: Screen = PLAIN) -> str:
     """The report for people."""
-    lines = [*report.notes]
+    texts = screen if screen.width is not None else Screen(width=PIPE)
+    lines = screen.lines(report.notes, "warning")
     for one in report.diagnoses:
-        where = "" if one.line is None else f"line {one.line}: "
-        lines += [f"{one.rule}  ({_how(one)})", f"  {where}{one.seen}"]
-        lines += _wrapped("cause", one.cause) + _wrapped("cure", one.cure) + [f"  source  {one.source}", ""]
+        rows = [
+            (name.ljust(len("source")), plain(text))
+            for name, text in (("cause", one.cause), ("cure", one.cure))
+        ]
+        lines += screen.line(f"{one.rule}  ({_how(one)})", "title")
+        lines += screen.line(f"  {place(one)}{plain(one.seen)}")
+        lines += texts.pairs(rows, least=0) + screen.pairs([("source", one.source)], least=0, gap=GAP) + [""]
     if not report.diagnoses:
-        read = f" in {report.lines} lines" if report.kind == "log" else ""
-        lines += [f"{report.name}: nothing wrong that is known{read}"]
+        counts = report.kind == "log" or (report.kind == "host" and report.lines > 0)
+        read = f" in {report.lines} lines" if counts else ""
+        lines += screen.line(f"{report.name}: nothing wrong that is known{read}", "good")
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def place(one: Diagnosis) -> str:
+    """Where the line of a diagnosis stands, before it."""
+    words = [*([one.section] if one.section else []), *([f"line {one.line}"] if one.line else [])]
+    return f"{', '.join(words)}: " if words else ""
 
 
 def markdown() -> str:
@@ -152,6 +197,8 @@ _INTRODUCTION = """\
   ONNX Runtime GenAI, transformers, edgepack's own server, docker, the journal or the kernel (`dmesg`);
 * `edgepack doctor report.json`: what `edgepack check BUNDLE --json -o report.json` has written;
 * `edgepack doctor out/demo.tar`: a bundle, and whether this machine would carry it;
+* `edgepack doctor --on HOST`: a device, over ssh: why its last install or self-test failed, by its installer's journal,
+  and what its service and its kernel have logged since the release that runs there was switched to;
 * `edgepack doctor recipe.sh`: a `vllm serve` command or a program with `LLM(...)` of an older vLLM, each setting that
   is gone with what takes its place;
 * `edgepack doctor --symptom NAME`: the row of a name.
@@ -305,7 +352,7 @@ def _of_bundle(path: Path) -> Report:
 
 
 def _judged(log: Log) -> tuple[Diagnosis, ...]:
-    """What is sure before what is likely, then by place in the log; each root before its consequences."""
+    """Clients' mistakes last, what is sure before what is likely, by place in the log; roots before consequences."""
     found = {rule.id: one for rule in RULES if (one := _tried(rule, log)) is not None}
     follows = {
         other: rule.id
@@ -317,7 +364,7 @@ def _judged(log: Log) -> tuple[Diagnosis, ...]:
     order: list[str] = []
     for root in sorted(
         (name for name in found if name not in follows),
-        key=lambda name: (_RULE[name].certainty != "sure", found[name][0]),
+        key=lambda name: (_RULE[name].client, _RULE[name].certainty != "sure", found[name][0]),
     ):
         order += _with_consequences(root, follows)
     return tuple(_diagnosis(_RULE[name], found[name], follows.get(name)) for name in order[:SHOWN])
@@ -329,8 +376,8 @@ def _with_consequences(root: str, follows: Mapping[str, str]) -> list[str]:
 
 
 _RULE: Mapping[str, Rule] = {rule.id: rule for rule in RULES}
-_Found = tuple[int, int | None, str, Values]
-"""Position in the log, number and text of the line, values for the texts."""
+_Found = tuple[int, Section | None, int | None, str, Values]
+"""Position in the log, its section, number and text of the line, values for the texts."""
 
 
 def _tried(rule: Rule, log: Log) -> _Found | None:
@@ -339,15 +386,18 @@ def _tried(rule: Rule, log: Log) -> _Found | None:
     for pattern in rule.patterns:
         for found in pattern.finditer(log.text):
             values = rule.values(found, log)
-            gone_on = rule.recovered is not None and rule.recovered.search(log.text, found.end()) is not None
+            section, _, end = log.section_at(found.start())
+            gone_on = (
+                rule.recovered is not None and rule.recovered.search(log.text, found.end(), end) is not None
+            )
             if values is not None and not gone_on:
-                held.append((found.start(), *log.line_at(found.start()), values))
+                held.append((found.start(), section, *log.line_at(found.start()), values))
                 break
     return min(held, key=lambda one: one[0], default=None)
 
 
 def _diagnosis(rule: Rule, found: _Found, follows: str | None) -> Diagnosis:
-    _, line, seen, values = found
+    _, section, line, seen, values = found
     return Diagnosis(
         rule=rule.id,
         certainty=rule.certainty,
@@ -357,18 +407,12 @@ def _diagnosis(rule: Rule, found: _Found, follows: str | None) -> Diagnosis:
         cure=rule.cure.format_map(_Known(values)),
         source=rule.source,
         follows=follows,
+        section=section,
     )
 
 
 def _how(one: Diagnosis) -> str:
     return one.certainty if one.follows is None else f"{one.certainty}, follows from {one.follows}"
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    import textwrap
-
-    lines = textwrap.wrap(text, width=96, break_long_words=False, break_on_hyphens=False)
-    return [f"  {label if at == 0 else '':<8}{line}" for at, line in enumerate(lines)]
 
 
 class _Known(dict[str, str]):

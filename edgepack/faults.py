@@ -17,6 +17,8 @@ Certainty = Literal["sure", "likely"]
 """sure: the line says it. likely: the line is what this cause leaves behind, and others could."""
 SEEN = 300
 """Characters of a line that are quoted."""
+Section = Literal["journal", "service", "kernel"]
+"""Which of a device's logs: its installer's journal, its service's log, its kernel's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +28,20 @@ class Log:
     text: str
     numbered: bool
     """False for lines that were made of a check: their numbers say nothing."""
+    sections: tuple[tuple[Section, int], ...] = ()
+    """Of a device: its logs one after the other, each with the position at which it begins."""
+
+    def section_at(self, position: int) -> tuple[Section | None, int, int]:
+        """Name, begin and end of the section at a position; all of the text where there is none."""
+        ends = [start for _, start in self.sections[1:]] + [len(self.text)]
+        for (name, start), end in zip(self.sections, ends, strict=False):
+            if position < end:
+                return name, start, end
+        return None, 0, len(self.text)
 
     def line_at(self, position: int) -> tuple[int | None, str]:
-        """Number, from 1, and text of the line at a position; of a long line what stands there."""
+        """Number, from 1 in its section, and text of the line at a position; of a long line what stands there."""
+        section, first_line, _ = self.section_at(position)
         start = self.text.rfind("\n", 0, position) + 1
         end = self.text.find("\n", position)
         line = self.text[start : end if end >= 0 else len(self.text)]
@@ -37,7 +50,8 @@ class Log:
             line = (
                 f"{'…' if first else ''}{line[first : first + SEEN]}{'…' if first + SEEN < len(line) else ''}"
             )
-        return (self.text.count("\n", 0, position) + 1 if self.numbered else None), line.strip()
+        numbered = self.numbered and section != "journal"  # whose lines are told here, with their time
+        return (self.text.count("\n", first_line, position) + 1 if numbered else None), line.strip()
 
 
 Values = Mapping[str, str]
@@ -66,8 +80,10 @@ class Rule:
     """What stands in the texts, from the line and the log around it; None when this match is not the fault."""
     explains: tuple[str, ...] = ()
     """Rules whose diagnosis is a consequence when this one holds."""
+    client: bool = False
+    """Who asked is at fault, and the server is well: told after what is wrong with the device."""
     recovered: re.Pattern[str] | None = None
-    """What a later line says when the program went on all the same."""
+    """What a later line of the same section says when the program went on all the same."""
 
 
 # ── numbers of a line ────────────────────────────────────────────────────────────────────────────────
@@ -201,7 +217,8 @@ def _layers(found: re.Match[str], log: Log) -> Values | None:
     """A build without GPU says so to every --gpu-layers, a CPU plan's 0 too: a fault only where a GPU was meant."""
     groups = found.groupdict()
     if not groups.get("all"):
-        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text) else None
+        _, begin, end = log.section_at(found.start())  # a kernel names NVIDIA wherever there is a card
+        return {"layers": "no layer is"} if _GPU_MEANT.search(log.text, begin, end) else None
     on, of = int(groups["on"]), int(groups["all"])
     return {"layers": f"{on} of {of} layers are"} if on < of else None
 
@@ -225,6 +242,11 @@ def _saved_prompt(found: re.Match[str], log: Log) -> Values | None:
     if not re.search(r"oom-kill|OOM killer|Out of memory: Killed", log.text[found.end() :]):
         return None
     return {"size": show(_bytes(found["mib"], "MiB")), "tokens": found["tokens"]}
+
+
+def _gone_back(found: re.Match[str], log: Log) -> Values:
+    back = "nothing runs there" if found["back"] == "none" else f"release {found['back']} runs there again"
+    return {"release": found["release"], "back": back, "_why": f" ({found['why']})" if found["why"] else ""}
 
 
 def _exceeded(found: re.Match[str], log: Log) -> Values:
@@ -512,7 +534,7 @@ RULES: tuple[Rule, ...] = (
         "nvidia-jetpack`), or install the library and name its folder in LD_LIBRARY_PATH; `ldconfig -p | grep LIBRARY` "
         "says what the loader finds. `edgepack build --with-runtime` carries a static llama-server",
         source=f"{_VLLM}issues/1718",
-        explains=("gpu-not-used", "server-ended", "package-missing"),
+        explains=("gpu-not-used", "server-ended", "package-missing", "unit-failed"),
     ),
     Rule(
         id="gpu-not-seen",
@@ -574,7 +596,7 @@ RULES: tuple[Rule, ...] = (
         cure="`sh start.sh install` makes the bundle's own environment from requirements.txt; EDGEPACK_PYTHON names "
         "another Python that has them",
         source="https://packaging.python.org/en/latest/tutorials/installing-packages/",
-        explains=("server-ended",),
+        explains=("server-ended", "unit-failed"),
     ),
     Rule(
         id="wheel-not-found",
@@ -627,6 +649,7 @@ RULES: tuple[Rule, ...] = (
         cure="`systemctl cat UNIT` names the program: run it by hand as the unit's user; `file PROGRAM` says for which "
         "CPU it is. A bundle's unit belongs where the bundle was unpacked (`edgepack unpack`)",
         source="https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html",
+        explains=("unit-failed",),
     ),
     Rule(
         id="package-interface",
@@ -678,12 +701,17 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="illegal-instruction",
         symptom="`Illegal instruction (core dumped)`",
-        patterns=_any(r"(?i)illegal instruction(?! was encountered)", r"trap invalid opcode"),
+        patterns=_any(
+            r"(?i)illegal instruction(?! was encountered)",
+            r"trap invalid opcode",
+            r"code=(?:killed|dumped), status=4/ILL",
+        ),
         cause="the program was built for a CPU with more instructions than this one has (built with "
         "-march=native, or for AVX2)",
         cure="`edgepack build --with-runtime` carries a server for the profile's CPU; by hand build llama.cpp "
         "with `-DGGML_NATIVE=OFF` and without what `lscpu` does not list",
         source=f"{_LLAMA}issues/8734",
+        explains=("unit-failed",),
     ),
     Rule(
         id="compiler-missing",
@@ -884,7 +912,15 @@ RULES: tuple[Rule, ...] = (
         "systemctl isolate multi-user.target` ends the desktop). Else a smaller plan: `edgepack plan "
         "--profile P --explain`, `edgepack build … --context N --kv-type q8_0`",
         source="https://docs.kernel.org/filesystems/proc.html",
-        explains=("kernel-oom", "cgroup-oom", "check-killed", "check-refused", "memory-thrash", *_MEMORY),
+        explains=(
+            "unit-failed",
+            "kernel-oom",
+            "cgroup-oom",
+            "check-killed",
+            "check-refused",
+            "memory-thrash",
+            *_MEMORY,
+        ),
     ),
     Rule(
         id="memory-kv-cache",
@@ -1052,7 +1088,23 @@ RULES: tuple[Rule, ...] = (
         "`edgepack build … --context N`, a `--scheme` of fewer bits. A checkpoint that is not quantized is loaded "
         "whole",
         source=f"{_HUB}huggingface/transformers/issues/23016",
-        explains=("check-refused",),
+        explains=("check-refused", "program-fault"),
+    ),
+    Rule(
+        id="thread-refused",
+        symptom="`std::system_error`, `what():  Resource temporarily unavailable`; `can't start new thread`",
+        patterns=_any(
+            r"what\(\): +Resource temporarily unavailable",
+            r"(?:system_error|constructor failed|pthread_create\b.*|creation failed): Resource temporarily unavailable",
+            r"RuntimeError: can't start new thread",
+        ),
+        cause="the program was refused a thread: a limit on tasks (a unit's TasksMax=, `docker run --pids-limit`, "
+        "`ulimit -u`) or on address space (LimitAS=, `ulimit -v`) is lower than what it needs",
+        cure="`systemctl show -p TasksMax -p LimitAS -p LimitNPROC UNIT` and `ulimit -a` say which; a bundle's files "
+        "allow as many tasks as its server starts (a thread for each slot and 36 more) and any address space: look in "
+        "the drop-ins (`systemctl cat UNIT`) and in what starts the container",
+        source=f"{_LLAMA}issues/17168",
+        explains=("program-fault", "server-ended", "unit-failed"),
     ),
     Rule(
         id="vllm-context-too-long",
@@ -1206,40 +1258,46 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="check-killed",
         symptom="the check: `oom-killed`",
-        patterns=_any(r"check: oom-killed during (?P<stage>\w+)"),
+        patterns=_any(r"(?:check: |failed its test: )oom-killed (?:during |\()(?P<stage>\w+)"),
         cause="the server was killed for memory during {stage}",
         cure="`edgepack build … --context N --kv-type q8_0`, or a `--scheme` of fewer bits; `edgepack plan "
         "--profile P --explain` says what fits. With `--memory-limit` the limit is what it names",
         source=f"{_LLAMA}issues/23472",
+        explains=("rolled-back",),
     ),
     Rule(
         id="check-refused",
         symptom="the check: `allocation-refused`",
-        patterns=_any(r"check: allocation-refused during (?P<stage>\w+)"),
+        patterns=_any(r"(?:check: |failed its test: )allocation-refused (?:during |\()(?P<stage>\w+)"),
         cause="the server was refused memory during {stage}",
         cure="see what else holds memory; then `edgepack build … --context N --kv-type q8_0`, or a `--scheme` "
         "of fewer bits",
         source=f"{_LLAMA}issues/16725",
+        explains=("rolled-back",),
     ),
     Rule(
         id="memory-thrash",
         symptom="it runs, but far too slowly, and reads its weights from disk again and again",
-        patterns=_any(r"check: thrash during ", r"check: item paging: fail"),
+        patterns=_any(r"check: thrash during ", r"check: item paging: fail", r"failed its test: thrash \("),
         cause="the memory is not enough: mapped weights are dropped and read back for every token",
         cure="`--load-mode none` makes it fail at once instead; what helps is less: a `--scheme` of fewer "
         "bits, a shorter `--context`, or no swap on flash (`sudo swapoff -a`)",
         source=_SERVER_README,
-        explains=("slow-decode",),
+        explains=("slow-decode", "rolled-back"),
     ),
     Rule(
         id="check-peak",
         symptom="the check: peak memory or budget above the plan",
-        patterns=_any(r"check: item (?P<item>peak memory|budget|host budget|unexplained rest): fail"),
+        patterns=_any(
+            r"check: item (?P<item>peak memory|budget|host budget|unexplained rest): fail",
+            r"failed its test: (?P<item>its memory peaked at \d+ bytes)",
+        ),
         cause="the server held more than the plan's upper end ({item})",
         cure="run the llama-server that was planned with (the check's row `server` names it) with the bundle's "
         "own flags; if it was, report it with `edgepack check --json`: the plan's interval is wrong",
         source=f"{_LLAMA}pull/23861",
         certainty="likely",
+        explains=("rolled-back",),
     ),
     # flags
     Rule(
@@ -1254,6 +1312,7 @@ RULES: tuple[Rule, ...] = (
         cure="{instead}; or run the server that the bundle was planned with (`edgepack build --with-runtime`, "
         "`edgepack toolchain install`)",
         source=f"{_LLAMA}pull/28334",
+        explains=("unit-failed",),
     ),
     Rule(
         id="vllm-flag-refused",
@@ -1533,9 +1592,11 @@ RULES: tuple[Rule, ...] = (
         cause="another program listens on the port already",
         cure="`ss -ltnp 'sport = :{port}'` names it; stop it, or start with EDGEPACK_PORT=OTHER",
         source=f"{_VLLM}issues/7514",
+        explains=("unit-failed",),
     ),
     Rule(
         id="api-key-refused",
+        client=True,
         symptom="401: `Invalid API Key`, `Unauthorized`",
         patterns=_any(
             r"(?i)unauthorized: invalid api key",
@@ -1549,6 +1610,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="context-exceeded",
+        client=True,
         symptom="400: `exceeds the available context size`, `maximum context length is …`",
         patterns=_any(
             r"request \((?P<asked>\d+) tokens\) exceeds the available context size \((?P<holds>\d+) tokens\)",
@@ -1568,6 +1630,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="queue-full",
+        client=True,
         symptom="429 (vLLM: 503, `The engine is currently busy`): the queue is full",
         patterns=_any(r"HTTP/1\.\d\" 429\b", r"\"refused\": \"queue_full\"", r"wait: the queue is full"),
         cause="more requests came than run and wait at the same time; nothing is wrong with the server",
@@ -1658,13 +1721,17 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="answers-differ",
         symptom="the check: quality: the answers are not those recorded at build; garbage",
-        patterns=_any(r"check: item quality: fail: .*measured (?P<measured>.+?)(?:: the answers|$)"),
+        patterns=_any(
+            r"check: item quality: fail: .*measured (?P<measured>.+?)(?:: the answers|$)",
+            r"failed its test: its answers are not those recorded at build: (?P<measured>.+)",
+        ),
         cause="the server computes something else than the build did ({measured}): other weights, damaged ones, "
         "or a kernel that is wrong for this quantization on this device",
         cure="`edgepack inspect BUNDLE` on the device verifies the weights; then run the server that was "
         "planned with (row `server`), with `-fa off`, and without the GPU (`--gpu-layers 0`): what makes "
         "it right is the fault",
         source=f"{_LLAMA}issues/3750",
+        explains=("rolled-back",),
     ),
     # speed
     Rule(
@@ -1737,12 +1804,15 @@ RULES: tuple[Rule, ...] = (
         id="context-not-held",
         symptom="the check: slots or context filled: fewer tokens than planned",
         patterns=_any(
-            r"check: item (?P<item>slots|context filled): fail: expected (?P<expected>.+), measured (?P<measured>.+)"
+            r"check: item (?P<item>slots|context filled): fail: expected (?P<expected>.+), measured (?P<measured>.+)",
+            r"failed its test: it has (?P<measured>slots of .+ tokens), the plan says (?P<expected>.+)",
+            r"failed its test: of (?P<expected>\d+ tokens) the context held (?P<measured>.+)",
         ),
         cause="the server holds {measured} instead of {expected}: it was started with other flags, or lowered "
         "them itself (`--fit on`)",
         cure="start it with the bundle's flags (`sh start.sh`), `--fit off` among them",
         source=f"{_LLAMA}issues/18889",
+        explains=("rolled-back",),
     ),
     Rule(
         id="program-fault",
@@ -1753,6 +1823,7 @@ RULES: tuple[Rule, ...] = (
             r"(?P<what>Assertion [`'].+' failed)",
             r"(?P<what>Assertion failed: [^(\n]+)",
             r"(?i)(?P<what>segmentation fault|SIGSEGV|signal: segmentation)",
+            r"Main process exited, code=(?:killed|dumped), (?P<what>status=(?:6/ABRT|7/BUS|8/FPE|11/SEGV|31/SYS))",
         ),
         cause="the program itself failed ({what}): a fault in it for this model, quantization, flags or device, "
         "libraries of another version than its own, or a model file that another version wrote",
@@ -1761,6 +1832,7 @@ RULES: tuple[Rule, ...] = (
         "with `-fa off`, `--gpu-layers 0`, a cache of f16; vLLM with `--enforce-eager`",
         source=f"{_LLAMA}issues/20587",
         certainty="likely",
+        explains=("unit-failed",),
     ),
     Rule(
         id="buffers-differ",
@@ -1782,12 +1854,52 @@ RULES: tuple[Rule, ...] = (
         id="server-ended",
         symptom="the check: `did-not-start`, `crashed`, `timeout`",
         patterns=_any(
-            r"check: (?P<kind>did-not-start|crashed|timeout) during (?P<stage>\w+): (?P<message>.+)"
+            r"(?:check: |failed its test: )(?P<kind>did-not-start|crashed|timeout) (?:during |\()(?P<stage>\w+)\)?: "
+            r"(?P<message>.+)"
         ),
         cause="the server did not carry the bundle ({kind} during {stage}): {message}",
         cure="`sh start.sh` on the device shows its whole log; give that to `edgepack doctor`",
         source=_SERVER_README,
         certainty="likely",
+        explains=("rolled-back",),
+    ),
+    # what a device's own journal says
+    Rule(
+        id="release-damaged",
+        symptom="`edgepack flash --status`: `DAMAGED: --fsck`; a release on the device is not whole",
+        patterns=_any(r"release (?P<release>[0-9a-f]{12}) is not whole there"),
+        cause="files of release {release} were lost on the device's disk, or have other bytes than were signed",
+        cure="`edgepack flash --fsck BUNDLE HOST` has every byte read again and sends what is missing; a disk that "
+        "does it again is failing (on the device `dmesg | grep -i 'i/o error'`)",
+        source=f"{_HUB}raspberrypi/firmware/issues/601",
+        explains=("rolled-back",),
+    ),
+    Rule(
+        id="unit-failed",
+        symptom="systemd: `edgepack.service: Failed with result 'exit-code'`, `Start request repeated too quickly`",
+        patterns=_any(
+            r"edgepack\.service: Failed with result '(?P<result>(?!oom-kill)[\w-]+)'",
+            r"edgepack\.service: (?P<result>Start request repeated too quickly)",
+        ),
+        cause="the service ended by itself ({result}), and no later line says that it is up again",
+        cure="the lines before it say why (`journalctl -u edgepack`, or `--user-unit`); on the device `sh start.sh` in "
+        "the release's folder shows a start as it is. `edgepack flash --rollback HOST` runs the release before",
+        source="https://www.freedesktop.org/software/systemd/man/latest/systemd.service.html",
+        certainty="likely",
+        recovered=re.compile(r"Started (?:edgepack|.*language model)"),
+    ),
+    Rule(
+        id="rolled-back",
+        symptom="`edgepack flash`: `ROLLED BACK`; the device went back to the release before",
+        patterns=_any(
+            r"went back from release (?P<release>[0-9a-f]{12}) to (?:release )?(?P<back>\w+)(?:: (?P<why>.+))?"
+        ),
+        values=_gone_back,
+        cause="release {release} was not good on the device{_why}; {back}",
+        cure="what comes before this says why, where it is known; `edgepack check BUNDLE --on HOST` tests the release "
+        "again without switching to it, and `edgepack flash BUNDLE HOST` takes a better one, with a higher "
+        "`--release-sequence`",
+        source="https://docs.balena.io/reference/os/updates/rollbacks",
     ),
     # what no log shows: rows of the article's table
     Rule(

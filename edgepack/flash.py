@@ -421,7 +421,8 @@ def shortfall(done: Flashed) -> CheckFailed | None:
         )
         return CheckFailed(
             f"rolled back: {done.name} failed on {done.host}: {'; '.join(done.reasons)}",
-            hint=f"{before}; edgepack check BUNDLE --on {done.host} tests it again, without switching",
+            hint=f"{before}; edgepack doctor --on {done.host} names the cause where it is known, and edgepack check "
+            f"BUNDLE --on {done.host} tests it again, without switching",
         )
     if done.report is None or done.report.passed:
         return None
@@ -512,13 +513,7 @@ def status_table(found: Status, host: str) -> str:
         rest = ", ".join(
             f"{name} {value}" for name, value in sorted(line.items()) if name not in ("at", "event")
         )
-        at = line.get("at")
-        when = (
-            time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(at))
-            if isinstance(at, int) and 0 <= at < 1 << 33
-            else "-"
-        )
-        lines.append(f"{when}  {line.get('event')}  {rest}")
+        lines.append(f"{devices.moment(line)}  {line.get('event')}  {rest}")
     return _text(lines)
 
 

@@ -137,14 +137,17 @@ def find_emulator(arch: Machine) -> Path | None:
 
 
 def python_for(runtime: str) -> Path:
-    """The Python that can run a runtime's server: EDGEPACK_PYTHON, this one, or python3 on PATH.
+    """The Python that can run a runtime's server: EDGEPACK_PYTHON, this one, or one that a bundle would find here.
 
     Whether one can is asked of itself, without importing anything heavy. Raises MissingTool with what to install.
     """
     from edgepack.device import agent
 
+    needed = agent.RUNTIMES[runtime]
     try:
-        program, _ = agent.find_python(agent.RUNTIMES[runtime], None)
+        if not os.environ.get(agent.PYTHON_VARIABLE) and not agent.lacks(sys.executable, needed.modules):
+            return Path(sys.executable)
+        program, _ = agent.find_python(needed, None)
     except agent.MissingProgram as error:
         raise MissingTool(str(error), hint=runtimes.named(runtime).INSTALL) from error
     return Path(program)

@@ -44,7 +44,7 @@ LEVELS = (
     {"choice"},
     {"artifact", "evaluation"},
     {"toolchain", "hub", "probe", "calibration", "heldout", "record", "enrolled", "remote"},
-    {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices"},
+    {"bundle", "check", "builders", "selftest", "quality", "scoring", "modelcard", "devices", "hostlogs"},
     {"pipeline", "tables", "run", "calibrate", "quantization", "distillation", "doctor", "flash"},
     {"report"},
     {"fleet", "swu", "registry"},

@@ -1587,7 +1587,9 @@ class Server:
         group = cgroup_facts(self.limit)
         said = error_lines(log, self._runtime)
         # llama.cpp says first what went wrong, and a traceback last.
-        detail = (said[-1] if self._runtime.modules else said[0]) if said else str(error or "no message")
+        detail = (
+            said[-1 if self._runtime.modules else 0] if said else last_line(log) or str(error or "no message")
+        )
         if (group is not None and group["oom_kills"]) or status == -signal.SIGKILL:
             return Failed("oom-killed", stage, "the kernel killed %s: out of memory" % self.title)
         refused = [line for line in said if any(text in line for text in OUT_OF_MEMORY)]
@@ -1626,6 +1628,12 @@ def error_lines(log: str, runtime: Runtime) -> List[str]:
         found.append(message.replace("\\n", " ").strip())
     telling = [line for line in found if not any(text in line for text in _SUMMARY)]
     return telling or found
+
+
+def last_line(log: str) -> str:
+    """What a program said last, such as of its command line or of a library that the loader misses."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
 
 
 REQUEST_TIMEOUT = 3600.0
@@ -2978,13 +2986,26 @@ def _server_program(
 
 
 PYTHON_VARIABLE = "EDGEPACK_PYTHON"
+VENV = "/opt/edgepack/venv"
+"""What `sudo sh start.sh install` makes out of a bundle's requirements.txt."""
+
+
+def pythons(environment: Mapping[str, str], user: int) -> List[str]:
+    """Where a Python with a server's packages may be, best first, as a bundle's start.sh (find_python) looks for it.
+
+    Paths, of files that may not be there; the last is a name on PATH.
+    """
+    home = environment.get("XDG_STATE_HOME") or (environment.get("HOME") or "/root") + "/.local/state"
+    state = environment.get("EDGEPACK_STATE") or environment.get("STATE_DIRECTORY") or home + "/edgepack"
+    own = environment.get("EDGEPACK_VENV") or (VENV if user == 0 else state + "/venv")
+    return [own + "/bin/python3", VENV + "/bin/python3", "python3"]
 
 
 def find_python(runtime: Runtime, given: Optional[str]) -> Tuple[str, str]:
     """The Python that runs a runtime's server and where it comes from: (path, "option" or "path").
 
-    The one that was ``given`` (for vLLM it may be its own program), else the one EDGEPACK_PYTHON names, this one, or
-    python3 on PATH, whichever can import what it needs. Raises MissingProgram with what to install.
+    The one that was ``given`` (for vLLM it may be its own program), else the one EDGEPACK_PYTHON names, one of
+    ``pythons``, or this one, whichever can import what it needs. Raises MissingProgram with what to install.
     """
     if given is not None:
         named = shutil.which(given)
@@ -2996,8 +3017,9 @@ def find_python(runtime: Runtime, given: Optional[str]) -> Tuple[str, str]:
             if lacking:
                 raise MissingProgram("%s has no %s: %s" % (given, ", ".join(lacking), runtime.install))
         return found, "option"
+    *made, on_path = (shutil.which(program) for program in pythons(os.environ, os.geteuid()))
     tried: List[str] = []
-    for program in (os.environ.get(PYTHON_VARIABLE), sys.executable, shutil.which("python3")):
+    for program in (os.environ.get(PYTHON_VARIABLE), *made, sys.executable, on_path):
         if program and program not in tried:
             tried.append(program)
             if not lacks(program, runtime.modules):

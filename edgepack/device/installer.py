@@ -1745,7 +1745,7 @@ def _switch(
     if not reasons:
         collect(store, store.settings.keep)
         return dict(outcome(store, "good", release), **told)
-    trouble = go_back(store, service, back, release)
+    trouble = go_back(store, service, back, release, reasons)
     return dict(outcome(store, "rolled-back", release), reasons=reasons + trouble, **told)
 
 
@@ -1824,10 +1824,12 @@ def approve(store: Store, release: str, sequence: int, *, tested: bool, lower: b
     store.note("good", release=release, sequence=sequence, tested=tested)
 
 
-def go_back(store: Store, service: Service, back: Optional[str], failed: Optional[str]) -> List[str]:
+def go_back(
+    store: Store, service: Service, back: Optional[str], failed: Optional[str], reasons: Sequence[str] = ()
+) -> List[str]:
     """Makes ``back`` the current release and starts it; returns what of that did not work.
 
-    ``failed``: the release that did not pass its test; None when it was not tested to the end.
+    ``failed``: the release that did not pass its test, for ``reasons``; None when it was not tested to the end.
     """
     with undisturbed():
         trouble: List[str] = []
@@ -1842,7 +1844,7 @@ def go_back(store: Store, service: Service, back: Optional[str], failed: Optiona
                     service.start()
             except (Failed, MissingProgram) as error:
                 trouble.append("the release before it did not start: %s" % error)
-        store.note("went-back", release=failed, back=back, trouble=trouble)
+        store.note("went-back", release=failed, back=back, reasons=list(reasons), trouble=trouble)
     return trouble
 
 

@@ -646,7 +646,7 @@ def _diagnoses(subject: Subject) -> Section | None:
                     (
                         Entry(one.rule),
                         Entry(one.certainty),
-                        Entry(one.seen),
+                        Entry(f"{one.section}: {one.seen}" if one.section else one.seen),
                         Entry(one.cause),
                         Entry(one.cure),
                     )

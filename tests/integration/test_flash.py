@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepack import devices, flash, probe, remote, workspace
+from edgepack.bundle import server_document
 from edgepack.cli import cli
 from edgepack.devices import Where
 from edgepack.errors import MissingTool, Offline, Untrusted
@@ -25,6 +26,7 @@ from edgepack.remote import Answer, Dropped
 from edgepack.units import KIB, MIB
 from tests import releases
 from tests.documents import obeys
+from tests.plans import example_plan
 from tests.releases import Signer
 from tests.sshd import HOST, Line, Sshd, serving
 
@@ -233,6 +235,41 @@ def flip(path: Path) -> None:
         byte = stream.read(1)[0]
         stream.seek(-1, os.SEEK_CUR)
         stream.write(bytes([byte ^ 1]))
+
+
+# ── a release that is not good there ──
+
+REFUSING = b"#!/bin/sh\necho 'error: invalid argument: --no-mmap' >&2\nexit 1\n"
+
+
+def test_the_doctor_reads_on_the_device_why_a_release_was_rolled_back(
+    sshd: Sshd, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Enrolled, flashed, tested and rolled back by the agent itself; its kernel is this machine's, and may say more."""
+    store = ("--root", tmp_path / "store")
+    where = (*store, HOST)
+    here = example_plan("x86-laptop-ddr5")
+    started = {"server.json": server_document(here)}
+    good = releases.bundle(tmp_path / "1.tar", signer.key, plan=here, files=started)
+    bad = releases.bundle(
+        tmp_path / "2.tar", signer.key, plan=here, files=started, sequence=2, server=REFUSING
+    )
+    monkeypatch.setenv("EDGEPACK_SSH", " ".join(sshd.ssh))
+    before = command("doctor", "--on", HOST, *store, status=6)
+    command("flash", "--enroll", "--mode", "none", "--signers", signer.signers, *where)
+    command("flash", good, "--force", "--no-self-test", *where)
+    healthy = json.loads(command("doctor", "--on", HOST, *store, "--json").stdout)
+    command("flash", bad, "--force", *where, status=5)
+
+    found = obeys("doctor", command("doctor", "--on", HOST, *store, "--json").stdout)
+
+    assert "device is not enrolled" in before.output
+    assert [one for one in healthy["diagnoses"] if one["section"] == "journal"] == []
+    journal = [one for one in found["diagnoses"] if one["section"] == "journal"]
+    assert [one["rule"] for one in journal] == ["llama-flag-refused", "server-ended", "rolled-back"]
+    assert "--load-mode none" in journal[0]["cure"]
+    assert releases.release_of(bad)[:12] in journal[2]["cause"]
+    assert f"{releases.release_of(good)[:12]} runs there again" in journal[2]["cause"]
 
 
 # ── machines that cannot be flashed ──

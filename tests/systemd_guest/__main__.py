@@ -156,6 +156,7 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     enroll(told, made)
     for mode in MODES:
         flash(told, mode, made.first, "good")
+        doctor(told, mode)
     running(told, made, made.first)
     units(told)
     hangs(told, made)
@@ -170,9 +171,11 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     chats(told, "after a flash")
     for mode in MODES:
         flash(told, mode, made.fails_its_test, "rolled-back")
+        doctor(told, mode, ("journal", "server-ended"), ("journal", "rolled-back"), STRANGER)
     running(told, made, made.second)
     for mode in MODES:
         flash(told, mode, made.does_not_start[mode.name], "rolled-back")
+        doctor(told, mode, *CAUSES[mode.name], ("journal", "rolled-back"), STRANGER)
     running(told, made, made.second)
     goes_back_at_boot(told, made)
     for _ in range(cuts):
@@ -180,6 +183,8 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     for mode in MODES:  # a cut flash may have come to its end all the same
         flash(told, mode, made.third, "good", *(("current",) if cuts else ()))
     running(told, made, made.third)
+    for mode in MODES:
+        doctor(told, mode, STRANGER)
     off_again(told)
 
 
@@ -213,6 +218,27 @@ def flash(told: Told, mode: Mode, bundle: Path, *outcomes: str) -> None:
     )  # fmt: skip
     assert said["outcome"] in outcomes, done.stderr
     told.longest = max(told.longest, time.monotonic() - began)
+
+
+STRANGER = ("service", "api-key-refused")
+"""What `settled` does to every release."""
+CAUSES: dict[str, tuple[tuple[str, str], ...]] = {
+    "system": (("service", "thread-refused"), ("service", "program-fault")),
+    "user": (),
+}
+"""By mode: what the service itself logs of why a release does not start. That of the user ends without a word."""
+
+
+def doctor(told: Told, mode: Mode, *expected: tuple[str, str]) -> None:
+    """What is wrong by the device's own logs, each with the log that says it; pi is not shown the kernel's."""
+    done = edgepack("doctor", "--on", f"{mode.user}@device", "--json", ssh=told.device.ssh)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    found = [(one["section"], one["rule"]) for one in said["diagnoses"]]
+    told.row("examined", mode=mode.name, lines=said["lines"], found=found, notes=said["notes"])
+    assert found == [*expected], said
+    hidden = [note for note in said["notes"] if "kernel's log may not be read by this login" in note]
+    assert len(hidden) == len(said["notes"]) == (mode is USER), said["notes"]
 
 
 def running(told: Told, made: Releases, bundle: Path) -> None:

@@ -20,6 +20,7 @@ from tests import served
 from tests.unit.test_check_served import plan_of
 
 LOGS = Path(__file__).parents[1] / "cases" / "logs"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformers"
 CORES = len(os.sched_getaffinity(0))
 
 APP = ["--engine", "onnx-genai", "--alias", "owner/demo", "--ctx-size", "512", "--parallel", "2", "--ubatch-size",
@@ -238,6 +239,60 @@ def test_the_python_that_can_import_what_is_needed_is_found(
         agent.find_python(has, None)
 
 
+STATES: list[dict[str, str]] = [
+    {"HOME": "/home/pi"},
+    {"HOME": "/home/pi", "XDG_STATE_HOME": "/home/pi/state"},
+    {"HOME": "/home/pi", "STATE_DIRECTORY": "/var/lib/edgepack-server"},
+    {"HOME": "/home/pi", "STATE_DIRECTORY": "/var/lib/edgepack-server", "EDGEPACK_STATE": "/srv/state"},
+    {"HOME": "/home/pi", "EDGEPACK_VENV": "/srv/venv"},
+    {},
+]
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+@pytest.mark.parametrize("environment", STATES)
+def test_the_agent_looks_for_a_python_where_the_start_file_does(
+    environment: dict[str, str], user: int, tmp_path: Path
+) -> None:
+    text = next(GOLDEN.rglob("start.sh")).read_text(encoding="utf-8")
+    folders, search = (
+        text[text.index("\nstate=") : text.index("\ndie()")],
+        between(text, "find_python() {", "\n}\n"),
+    )
+    script = f'id() {{ echo {user}; }}\nhas() {{ echo "$1"; return 1; }}\ndie() {{ exit 0; }}\n{folders}\n{search}\n'
+
+    asked = subprocess.run(
+        ["/bin/sh", "-eu", "-c", f"{script}find_python json"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert asked.stdout.splitlines() == agent.pythons(environment, user)
+
+
+def between(text: str, begin: str, end: str) -> str:
+    """The part of a text from one mark on, up to and with another."""
+    start = text.index(begin)
+    return text[start : text.index(end, start) + len(end)]
+
+
+def test_a_bundles_own_environment_is_tested_since_it_is_what_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "venv" / "bin" / "python3"
+    made.parent.mkdir(parents=True)
+    made.symlink_to(sys.executable)
+    monkeypatch.delenv(agent.PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(agent, "VENV", str(tmp_path / "venv"))
+    monkeypatch.setenv("EDGEPACK_VENV", str(tmp_path / "none"))
+    needs = agent.RUNTIMES["transformers"]._replace(modules=("json",))
+
+    assert agent.find_python(needs, None) == (str(made), "path")
+
+
 def test_vllms_own_program_is_not_asked_for_modules(tmp_path: Path) -> None:
     program = tmp_path / "vllm"
     program.touch(mode=0o755)
@@ -347,6 +402,17 @@ def test_the_start_of_a_vllm_says_what_its_pool_is() -> None:
         "device": "CPU", "tokens": 640, "length": 256, "concurrency": 2.5, "blocks": None, "weights": None,
     }  # fmt: skip
     assert agent.error_lines(text, agent.RUNTIMES["vllm"]) == []
+
+
+def test_what_a_program_says_last_is_told_where_no_error_is_known() -> None:
+    lost = (
+        "llama-server: error while loading shared libraries: libcudart.so.12: cannot open shared object file"
+    )
+
+    assert agent.error_lines(lost, agent.RUNTIMES["llama.cpp"]) == []
+    assert agent.last_line(f"usage: x\n{lost}\n\n") == lost
+    assert agent.last_line("x" * 1000) == "x" * 300
+    assert agent.last_line(" \n") == ""
 
 
 def test_the_words_of_older_vllms_and_of_cards_are_known_too() -> None:

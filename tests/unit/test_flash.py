@@ -801,6 +801,7 @@ def test_the_command_flashes_a_folder(tmp_path: Path, key: Path, signers: Path) 
             "no bundle to measure on pi",
         ),
         (["calibrate", "--profile", "raspberry-pi-5-8gb", "--root", "/x", "b.json"], "are for a device"),
+        (["calibrate", "--profile", "raspberry-pi-5-8gb", "--force", "b.json"], "are for a device"),
     ],
 )
 def test_what_runs_on_a_device_is_told_from_what_runs_here(words: list[str], told: str) -> None:
@@ -812,13 +813,12 @@ def test_what_runs_on_a_device_is_told_from_what_runs_here(words: list[str], tol
     assert told in done.output
 
 
-def test_a_check_takes_another_device_and_too_little_memory_only_when_forced(
-    tmp_path: Path, key: Path, signers: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from click.testing import CliRunner
-
+def small_device(
+    folder: Path, signers: Path, checked: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> releases.Device:
+    """An enrolled device of 64 MiB and another architecture that every connection leads to; what its check says."""
     facts = {**releases.machine(), "arch": "x86_64", "memory_total": 64 << 20, "memory_available": 64 << 20}
-    there = releases.Device(tmp_path / "store", check=lambda _: copy.deepcopy(RECORDED), facts=facts)
+    there = releases.Device(folder, check=lambda _: copy.deepcopy(dict(checked)), facts=facts)
     there.enroll(signers.read_text(encoding="utf-8"))
 
     def act(argv: Sequence[str], *, stdin: Iterable[bytes] = (), **_: object) -> Answer:
@@ -836,6 +836,15 @@ def test_a_check_takes_another_device_and_too_little_memory_only_when_forced(
     target = Scripted()
     monkeypatch.setattr(target, "run", act)
     monkeypatch.setattr(remote, "connect", lambda *_, **__: target)
+    return there
+
+
+def test_a_check_takes_another_device_and_too_little_memory_only_when_forced(
+    tmp_path: Path, key: Path, signers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    there = small_device(tmp_path / "store", signers, RECORDED, monkeypatch)
     words = ["check", str(releases.bundle(tmp_path / "b.tar", key)), "--on", "pi", "--json"]
 
     refused = CliRunner().invoke(cli, words)
@@ -847,6 +856,35 @@ def test_a_check_takes_another_device_and_too_little_memory_only_when_forced(
     assert "--force does it all the same" in refused.stderr
     assert json.loads(forced.stdout)["facts"]["machine"] == RECORDED["machine"]
     assert there.events()[-1] == "tested"
+
+
+def test_so_does_a_calibration(
+    tmp_path: Path, key: Path, signers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    there = small_device(tmp_path / "store", signers, measured_at(9.0), monkeypatch)
+    bundle = releases.bundle(tmp_path / "b.tar", key)
+    words = ["-q", "calibrate", "--profile", releases.PROFILE, "--on", "pi", str(bundle), "--json"]
+
+    refused = CliRunner().invoke(cli, words)
+    forced = CliRunner().invoke(cli, [*words, "--force"])
+
+    assert refused.exit_code == 6
+    assert "bytes of memory and this device has 67108864" in refused.stderr
+    assert "--force does it all the same" in refused.stderr
+    assert [row["decode"] for row in json.loads(forced.stdout)["residuals"]] == [9.0]
+    assert there.events()[-1] == "tested"
+
+
+def measured_at(decode: float) -> dict[str, Any]:
+    """The recorded run as one of the example plan on its own device, at this speed in tokens a second."""
+    facts: dict[str, Any] = copy.deepcopy(RECORDED)
+    facts["bundle"]["name"] = f"qwen2.5-1.5b-instruct-q4_k_m-{releases.PROFILE}"
+    facts["machine"]["load"] = 0.0
+    facts["match"] = []
+    facts["speed"]["decode_per_second"] = decode
+    return facts
 
 
 def test_an_option_that_an_agent_does_not_know_says_how_to_bring_a_newer_one() -> None:
@@ -864,12 +902,6 @@ def test_a_device_is_calibrated_by_the_checks_of_bundles_on_it(
     plan = example_plan(releases.PROFILE)
     path = releases.bundle(tmp_path / "b.tar", key, plan=plan)
     release = releases.release_of(path)
-    name = f"qwen2.5-1.5b-instruct-q4_k_m-{releases.PROFILE}"
-    facts_there = copy.deepcopy(RECORDED)
-    facts_there["bundle"]["name"] = name
-    facts_there["machine"]["load"] = 0.0
-    facts_there["match"] = []
-    facts_there["speed"]["decode_per_second"] = 9.0
     state = {
         "schema_version": 1, "release": release, "name": "tiny", "sequence": 1, "state": "installed", "good": False,
         "missing": [], "match": [],
@@ -878,7 +910,7 @@ def test_a_device_is_calibrated_by_the_checks_of_bundles_on_it(
         look=says(SEEN),
         status=status(),
         offer=says(state),
-        self_test=says({**facts_there, "verdict": {"passed": True}}),
+        self_test=says({**measured_at(9.0), "verdict": {"passed": True}}),
     )
     monkeypatch.setattr(remote, "connect", lambda *_, **__: target)
 

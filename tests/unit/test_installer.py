@@ -1669,10 +1669,18 @@ def test_a_release_whose_server_does_not_start_goes_back_with_its_units(
     assert answer.status == 5
     assert answer.document["outcome"] == "rolled-back"
     assert "edgepack.service failed" in answer.document["reasons"][0]
+    assert went_back(device)["reasons"] == answer.document["reasons"]
     assert device.current() == releases.release_of(first)
     assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
     assert not (tmp_path / "units/edgepack-power.service").exists()
     assert (starts, device.ran[-1]) == (3, "systemctl start edgepack.service")
+
+
+def went_back(device: Device) -> dict[str, Any]:
+    """The last line of the journal."""
+    (line,) = installer.journal_lines(device.store, 1)
+    assert line["event"] == "went-back"
+    return line
 
 
 def test_the_server_rests_while_a_release_is_tested(tmp_path: Path, signers: str, first: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgepack import bundle, check, pipeline, profile, serde, tables
+from edgepack import bundle, calibrate, check, doctor, pipeline, profile, serde, tables
 from edgepack.errors import NothingFits
 from edgepack.plan import Request
 from edgepack.progress import Silent
@@ -51,6 +51,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "inspect": bundle.inspect(path),
         "profiles": [profile.load(name) for name in profile.names()],
         "profile": profile.load("jetson-orin"),
+        "doctor": doctor.examine(ROOT / "tests" / "data" / "logs" / "rolled-back.txt"),
+        "calibrate": calibrate.Calibration(
+            profile=profile.load("jetson-orin"),
+            power_mode="25W",
+            constants=profile.SpeedConstants(decode_efficiency=0.7, layer_overhead_us=100.0),
+            residuals=tuple(
+                calibrate.Residual(
+                    where=f"{name}.json", model=name, scheme="Q4_K_M", decode=20.0, predicted=19.0
+                )
+                for name in ("qwen2.5-0.5b-instruct", "DeepSeek-R1-Distill-Qwen-1.5B-abliterated")
+            ),
+            refused=(
+                calibrate.Refused(where="third.json", reason="the machine was busy (load 4.2 on 4 cores)"),
+            ),
+            warnings=("one model alone does not tell what the memory gives from what a layer costs",),
+        ),
     }
 
 
@@ -64,11 +80,13 @@ def laid_out(name: str, pages: dict[str, object], screen: Screen) -> str:
         "inspect": lambda: tables.inspect(page, screen),  # type: ignore[arg-type]
         "profiles": lambda: tables.profiles(page, screen),  # type: ignore[arg-type]
         "profile": lambda: tables.profile(page, screen),  # type: ignore[arg-type]
+        "doctor": lambda: doctor.table(page, screen),  # type: ignore[arg-type]
+        "calibrate": lambda: calibrate.table(page, screen),  # type: ignore[arg-type]
     }
     return made[name]()
 
 
-NAMES = ("plan", "chosen", "fit", "check", "inspect", "profiles", "profile")
+NAMES = ("plan", "chosen", "fit", "check", "inspect", "profiles", "profile", "doctor", "calibrate")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -95,7 +113,7 @@ def test_a_pipe_gets_lines_as_they_are(name: str, pages: dict[str, object]) -> N
     assert all(line == line.rstrip() for line in piped.splitlines())
 
 
-@pytest.mark.parametrize("name", ["check", "profiles", "profile", "fit"])
+@pytest.mark.parametrize("name", ["check", "profiles", "profile", "fit", "doctor", "calibrate"])
 def test_narrow_and_wide_say_the_same_words(name: str, pages: dict[str, object]) -> None:
     def said(screen: Screen) -> set[str]:
         text = laid_out(name, pages, screen)
