@@ -198,9 +198,7 @@ def settings_for(
             hint=f"it takes {', '.join(_CPU_KV_TYPES)}",
         )
     if profile is not None:
-        version = support.version(NAME, source(profile.backend), profile)
-        cache = _cache_type(kv_type.lower(), profile.backend, version)
-        vllm_flags.checked(("--kv-cache-dtype", cache), version)
+        _require_kv_type(kv_type.lower(), profile)
     tokens = max(ubatch, slots)
     return Settings(
         context=context,
@@ -215,6 +213,21 @@ def settings_for(
         load_mode="none",
         repack=False,
     )
+
+
+def _require_kv_type(kv_type: str, profile: DeviceProfile) -> None:
+    version = support.version(NAME, source(profile.backend), profile)
+    words = {name: _cache_type(name, profile.backend, version) for name in KV_TYPES}
+    taken = [
+        name
+        for name, word in words.items()
+        if word == "auto" or vllm_flags.takes("kv-cache-dtype", word, version)
+    ]
+    if kv_type not in taken:
+        raise Unsupported(
+            f"{NAME} {version}, which is planned for this device, does not keep its cache in {kv_type}",
+            hint=f"it takes {', '.join(taken)}",
+        )
 
 
 # -- KV cache: groups, pages, blocks ------------------------------------------------------------------------

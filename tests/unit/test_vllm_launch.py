@@ -233,8 +233,9 @@ def test_a_cache_type_that_the_images_version_lacks_is_refused_when_it_is_planne
 
     assert isinstance(refused, Rejection)
     assert refused.reason == (
-        "vLLM 0.14.0 is not known to take --kv-cache-dtype int8_per_token_head: seen from 0.20.0 on"
+        "vllm 0.14.0, which is planned for this device, does not keep its cache in int8_per_token_head"
     )
+    assert refused.hint == "it takes bf16, f16, f32, fp8"
 
 
 def test_a_version_without_a_word_for_f16_caches_what_it_computes() -> None:
