@@ -144,13 +144,17 @@ def _by(plans: Sequence[Plan], key: Callable[[Plan], tuple[float, float]]) -> li
 
 
 def _by_sure_score(plans: Sequence[Plan]) -> list[Plan]:
-    """Again and again the fastest of those within the noise of the best that is left."""
+    """Again and again the fastest of those within the noise of the best that is left; of llama.cpp's where there are
+    any, for speed alone brings no Python onto a device."""
     left = _by(plans, lambda p: (_sure(p), p.speed.decode_full))
     ordered: list[Plan] = []
     while left:
         floor = _sure(left[0]) * (1.0 - NOISE)
         equal = next((at for at, p in enumerate(left) if _sure(p) < floor), len(left))
-        best = max(range(equal), key=lambda at: (left[at].speed.decode_full, _sure(left[at])))
+        best = max(
+            range(equal),
+            key=lambda at: (_is_plain(left[at].runtime), left[at].speed.decode_full, _sure(left[at])),
+        )
         ordered.append(left.pop(best))
     return ordered
 
@@ -162,7 +166,12 @@ def _sure(plan: Plan) -> float:
 def _discounted(low: float, runtime: str) -> float:
     """The score that counts for quality. What another runtime than llama.cpp keeps of a model is known less well, and
     it needs a Python on the device: it is taken where it is better by more than the noise of both."""
-    return low * (1.0 if runtime == runtimes.llama_cpp.NAME else 1.0 - NOISE)
+    return low * (1.0 if _is_plain(runtime) else 1.0 - NOISE)
+
+
+def _is_plain(runtime: str) -> bool:
+    """Whether a runtime needs no Python on the device."""
+    return runtime == runtimes.llama_cpp.NAME
 
 
 def _why_not(best: Plan, other: Plan, goal: Goal, *, top: float) -> str:
@@ -182,10 +191,14 @@ def _why_not(best: Plan, other: Plan, goal: Goal, *, top: float) -> str:
             return f"{other.speed.decode_all:.1f} tok/s in all slots together against {best.speed.decode_all:.1f}"
         case "context" if other.settings.context != best.settings.context:
             return f"holds {other.settings.context} tokens against {best.settings.context}"
+        case "quality" if (
+            _is_plain(best.runtime)
+            and not _is_plain(other.runtime)
+            and (_sure(other) >= top * (1.0 - NOISE) or other.quality.low > best.quality.low)
+        ):
+            return f"{quality}, no more than the noise of two runtimes"
         case "quality" if _sure(other) >= top * (1.0 - NOISE):
             return f"{quality}, within the noise, and {pace}"
-        case "quality" if other.quality.low > best.quality.low:
-            return f"{quality}, no more than the noise of two runtimes"
         case "quality" if _sure(other) >= _sure(best) * (1.0 - NOISE):
             return f"{quality}, more than the noise below the best that fits"
         case _:
@@ -214,7 +227,11 @@ def _why(chosen: Plan, goal: Goal) -> str:
             return f"the longest context {size}, then the best sure score"
         case "quality":
             scores = [_sure(chosen), *(_discounted(low, runtime) for low, runtime in others)]
-            equal = sum(score >= max(scores) * (1.0 - NOISE) for score in scores)
+            names = [chosen.runtime, *(runtime for _, runtime in others)]
+            equal = sum(
+                score >= max(scores) * (1.0 - NOISE) and _is_plain(name) == _is_plain(chosen.runtime)
+                for score, name in zip(scores, names, strict=True)
+            )
             low = f"{chosen.quality.low:.1f}"
             if equal == 1:
                 best = "what surely keeps most" if panel == UNSCORED else "the best score one can be sure of"
@@ -312,6 +329,10 @@ def _changes(request: Request, chosen: Plan) -> Iterator[tuple[str, Request]]:
     if request.ubatch > 128:
         yield "--ubatch 128", replace(request, ubatch=128)
     context = chosen.settings.context
+    for fewer in dict.fromkeys((request.slots // 2, 1)):
+        if 0 < fewer < request.slots and request.goal != "context":
+            kept = context // request.slots * fewer
+            yield f"--slots {fewer} --context {kept}", replace(request, slots=fewer, context=kept)
     for shorter in (context // 2, context // 4):
         if shorter >= 512 * request.slots and request.goal != "context":
             yield f"--context {shorter}", replace(request, context=shorter)

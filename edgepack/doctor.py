@@ -236,20 +236,30 @@ def _of_text(name: str, content: str, notes: tuple[str, ...] = ()) -> Report:
 
 def _of_lines(text: str) -> tuple[Diagnosis, ...]:
     """What a log shows, and then what a command or program of an older vLLM asks for."""
-    log = Log(text=text, numbered=True)
-    return (*_judged(log), *(_old_setting(one, log) for one in vllm_flags.outdated(text, vllm.VERSION)))
+    log, version = Log(text=text, numbered=True), _vllm_version(text)
+    return (*_judged(log), *(_old_setting(one, log, version) for one in vllm_flags.outdated(text, version)))
 
 
-def _old_setting(one: vllm_flags.Setting, log: Log) -> Diagnosis:
+_NAMED = re.compile(r"(?:LLM engine \(v|vLLM API server version |vllm-openai:v|\bvllm==)(\d+\.\d+\.\d+)")
+"""As logs, images and requirements name the version that runs."""
+
+
+def _vllm_version(text: str) -> str:
+    """The vLLM that the text names, where its flags are known; else the newest."""
+    named = (found[1] for found in _NAMED.finditer(text))
+    return next((version for version in named if vllm_flags.is_known(version)), vllm.VERSION)
+
+
+def _old_setting(one: vllm_flags.Setting, log: Log, version: str) -> Diagnosis:
     line, seen = log.line_at(one.at)
     return Diagnosis(
         rule="vllm-old-setting",
         certainty="sure",
         seen=seen,
         line=line,
-        cause=f"vLLM {vllm.VERSION} does not take {one.name}: {one.why}",
+        cause=f"vLLM {version} does not take {one.name}: {one.why}",
         cure=f"write `{' '.join(one.becomes)}`" if one.becomes else one.instead,
-        source=f"https://github.com/vllm-project/vllm/blob/v{vllm.VERSION}/vllm/engine/arg_utils.py",
+        source=f"https://github.com/vllm-project/vllm/blob/v{version}/vllm/engine/arg_utils.py",
         follows=None,
     )
 

@@ -71,6 +71,7 @@ class Fit:
     change: Change | None = None
     """The same as a value; None when none was found or is needed."""
     runtime: str = llama_cpp.NAME
+    runtime_version: str = llama_cpp.VERSION
     start_up: Mapping[str, int | float] = field(default_factory=dict)
     """What the runtime is told, or prints, about its memory when it starts."""
 
@@ -101,6 +102,7 @@ def fit(
     start_up = started(
         spec, settings, estimate, profile=profile, backend=case.machine.backend, runtime=runtime
     )
+    version = runtimes.version(runtimes.named(runtime), profile, case.machine.backend)
     if case.room is None:
         return Fit(
             model=spec.name,
@@ -113,6 +115,7 @@ def fit(
             binding=_binding(case, estimate),
             hint="",
             runtime=runtime,
+            runtime_version=version,
             start_up=start_up,
         )
     beyond = settings.context > case.limit
@@ -133,6 +136,7 @@ def fit(
         hint="" if fits else change.words if change else _no_help(case),
         change=change,
         runtime=runtime,
+        runtime_version=version,
         start_up=start_up,
     )
 
@@ -153,12 +157,14 @@ def started(
     """
     context = profile.reserves.accelerator_context if profile else 0
     own = profile.accelerator.memory if profile and profile.accelerator else None
-    return runtimes.named(runtime).start_up(
+    known = runtimes.named(runtime)
+    return known.start_up(
         spec,
         settings,
         backend=backend,
         needed=estimate.at("device" if backend != "cpu" else "host") + context,
         total=None if profile is None else int(own or profile.memory),
+        version=runtimes.version(known, profile, backend),
     )
 
 
@@ -296,7 +302,7 @@ def to_document(result: Fit) -> FitDocument:
         "schema_version": 1,
         "model": result.model,
         "runtime": result.runtime,
-        "runtime_version": runtimes.named(result.runtime).VERSION,
+        "runtime_version": result.runtime_version,
         "start_up": dict(result.start_up),
         "scheme": result.scheme,
         "context": settings.context,

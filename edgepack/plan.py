@@ -215,6 +215,7 @@ class Plan:
     imatrix: bool
     runtime: str
     runtime_version: str
+    """What its flags are for, the bundle installs, and the check expects (`runtimes.version`)."""
     settings: Settings
     memory: MemoryEstimate
     speed: Speed
@@ -504,7 +505,7 @@ def _try(
         scheme=scheme,
         imatrix=request.imatrix,
         runtime=runtime.NAME,
-        runtime_version=runtime.VERSION,
+        runtime_version=runtimes.version(runtime, request.profile, request.profile.backend),
         settings=settings(context),
         memory=estimate,
         speed=speeds,
@@ -584,12 +585,15 @@ def _warnings(request: Request, model: ModelRef, runtime: Runtime, estimate: Mem
         )
     if request.profile.uncertain:
         yield f"{request.profile.name}: estimated, not read from a device: {', '.join(request.profile.uncertain)}"
-    for image in request.profile.software.images:
-        if image.runtime == runtime.NAME and image.digest == "unknown":
+    machine = Machine.of(request.profile)
+    images = [image for image in request.profile.software.images if image.runtime == runtime.NAME]
+    for image in images:
+        if image.digest == "unknown":
             yield f"image {image.reference}: digest unknown, pin it with --image-digest"
-        if image.runtime == runtime.NAME and image.version is not None:
-            yield f"image {image.reference} holds {image.version}: the figures are for {runtime.VERSION}"
-    caution = runtime.caution(Machine.of(request.profile))
+    missing = runtime.missing(machine)
+    if missing is not None and not images:
+        yield missing.words
+    caution = runtime.caution(machine)
     if caution:
         yield caution
     limit = request.profile.accelerator.largest_allocation if request.profile.accelerator else None

@@ -98,7 +98,7 @@ class RuntimeImage:
     digest: str = "unknown"
     """sha256:… where it could be read; otherwise "unknown", which is warned about."""
     version: str | None = None
-    """Of the runtime inside, where it is not the one that the planner counts with; its flags are rendered then."""
+    """Of the runtime inside, where it is not the newest that edgepack knows; plans are for it then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

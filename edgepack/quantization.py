@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +147,7 @@ def make(
     artifact, spec = _build(checkpoint, spec, name, data, windows, options, folder, progress)
     _same_size(spec, artifact, options)
     measured: Quality | None = None
-    if options.measured and not _runs_here(name, options):
+    if options.measured and not runs_here(name, options.backend):
         warnings.append("not measured: a graph for CUDA runs where there is onnxruntime-genai-cuda and a GPU")
         progress.step(f"warning: {warnings[-1]}")
     elif options.measured and _has_parent(spec):
@@ -207,7 +207,7 @@ def _refuse(checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Optio
         raise BadInput(
             "--no-quality measures nothing that --max-kl or --max-ppl-loss could limit", hint="leave it out"
         )
-    if options.limits.any and not _runs_here(scheme, options):
+    if options.limits.any and not runs_here(scheme, options.backend):
         raise BadInput(
             f"{scheme} for {options.backend} cannot be measured here, so no limit can be held",
             hint="leave the limit out, or build where there is onnxruntime-genai-cuda and a GPU",
@@ -245,11 +245,16 @@ def _refuse(checkpoint: Checkpoint, spec: ModelSpec, scheme: str, options: Optio
         raise BadInput(f"{scheme} is not calibrated", hint="leave out --calibration")
 
 
-def _runs_here(scheme: str, options: Options) -> bool:
-    """Whether this machine can run what is made: a graph for CUDA only with the library for it."""
-    if schemes.is_gguf(scheme) or layouts.parse(scheme).family != "onnx" or options.backend == "cpu":
+CARDS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+"""One of them is there where there is an NVIDIA card: on Linux, and under WSL."""
+
+
+def runs_here(scheme: str, backend: Backend) -> bool:
+    """Whether this machine can run what is made: a graph for CUDA only with the library for it and a card."""
+    if schemes.is_gguf(scheme) or layouts.parse(scheme).family != "onnx" or backend == "cpu":
         return True
-    return importlib.util.find_spec("onnxruntime_genai_cuda") is not None
+    there = {found.name for found in importlib.metadata.distributions()}
+    return "onnxruntime-genai-cuda" in there and any(path.exists() for path in CARDS)
 
 
 def _unrounded(spec: ModelSpec, scheme: str) -> bool:

@@ -109,12 +109,15 @@ def served_plan(runtime: str, profile_name: str) -> Plan:
     assert found is not None
     kv_type = known.kv_types(runtimes.Machine.of(device))[0]
     settings = known.settings_for(device, context=8192, slots=2, kv_type=kv_type, ubatch=512)
-    start_up = known.start_up(found.spec(), settings, backend=device.backend, needed=5 * GIB, total=8 * GIB)
+    version = runtimes.version(known, device, device.backend)
+    start_up = known.start_up(
+        found.spec(), settings, backend=device.backend, needed=5 * GIB, total=8 * GIB, version=version
+    )
     scheme = {"vllm": "gptq-int4-g128", "onnx-genai": "onnx-int4", "transformers": "bf16"}[runtime]
     return replace(
         base,
         runtime=known.NAME,
-        runtime_version=known.VERSION,
+        runtime_version=version,
         scheme=scheme,
         settings=settings,
         start_up=dict(start_up),

@@ -346,12 +346,27 @@ def app_layers() -> tuple[oci.Layer, ...]:
 
 
 def requirements(plan: Plan) -> str:
-    """requirements.txt: what a Python on the device needs to run the plan's server, or the front of a program."""
-    runs_in_python = bool(runtimes.named(plan.runtime).MODULES)
-    names = (f"{plan.runtime}-{plan.profile.backend}", plan.runtime) if runs_in_python else ("front",)
+    """requirements.txt: what a Python on the device needs to run the plan's server, or the front of a program.
+
+    The runtime in the plan's version; without what PyPI has no wheel of for this device. Where that is the runtime
+    itself, what edgepack's server needs beside it.
+    """
+    runtime = runtimes.named(plan.runtime)
+    package = runtime.source(plan.profile.backend).purl.rpartition("/")[2]
+    missing = runtime.missing(runtimes.Machine.of(plan.profile))
+    alone = not runtime.MODULES or (missing is not None and missing.package == package)
+    names = ("front",) if alone else (f"{plan.runtime}-{plan.profile.backend}", plan.runtime)
     places = (APP / "requirements" / f"{name}.txt" for name in names)
     text = next(place for place in places if place.is_file()).read_text(encoding="utf-8")
+    text = _pinned(text, package, f"{package}=={plan.runtime_version}")
+    if missing is not None:
+        text = _pinned(text, missing.package, f"# {missing.package}: not from PyPI. {missing.words}")
     return text + "".join(f"{line}\n" for line in readers(plan))
+
+
+def _pinned(requirements: str, package: str, line: str) -> str:
+    """The requirements with another line for this package, where they have one."""
+    return re.sub(rf"^{re.escape(package)}==.*$", line, requirements, flags=re.MULTILINE)
 
 
 def _file_layer(filepath: str, kind: oci.Kind, path: Path) -> oci.Layer:

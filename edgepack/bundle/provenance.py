@@ -32,7 +32,7 @@ def provenance(
         {
             "name": plan.runtime,
             "uri": source.repository,
-            "annotations": {"version": source.version or plan.runtime_version},
+            "annotations": {"version": plan.runtime_version},
         },
     ]
     if artifact.imatrix_sha256 is not None:

@@ -63,16 +63,13 @@ def render(plan: Plan, *, with_runtime: bool = False, image_digest: str | None =
 
 
 def launch(plan: Plan) -> tuple[str, ...]:
-    """The flags that hold a server to the plan, as the version in its image has them; model, address and key come on
-    top."""
-    settings, alias, backend, start_up = plan.settings, plan.model.id, plan.profile.backend, plan.start_up
-    if plan.runtime != vllm.NAME:
-        runtime = runtimes.named(plan.runtime)
-        return runtime.launch(settings, alias=alias, backend=backend, start_up=start_up)
-    image = image_for(plan)
-    version = vllm.CPU_VERSION if backend == "cpu" else image.version if image else None
-    return vllm.launch(
-        settings, alias=alias, backend=backend, start_up=start_up, version=version or vllm.VERSION
+    """The flags that hold a server to the plan, as the plan's version has them; model, address and key come on top."""
+    return runtimes.named(plan.runtime).launch(
+        plan.settings,
+        alias=plan.model.id,
+        backend=plan.profile.backend,
+        start_up=plan.start_up,
+        version=plan.runtime_version,
     )
 
 
@@ -202,6 +199,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
     jetson = plan.profile.device_class == "jetson"
     pinned = image is not None and image.digest != "unknown"
     runtime = runtimes.named(plan.runtime)
+    missing = runtime.missing(runtimes.Machine.of(plan.profile))
     lines = _lines(launch(plan))
     reference = None
     if image is not None:
@@ -213,6 +211,8 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "flag_lines": lines,
         "flags": {line[0]: " ".join(line[1:]) for line in lines},
         "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
+        "missing": missing,
+        "no_install": None if missing is None else _instead(missing, image=image is not None),
         "modules": " ".join((*runtime.MODULES, *(_module(line) for line in readers(plan)))),
         "service": "server" if own_python else "llama-server",
         "small_torch": "torch" in runtime.MODULES and plan.profile.backend == "cpu",
@@ -245,6 +245,12 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "ready_seconds": (300 if plan.runtime == vllm.NAME else 60)
         + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }
+
+
+def _instead(missing: runtimes.Missing, *, image: bool) -> str:
+    """What gives a Python that `sh start.sh install` does not."""
+    container = "sh start.sh container, or " if image else ""
+    return f"{container}EDGEPACK_PYTHON=PROGRAM; {missing.words}"
 
 
 def _module(requirement: str) -> str:

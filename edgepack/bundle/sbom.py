@@ -109,7 +109,7 @@ def _model(plan: Plan, artifact: Artifact, checkpoint: Checkpoint) -> dict[str, 
 
 def _runtime(plan: Plan, binary: Path | None) -> dict[str, object]:
     source = runtimes.named(plan.runtime).source(plan.profile.backend)
-    version = source.version or plan.runtime_version
+    version = plan.runtime_version
     component: dict[str, object] = {
         "type": "application",
         "bom-ref": "runtime",

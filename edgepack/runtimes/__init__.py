@@ -10,9 +10,10 @@ from edgepack.errors import Unsupported
 from edgepack.modelspec import ModelSpec
 from edgepack.parts import Part
 from edgepack.profile import Arch, Backend, DeviceProfile
-from edgepack.runtimes import llama_cpp, onnx_genai, transformers, vllm
+from edgepack.runtimes import llama_cpp, onnx_genai, support, transformers, vllm
 from edgepack.runtimes.support import Family, Source
 from edgepack.runtimes.support import Machine as Machine
+from edgepack.runtimes.support import Missing as Missing
 from edgepack.settings import Settings
 
 
@@ -64,6 +65,10 @@ class Runtime(Protocol):
     def caution(self, machine: Machine) -> str:
         """What speaks against it on this machine without forbidding it; empty when nothing does."""
 
+    def missing(self, machine: Machine) -> Missing | None:
+        """What of its requirements PyPI has no wheel of that runs on this machine; None where it has all, or that is
+        not known."""
+
     def kv_types(self, machine: Machine) -> tuple[str, ...]:
         """KV types that the planner tries; the first is the default."""
 
@@ -88,20 +93,34 @@ class Runtime(Protocol):
         """What it takes, part by part. Raises Unsupported for what it cannot do with this model."""
 
     def launch(
-        self, settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
+        self,
+        settings: Settings,
+        *,
+        alias: str,
+        backend: Backend,
+        start_up: Mapping[str, int | float],
+        version: str = ...,
     ) -> tuple[str, ...]:
         """Flags of its server, without model, address and key; all that bounds memory is explicit.
 
-        ``alias``: the model's name in its API; ``start_up``: the plan's."""
+        ``alias``: the model's name in its API; ``start_up``, ``version``: the plan's. Raises Unsupported where this
+        version has no flag for what the plan wants."""
 
     def environment(self, settings: Settings, *, backend: Backend) -> Mapping[str, str]:
         """Variables that its server is started with."""
 
     def start_up(
-        self, spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        *,
+        backend: Backend,
+        needed: int,
+        total: int | None,
+        version: str = ...,
     ) -> Mapping[str, int | float]:
         """What it prints about its memory when it starts, or is to be told; ``needed`` and ``total``: bytes of the
-        accelerator that this plan takes and that there are."""
+        accelerator that this plan takes and that there are; ``version``: the plan's."""
 
 
 RUNTIMES: tuple[Runtime, ...] = (llama_cpp, vllm, onnx_genai, transformers)
@@ -117,6 +136,11 @@ def named(name: str) -> Runtime:
         f"runtime {name!r} is not known{serde.did_you_mean(name, NAMES)}",
         hint=f"known runtimes: {', '.join(NAMES)}",
     )
+
+
+def version(runtime: Runtime, profile: DeviceProfile | None, backend: Backend) -> str:
+    """Which version of ``runtime`` a plan for this device is for: what its image holds, else its package's there."""
+    return support.version(runtime.NAME, runtime.source(backend), profile)
 
 
 def reading(scheme: str, machine: Machine) -> tuple[Runtime, ...]:

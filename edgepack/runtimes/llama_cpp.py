@@ -79,6 +79,7 @@ def source(backend: Backend) -> support.Source:
         repository="https://github.com/ggml-org/llama.cpp",
         purl="pkg:github/ggml-org/llama.cpp",
         license="MIT",
+        version=VERSION,
     )
 
 
@@ -91,6 +92,10 @@ def refusal(scheme: str, machine: support.Machine) -> str | None:
 
 
 def objection(machine: support.Machine) -> str | None:
+    return None
+
+
+def missing(machine: support.Machine) -> support.Missing | None:
     return None
 
 
@@ -108,7 +113,13 @@ def lighter_kv(kv_type: str, machine: support.Machine) -> str | None:
 
 
 def start_up(
-    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    backend: Backend,
+    needed: int,
+    total: int | None,
+    version: str = VERSION,
 ) -> Mapping[str, int | float]:
     """llama-server's own line: tokens of context a slot has."""
     return {"n_ctx_slot": cells(settings)}
@@ -163,6 +174,7 @@ def launch(
     alias: str,
     backend: Backend = "cpu",
     start_up: Mapping[str, int | float] = MappingProxyType({}),
+    version: str = VERSION,
 ) -> tuple[str, ...]:
     """llama-server's flags, without model, address and key; everything that bounds memory is explicit.
 

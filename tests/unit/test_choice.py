@@ -60,6 +60,46 @@ def test_the_front_is_what_no_other_beats_and_covers_the_rest(points: list[tuple
         assert any(all(a >= b for a, b in zip(one, figures(other), strict=True)) for one in kept)
 
 
+@pytest.mark.parametrize(
+    ("better", "faster", "first"),
+    [
+        (1.000, 3.0, "llama.cpp"),  # as good and faster
+        (1.019, 3.0, "llama.cpp"),  # within the noise of both
+        (1.021, 3.0, "vllm"),
+        (1.021, 0.5, "vllm"),  # surely better, though slower
+    ],
+)
+def test_another_runtime_is_taken_where_it_is_better_by_the_noise_of_both(
+    better: float, faster: float, first: str
+) -> None:
+    plain = standing(50.0, 10.0, GIB)
+    other = replace(standing(50.0 * better, 10.0 * faster, GIB), runtime="vllm")
+
+    for plans in ([plain, other], [other, plain]):
+        chosen = choice.choose(plans, Request(profile=NANO), [])
+
+        assert chosen.runtime == first
+        (against,) = chosen.rejected
+        said = (
+            "no more than the noise of two runtimes"
+            if first == "llama.cpp"
+            else "scores at least 50.0 against"
+        )
+        assert said in against.reason
+
+
+def test_among_other_runtimes_the_faster_of_equals_is_taken() -> None:
+    plans = [
+        replace(standing(60.0, 10.0, GIB), runtime="vllm"),
+        replace(standing(59.8, 20.0, GIB), runtime="transformers"),
+        standing(50.0, 90.0, GIB),
+    ]
+
+    ranked = choice.rank(plans, "quality")
+
+    assert [p.runtime for p in ranked] == ["transformers", "vllm", "llama.cpp"]
+
+
 def test_what_was_not_chosen_comes_best_first_then_nearest_first() -> None:
     chosen = pipeline.make_plan(Request(profile=NANO), models())
 
@@ -167,7 +207,8 @@ def test_throughput_makes_most_of_all_slots_together() -> None:
 
 
 CHANGE = re.compile(
-    r"--(kv-type|ubatch|context|min-tokens-per-second|power-mode) (\S+) would allow (\S+) (\S+) kv (\S+) ctx (\d+):"
+    r"--(kv-type|ubatch|slots|context|min-tokens-per-second|power-mode) (\S+)(?: --context \d+)? would allow "
+    r"(\S+) (\S+) kv (\S+) ctx (\d+):"
 )
 
 
@@ -190,6 +231,7 @@ def test_the_change_that_an_explanation_names_is_true_when_applied(name: str, go
     changed = {
         "kv-type": lambda: replace(request, kv_type=value),
         "ubatch": lambda: replace(request, ubatch=int(value)),
+        "slots": lambda: replace(request, slots=int(value), context=int(which[-1])),
         "context": lambda: replace(request, context=int(value)),
         "min-tokens-per-second": lambda: replace(request, min_decode=float(value)),
         "power-mode": lambda: replace(request, power_mode=value),
@@ -213,7 +255,22 @@ def test_a_context_half_as_long_lets_a_better_model_in_where_memory_is_tight() -
     assert CHANGE.match(change), change
 
 
-def test_a_power_mode_that_only_computes_faster_is_proposed() -> None:
+def test_fewer_slots_of_the_same_length_are_proposed_before_shorter_ones() -> None:
+    """Four slots of 4096 tokens leave an Orin Nano of 8 GB no room for 8 bits of a model that two do."""
+    request = Request(
+        profile=profile.load("jetson-orin-nano-8gb"), context=16384, slots=4, kv_type="f16", scheme="Q8_0",
+        min_decode=0.0,
+    )  # fmt: skip
+    two = [pipeline.named(name) for name in ("qwen3-1.7b", "qwen3-4b")]
+    chosen = pipeline.make_plan(request, two)
+    assert chosen.model.id == "qwen3-1.7b"
+
+    change = choice.explain(chosen, request, two).change
+
+    assert re.match(
+        r"--slots (1|2) --context (4096|8192) would allow qwen3-4b Q8_0 kv f16 ctx \2:", change
+    ), change
+
     request = Request(profile=profile.load("jetson-agx-orin-32gb"), goal="latency")
     chosen = pipeline.make_plan(request, models())
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from edgepack import runtimes, toolchain
 from edgepack.bundle.render import CONTAINER_UID
@@ -293,6 +294,38 @@ def test_the_build_host_has_what_edgepack_says_it_needs() -> None:
 
     assert len(needed) > 5
     assert {*needed, *extra} <= set(locked(DOCKER / "requirements-build-host.txt"))
+
+
+def extra_lines(name: str) -> list[Requirement]:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (lines,) = re.findall(rf"^{name} = \[(.*)\]$", project, re.MULTILINE)
+    return [Requirement(line) for line in re.findall(r'"([^"]+)"', lines)]
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"),
+    [
+        ("onnx-genai", {"onnx", "serve"}),
+        ("onnx-genai-cuda", {"onnx-gpu", "serve"}),
+        ("transformers", {"torch", "quant", "serve"}),
+    ],
+)
+def test_the_extras_allow_what_a_device_is_told_to_install(name: str, extras: set[str]) -> None:
+    allowed = [line for extra in extras for line in extra_lines(extra)]
+    pinned = pins(REQUIREMENTS / f"{name}.txt")
+
+    common = [line for line in allowed if line.name in pinned]
+
+    assert name.replace("onnx-", "onnxruntime-") in {line.name for line in common}
+    assert len({line.name for line in common}) >= 4
+    assert [line for line in common if pinned[line.name] not in line.specifier] == []
+
+
+def test_the_two_extras_of_onnx_differ_in_what_writes_the_same_modules_only() -> None:
+    onnx, gpu = set(extra_lines("onnx")), set(extra_lines("onnx-gpu"))
+
+    assert {line.name for line in onnx - gpu} == {"onnxruntime-genai", "onnxruntime"}
+    assert {line.name for line in gpu - onnx} == {"onnxruntime-genai-cuda", "onnxruntime-gpu"}
 
 
 # ── scripts/images.py ──

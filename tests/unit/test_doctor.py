@@ -18,6 +18,7 @@ from edgepack import check, doctor
 from edgepack.doctor import SHOWN, Diagnosis, answer, diagnose, examine, markdown, table, to_document
 from edgepack.errors import BadInput, NotFound, Untrusted
 from edgepack.faults import RULES, SEEN
+from edgepack.runtimes import vllm
 from tests.unit.test_bundle import write
 from tests.unit.test_check import changed, judged
 
@@ -95,6 +96,26 @@ def test_a_command_over_several_lines_is_read_to_its_end_and_no_further() -> Non
     assert [one.line for one in found] == [2, 2, 3]
     assert found[0].cure == "write `--no-enable-log-requests`"
     assert found[1].cure == "write `--cudagraph-capture-sizes 8`"
+
+
+@pytest.mark.parametrize(
+    ("named", "settings"),
+    [
+        ("docker run vllm/vllm-openai:v0.14.0 --model m", {"cuda_graph_sizes"}),
+        ("vllm==0.18.0", {"swap_space", "disable_log_requests", "cuda_graph_sizes"}),
+        ("INFO [core.py:96] Initializing a V1 LLM engine (v0.14.0) with config", {"cuda_graph_sizes"}),
+        ("vllm==99.1.0", {"swap_space", "disable_log_requests", "cuda_graph_sizes"}),
+    ],
+)
+def test_a_command_is_held_to_the_version_that_the_text_names(named: str, settings: set[str]) -> None:
+    command = "vllm serve m --disable-log-requests --cuda-graph-sizes 8 --swap-space=4"
+
+    found = diagnose(f"{named}\n{command}\n")
+
+    version = {"vllm==99.1.0": vllm.VERSION, "vllm==0.18.0": "0.18.0"}.get(named, "0.14.0")
+    assert {one.cause.partition(":")[0] for one in found} == {
+        f"vLLM {version} does not take {setting}" for setting in settings
+    }
 
 
 def test_a_command_of_today_shows_nothing() -> None:

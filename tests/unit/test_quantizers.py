@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgepack import layouts, modelspec
+from edgepack import layouts, modelspec, quantization
 from edgepack.artifact import Checkpoint
 from edgepack.builders import quantizers, safetensors
 from edgepack.builders.quantizers import Job
-from edgepack.errors import BadInput, BuildFailed, Unsupported
+from edgepack.errors import BadInput, BuildFailed, MissingTool, Unsupported
 from edgepack.progress import Silent
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -140,3 +140,73 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("rtn") / "four"
     rtn.write(DEMO, out, bits=4, group=128, symmetric=True)
     return out
+
+
+def _distribution(folder: Path, name: str) -> None:
+    home = folder / f"{name.replace('-', '_')}-9.0.dist-info"
+    home.mkdir()
+    (home / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.0\n", encoding="utf-8")
+
+
+ONNX = quantizers.named("onnx-int4")
+GENAI = ("onnx", "onnx_ir", "torch", "transformers")
+
+
+@pytest.mark.parametrize(
+    "there", [("onnxruntime-genai", "onnxruntime"), ("onnxruntime-genai-cuda", "onnxruntime-gpu")]
+)
+def test_onnx_is_built_with_the_wheels_for_a_cpu_or_those_for_cuda(
+    there: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in (*GENAI, *there):
+        _distribution(tmp_path, name)
+
+    found = quantizers.installed(ONNX)
+
+    assert found.keys() == {*GENAI, *there}
+
+
+def test_wheels_that_write_the_same_modules_are_refused_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in (*GENAI, "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime"):
+        _distribution(tmp_path, name)
+
+    with pytest.raises(
+        MissingTool, match="onnxruntime-genai and onnxruntime-genai-cuda are both installed"
+    ) as refused:
+        quantizers.installed(ONNX)
+
+    assert refused.value.hint is not None
+    assert refused.value.hint.startswith("pip uninstall onnxruntime-genai onnxruntime-genai-cuda")
+
+
+def test_without_either_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+
+    with pytest.raises(MissingTool, match="onnxruntime-genai is not installed") as refused:
+        quantizers.installed(ONNX)
+
+    assert "edgepack[onnx]" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("package", "card", "runs"),
+    [
+        ("onnxruntime-genai-cuda", True, True),
+        ("onnxruntime-genai-cuda", False, False),
+        ("onnxruntime-genai", True, False),
+    ],
+)
+def test_a_graph_for_cuda_is_measured_where_there_are_its_wheels_and_a_card(
+    package: str, card: bool, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(quantization, "CARDS", (tmp_path if card else tmp_path / "none",))
+    _distribution(tmp_path, package)
+
+    assert quantization.runs_here("onnx-int4", "cuda") == runs
+    assert quantization.runs_here("onnx-int4", "cpu")
+    assert quantization.runs_here("gptq-int4-g128", "cuda")

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgepack import profile, runtimes
-from edgepack.bundle import server_document
+from edgepack.bundle import requirements, server_document
 from edgepack.bundle.render import RELEASE, for_comment, for_sh, for_unit_text, for_yaml, render
 from edgepack.device import agent
 from edgepack.errors import BadInput
@@ -378,3 +378,93 @@ echo "$*" >>"{tmp_path}/calls"
         f"-m pip install --requirement {tmp_path}/requirements.txt",
         *taken_off,
     ]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_pypis_torch_is_not_installed_where_the_driver_is_too_old_for_it(there: bool, tmp_path: Path) -> None:
+    """accelerate would bring it: NVIDIA's must be in the environment first."""
+    plan = served_plan("transformers", "jetson-orin-nx-16gb")
+    (tmp_path / "start.sh").write_text(render(plan)["start.sh"], encoding="utf-8")
+    python = tmp_path / "python3"
+    python.write_text(
+        f"""#!/bin/sh
+case "$2" in
+venv) install -D "$0" "$3/bin/python3" ;;
+pip) echo "$*" >>"{tmp_path}/calls" ;;
+*) exit {0 if there else 1} ;;
+esac
+""",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EDGEPACK_VENV": str(tmp_path / "venv")}
+
+    done = subprocess.run(
+        ["sh", tmp_path / "start.sh", "install"], env=environment, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == (0 if there else 1)
+    assert (tmp_path / "calls").exists() == there
+    if not there:
+        assert done.stderr == (
+            "start.sh: PyPI's PyTorch for aarch64 is built for CUDA 13 or none, and this device's driver runs CUDA "
+            "12.6: take NVIDIA's, for JetPack 6 at https://pypi.jetson-ai-lab.io/jp6/cu126. Put it into $venv with its "
+            "pip first.\n".replace("$venv", str(tmp_path / "venv"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "said"),
+    [
+        ("vllm", "jetson-orin-nx-16gb", "sh start.sh container, or EDGEPACK_PYTHON=PROGRAM; PyPI's PyTorch"),
+        ("transformers", "jetson-orin-nx-16gb", "EDGEPACK_PYTHON=PROGRAM; PyPI's PyTorch for aarch64"),
+        ("onnx-genai", "jetson-orin-nx-16gb", "hold no code for compute capability 8.7: build onnxruntime"),
+        ("vllm", "rtx-4060-8gb", "(sh start.sh install, or EDGEPACK_PYTHON=PROGRAM)"),
+    ],
+)
+def test_a_start_without_its_python_says_how_to_get_one_for_this_device(
+    runtime: str, device: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "start.sh").write_text(render(served_plan(runtime, device))["start.sh"], encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "EDGEPACK_PYTHON": "/bin/false"}
+
+    done = subprocess.run(
+        ["sh", tmp_path / "start.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("start.sh: no Python with ")
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "pinned", "left_out"),
+    [
+        ("vllm", "jetson-orin-nx-16gb", "fastapi==", "vllm=="),
+        ("vllm", "jetson-agx-thor", "vllm==0.30.0", "fastapi=="),
+        ("transformers", "jetson-orin-nx-16gb", "transformers==", "torch=="),
+        ("transformers", "jetson-agx-thor", "torch==", "# torch"),
+        ("onnx-genai", "jetson-orin-nx-16gb", "uvicorn==", "onnxruntime"),
+        ("onnx-genai", "rtx-4060-8gb", "onnxruntime-genai-cuda==", "# onnx"),
+    ],
+)
+def test_requirements_leave_out_what_pypi_has_no_wheel_of_for_the_device(
+    runtime: str, device: str, pinned: str, left_out: str
+) -> None:
+    lines = requirements(served_plan(runtime, device)).splitlines()
+
+    assert any(line.startswith(pinned) for line in lines)
+    assert not any(line.startswith(left_out) for line in lines)
+
+
+def test_our_image_is_not_named_where_its_wheels_hold_no_code() -> None:
+    assert "compose.yaml" not in render(served_plan("onnx-genai", "jetson-orin-nx-16gb"))
+    assert "compose.yaml" in render(served_plan("onnx-genai", "rtx-4060-8gb"))

@@ -649,3 +649,48 @@ def test_a_runtime_without_a_wheel_is_planned_with_force_only() -> None:
     assert "no official wheel for cpu" in refused.reason
     assert isinstance(forced, Plan)
     assert any("forced: vllm has no official wheel" in warning for warning in forced.warnings)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "package"),
+    [
+        ("vllm", "jetson-orin-nx-16gb", "vllm"),
+        ("vllm", "jetson-agx-thor", None),
+        ("vllm", "rtx-4060-8gb", None),
+        ("vllm", "x86-laptop", None),
+        ("transformers", "jetson-orin-nx-16gb", "torch"),
+        ("transformers", "jetson-agx-thor", None),
+        ("transformers", "rtx-4060-8gb", None),
+        ("transformers", "raspberry-pi-5-8gb", None),
+        ("onnx-genai", "jetson-orin-nx-16gb", "onnxruntime-genai-cuda"),
+        ("onnx-genai", "jetson-agx-thor", "onnxruntime-genai-cuda"),
+        ("onnx-genai", "rtx-4060-8gb", None),
+        ("llama.cpp", "jetson-orin-nx-16gb", None),
+    ],
+)
+def test_what_pypi_has_no_wheel_of_for_a_device_is_known(
+    runtime: str, device: str, package: str | None
+) -> None:
+    found = runtimes.named(runtime).missing(Machine.of(profile.load(device)))
+
+    assert (None if found is None else found.package) == package
+
+
+def test_a_plan_warns_of_it_where_no_image_has_it() -> None:
+    request = plan.Request(
+        profile=profile.load("jetson-orin-nx-16gb"),
+        runtime="transformers",
+        scheme="bf16",
+        context=1024,
+        min_decode=0.0,
+    )
+    model = [pipeline.named("qwen2.5-0.5b-instruct")]
+
+    (alone,) = plan.survey(request, model)
+    (in_its_image,) = plan.survey(replace(request, runtime="vllm"), model)
+
+    said = "PyPI's PyTorch for aarch64 is built for CUDA 13 or none, and this device's driver runs CUDA 12.6"
+    assert isinstance(alone, plan.Plan)
+    assert isinstance(in_its_image, plan.Plan)
+    assert any(text.startswith(f"{said}: take NVIDIA's") for text in alone.warnings)
+    assert not any(said in text for text in in_its_image.warnings)

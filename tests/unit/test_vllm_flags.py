@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from edgepack.errors import BadInput, Unsupported
@@ -20,7 +23,7 @@ TODAY = vllm.VERSION
         ("cuda-graph-sizes", "0.9.2", "0.12.0"),
         ("max-num-queued-reqs", "0.29.0", "0.33.0"),
         ("generation-config", "0.8.5", "0.33.0"),
-        ("disable-log-requests", "0.6.2", "0.13.0"),
+        ("disable-log-requests", "0.6.2", "0.14.0"),
         ("enable-log-requests", "0.10.2", "0.33.0"),
         ("max-seq-len-to-capture", "0.6.2", "0.10.2"),
     ],
@@ -111,6 +114,30 @@ def test_every_row_names_versions_that_were_read(flag: vllm_flags.Flag) -> None:
     assert flag.negated is None or flag.kind == "switch"
     assert not flag.choices or flag.kind == "text"
     assert [row.name for row in FLAGS].count(flag.name) == 1
+
+
+RECORDS = Path(__file__).parents[1] / "data" / "vllm_options"
+"""What the parsers of wheels said (scripts/vllm_options.py)."""
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if "." not in flag.name], ids=lambda flag: flag.name)
+@pytest.mark.parametrize("version", sorted(path.stem for path in RECORDS.glob("*.json")))
+def test_a_row_says_what_the_parser_of_a_version_took(version: str, flag: vllm_flags.Flag) -> None:
+    record = json.loads((RECORDS / f"{version}.json").read_text(encoding="utf-8"))
+    assert record["wheel"].startswith(f"vllm-{version}-")
+
+    option = record["options"].get(flag.name)
+
+    assert (option is not None) == has(flag.name, version)
+    if option is None:
+        return
+    assert (option["nargs"] == 0) == (flag.kind == "switch")
+    assert (option["nargs"] == "+") == (flag.kind == "ints") or flag.name == "served-model-name"
+    assert option["negated"] == (flag.negated is not None and not vllm_flags.before(version, flag.negated))
+    if option["choices"] is not None:
+        assert {value for value in flag.choices if vllm_flags.takes(flag.name, value, version)} == (
+            set(flag.choices) & set(option["choices"])
+        )
 
 
 # -- the article's settings -----------------------------------------------------------------------------------

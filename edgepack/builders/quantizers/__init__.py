@@ -168,18 +168,39 @@ def _tool(versions: Mapping[str, str], job: Job, *, calibrated: bool) -> str:
     return ", ".join([*told, f"{job.threads} threads"] if calibrated else told)
 
 
+_INSTEAD: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime-genai": ("onnxruntime-genai-cuda",),
+    "onnxruntime": ("onnxruntime-gpu",),
+}
+"""Distributions that hold the same modules and may be there in a package's place, never beside it."""
+
+
 def installed(quantizer: Quantizer) -> Mapping[str, str]:
-    """Version of each of the quantizer's packages. Raises MissingTool when one is not installed."""
-    found = {}
+    """Version of each of the quantizer's packages. Raises MissingTool when one is not installed, or two that exclude
+    each other are."""
+    found: dict[str, str] = {}
     for name in quantizer.PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError as error:
+        names = (name, *_INSTEAD.get(name, ()))
+        there = {one: version for one in names if (version := _version(one)) is not None}
+        if not there:
             raise MissingTool(
                 f"{name} is not installed",
                 hint=f"pip install 'edgepack[{quantizer.EXTRA}]' (torch first: README)",
-            ) from error
+            )
+        if len(there) > 1:
+            raise MissingTool(
+                f"{' and '.join(there)} are both installed, and each wrote over the other's modules",
+                hint=f"pip uninstall {' '.join(there)}, then install the one that is wanted again",
+            )
+        found |= there
     return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def check_windows(path: Path, spec: ModelSpec) -> None:

@@ -58,13 +58,13 @@ has() {
 sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))' $2 2>/dev/null
 }
 
-# A Python that has the modules named in $1.
+# A Python that has the modules named in $1; $2 is how to get one.
 find_python() {
     for python in ${EDGEPACK_PYTHON:+"$EDGEPACK_PYTHON"} "$venv/bin/python3" /opt/edgepack/venv/bin/python3 python3; do
         if has "$python" "$1"; then return; fi
         [ -z "${EDGEPACK_PYTHON:-}" ] || break
     done
-    die "no Python with $1 (sh start.sh install, or EDGEPACK_PYTHON=PROGRAM)"
+    die "no Python with $1 (${2:-sh start.sh install, or EDGEPACK_PYTHON=PROGRAM})"
 }
 
 # edgepack_server lies beside this file; a bundle is not written into.
