@@ -504,7 +504,7 @@ def _try(
         scheme=scheme,
         imatrix=request.imatrix,
         runtime=runtime.NAME,
-        runtime_version=runtime.VERSION,
+        runtime_version=runtime.source(request.profile.backend).version or runtime.VERSION,
         settings=settings(context),
         memory=estimate,
         speed=speeds,
