@@ -274,7 +274,7 @@ def markdown(found: Results) -> str:
 def _row(name: str, what: str, load: Mapping[str, Any]) -> str:
     memory = load["rss_mib"]
     cells = [
-        name, f"{load['clients']} {what}", load["answered"], load["left"],
+        name, f"{load['clients']} {what}, {load['seconds']:.0f} s", load["answered"], load["left"],
         ", ".join(f"{count} ({status})" for status, count in load["refused"].items()) or 0,
         sum(load["errors"].values()), load["tokens_per_second"],
         *(_times(load[kind]) for kind in ("first_token_ms", "between_tokens_ms", "whole_ms")),

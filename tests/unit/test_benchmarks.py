@@ -364,7 +364,10 @@ def test_a_load_is_a_row_and_a_runtime_that_is_not_there_is_told() -> None:
 
     page = serving.markdown(found)
 
-    row = "| onnx-genai | 32 staying | 900 | 0 | 4 (429) | 0 | 123.4 | 1,234 / 2,000 | 1.2 / 2.0 | - | 100, 101, 110 |"
+    row = (
+        "| onnx-genai | 32 staying, 120 s | 900 | 0 | 4 (429) | 0 | 123.4 | 1,234 / 2,000 | 1.2 / 2.0 | - | "
+        "100, 101, 110 |"
+    )
     assert row in page
     assert "| onnx-genai | 3 | 1.000 [0.900, 1.100] | 1.000 [1.000, 1.000] |" in page
     assert "- vllm: not measured: no --vllm PYTHON" in page
