@@ -237,6 +237,7 @@ def bare_command(asked: argparse.Namespace, key: Path) -> Command:
     words = [asked.python, "-m", VLLM_SERVER, "--model", str(asked.artifact), "--max-num-seqs", "1"]
     words += ["--max-model-len", str(asked.context), "--served-model-name", "benchmark"]
     words += ["--dtype", vllm.compute_type(kv_type)]
+    words += ["--gpu-memory-utilization", "0.2"]  # by default it wants 92 % of a CPU's memory to be free
     return words, {"OMP_NUM_THREADS": str(asked.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 

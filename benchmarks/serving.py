@@ -135,9 +135,10 @@ def measured(asked: argparse.Namespace) -> Iterator[Results]:
         try:
             for _ in steps(name, asked, profile, one):
                 yield results(load, time.monotonic() - began, found)
-        except (subprocess.CalledProcessError, serve_load.NotServed) as error:
+        # server_speed, a program too, ends with what a server that does not start has said.
+        except (subprocess.CalledProcessError, serve_load.NotServed, SystemExit) as error:
             said = (error.stderr or "").strip() if isinstance(error, subprocess.CalledProcessError) else ""
-            one.failed = (said.splitlines() or [str(error)])[-1]
+            one.failed = ((said or str(error).strip()).splitlines() or [type(error).__name__])[-1]
             print(f"{name} ended early: {one.failed}", flush=True)
     yield results(load, time.monotonic() - began, found)
 
