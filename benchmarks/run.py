@@ -42,6 +42,7 @@ LONGER: Mapping[str, str] = {
     "memory_accuracy.py DIR": "the estimate over more shapes, schemes and contexts; half an hour",
     "server_speed.py RUNTIME ARTIFACT": "every runtime's server against its bare loop; minutes each",
     "serve_load.py": "a server under load; minutes",
+    "serving.py": "bundles of all runtimes under load and against their bare runtimes; 25 minutes",
     "flash.py": "weights over ssh against scp; minutes",
     "budget.py DIR MODEL…": "budgets against more mixtures and models; an hour",
     "quantizers.py MODEL…": "every scheme's size and divergence; hours",

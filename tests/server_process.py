@@ -126,6 +126,26 @@ def running(program: Sequence[str], folder: Path, *flags: str) -> Iterator[Serve
         yield server
 
 
+def fuzz(server: Server, folder: Path, *, phases: str, examples: int) -> str:
+    """What schemathesis says of requests that follow the server's own description and of such that break it.
+
+    Phase "coverage" has cases for every field, "fuzzing" so many random ones for each operation. All its checks but
+    positive_data_acceptance and its warning: a token beyond the vocabulary and a NUL follow the description and are
+    refused.
+    """
+    command = [
+        sys.executable, "-m", "schemathesis.cli", "run", f"{server.api.url}/openapi.json",
+        "--header", f"Authorization: Bearer {KEY}", "--phases", phases, "--checks", "all",
+        "--exclude-checks", "positive_data_acceptance", "--max-examples", str(examples), "--seed", "1",
+        "--generation-database", "none", "--no-color", "--warnings", "off",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "No issues found" in done.stdout
+    assert not [event for event in server.events("request") if event["status"] >= 500]
+    return done.stdout
+
+
 FAKE = (sys.executable, "-m", "tests.fake_engine", "--engine", "onnx-genai", "--alias", "fake")
 
 

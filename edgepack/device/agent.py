@@ -1999,7 +1999,9 @@ class Meter:
             while now - window[0][0] > THRASH_SECONDS:
                 window.pop(0)
             seconds, faults = now - window[0][0], window[-1][1] - window[0][1]
-            again = reading.get("read_bytes", 0) - (self.reads_at_run or 0)
+            # What a server in Python reads of its libraries late, it reads once; llama-server's files are its weights.
+            first = self.peak_file if self._tree else max(0, self.peak_file - self._weights)
+            again = reading.get("read_bytes", 0) - (self.reads_at_run or 0) - first
             if seconds > THRASH_SECONDS - 1 and faults > THRASH_FAULTS_PER_SECOND * seconds:
                 self.thrashing = "%d major faults in %d s: its memory is not there" % (faults, seconds)
             elif self.reads_at_run is not None and again > THRASH_READS * self._weights:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -420,12 +420,33 @@ ANY_OBJECT = {
 }
 
 
+REFUSED: dict[str, Any] = {
+    "description": "this front's refusal, or that of the server behind as it is: llama-server's `code` is a number",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message"],
+                        "properties": {"message": {"type": "string"}},
+                    }
+                },
+            }
+        }
+    },
+}
+
+
 def application(front: Front) -> FastAPI:
     """The routes before another server."""
     app = bare("edgepack_server front")
     passed: Responses = {
         200: {"description": "as the server behind answers", "content": {"application/json": {}, EVENTS: {}}},
-        **{status: {"model": ErrorAnswer} for status in (400, 401, 404, 408, 413, 429, 500, 502, 503, 504)},
+        **dict.fromkeys((400, 404, 408, 413, 429, 500, 502, 503, 504), REFUSED),
+        401: {"model": ErrorAnswer},
     }
 
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}}, response_model=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ from edgepack.server import engines
 from edgepack.server.engines import CannotLoad, Engine, Options, Sampling, Token
 from tests import quantized
 from tests.quantized import DEMO, build
+from tests.server_process import fuzz, running
 
 pytestmark = pytest.mark.integration
 
 CONTEXT, CHUNK = 192, 48
+EXAMPLES = 5
+"""Of schemathesis for each operation."""
 GREEDY = Sampling(temperature=0, ignore_eos=True)
 PROMPT = [int(token) for token in quantized.heldout()[:130]]
 
@@ -284,3 +288,17 @@ def test_layers_with_a_window_see_the_window_only(tmp_path: Path) -> None:
     engine.close()
 
     assert found == said[0, len(PROMPT) :].tolist()
+
+
+def test_nothing_that_follows_or_breaks_its_description_fails_in_a_real_engine(
+    onnx_folder: Path, tmp_path: Path
+) -> None:
+    program = (sys.executable, "-m", "edgepack.server", "--engine", "onnx-genai", "--model", str(onnx_folder))
+    with running(
+        program, tmp_path, "--ctx-size", str(2 * CONTEXT), "--parallel", "2", "--threads", "1"
+    ) as one:
+        said = fuzz(one, tmp_path, phases="fuzzing", examples=EXAMPLES)
+        lived = one.api("POST", "/v1/completions", {"prompt": "It was", "max_tokens": 2}).status
+
+    assert "10 selected / 10 total" in said
+    assert lived == 200

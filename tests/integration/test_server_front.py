@@ -20,12 +20,14 @@ from edgepack import hub, modelspec, toolchain
 from edgepack.builders import gguf
 from edgepack.progress import Silent
 from edgepack.server.front import FRESH_SECONDS
-from tests.server_process import FAKE, KEY, Api, Server, free_port, listening, running
+from tests.server_process import FAKE, KEY, Api, Server, free_port, fuzz, listening, running
 
 pytestmark = pytest.mark.integration
 
 FRONT = (sys.executable, "-m", "edgepack.server", "--engine", "front", "--parallel", "1", "--queue-size", "1")
 SLOT = 256
+EXAMPLES = 10
+"""Of schemathesis for each operation."""
 
 
 @contextmanager
@@ -139,6 +141,15 @@ def test_the_openai_client_streams_from_llama_server_through_it(llama_server: Ap
 
     assert chunks[-1].choices[0].finish_reason == "length"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def test_nothing_that_follows_or_breaks_its_description_fails_before_llama_server(
+    llama_server: Api, tmp_path: Path
+) -> None:
+    with front(tmp_path, llama_server.port) as one:
+        said = fuzz(one, tmp_path, phases="fuzzing", examples=EXAMPLES)
+
+    assert "No issues found" in said
 
 
 # ── before any server ────────────────────────────────────────────────────────────────────────────────

@@ -542,6 +542,29 @@ def test_a_lone_process_and_llama_server_are_read_as_ever() -> None:
         assert llama.now() == {**agent._reading(process.pid), "cpu_ticks": llama.now()["cpu_ticks"]}
 
 
+@pytest.mark.parametrize(
+    ("tree", "weights", "read", "thrashes"),
+    [(True, 1, 109, False), (True, 1, 111, True), (False, 100, 999, False), (False, 100, 1001, True)],
+)
+def test_what_is_first_read_after_the_load_is_no_thrashing(
+    tree: bool, weights: int, read: int, thrashes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 MiB of files are resident: a Python server's libraries, or llama-server's mapped weights. MiB each."""
+    seen = {"VmHWM": 0, "VmRSS": 0, "RssFile": 100 << 20, "major_faults": 0, "read_bytes": 7 << 20}
+    with family("import time; print('ready', flush=True); time.sleep(600)") as process:
+        meter = agent.Meter(process, weights << 20, tree=tree)
+        monkeypatch.setattr(meter, "now", lambda: dict(seen))
+        meter.loaded()
+        seen["read_bytes"] += read << 20
+
+        meter.start()
+        time.sleep(0.5)
+        meter.stop()
+
+        assert (meter.thrashing is not None) is thrashes
+        assert (process.poll() is not None) is thrashes
+
+
 def test_children_do_not_outlive_the_server_that_started_them() -> None:
     with family(SPAWNED) as process:
         members = agent._session(process.pid)

@@ -20,6 +20,8 @@ import memory
 import pack
 import peers
 import run as bench
+import serve_load
+import serving
 from comparison import Figure, Peer, Row
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -303,3 +305,76 @@ def _results(row: Row, load: float = 0.1) -> bench.Results:
         date="2030-01-02", machine="a machine", software="edgepack", load=load, seconds=60,
         peers={"pack": (PEER,)}, rows={"pack": (row,)}, failed={},
     )  # fmt: skip
+
+
+# ── servers under load ──
+
+
+@pytest.mark.parametrize(
+    ("page", "found"),
+    [
+        ("edgepack_requests_running 2\nedgepack_queue_depth 5\n", 7),
+        ("# HELP x y\nllamacpp:requests_processing 1\nllamacpp:requests_deferred 0\n", 1),
+        (
+            'vllm:num_requests_running{engine="0",model_name="demo"} 0.0\n'
+            'vllm:num_requests_waiting{engine="0",model_name="demo"} 3.0\n',
+            3,
+        ),
+        ("process_resident_memory_bytes 1e9\n", None),
+    ],
+)
+def test_what_runs_and_waits_is_read_by_the_names_of_every_server(page: str, found: float | None) -> None:
+    assert serve_load.requests_in(page) == found
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "refusal"),
+    [
+        (429, "2 requests run and 2 wait: the queue is full", True),
+        (503, "The engine is currently busy and cannot accept new requests. Please try again later.", True),
+        (503, "the server is stopping", False),
+        (500, "The engine is currently busy", False),
+    ],
+)
+def test_a_full_queue_is_a_refusal_and_a_server_that_stops_is_none(
+    status: int, message: str, refusal: bool
+) -> None:
+    assert serve_load.is_refusal(status, message) is refusal
+
+
+LOADED = {
+    "clients": 32, "seconds": 120, "answered": 900, "left": 0, "refused": {"429": 4}, "errors": {},
+    "tokens_per_second": 123.4, "first_token_ms": {"p50": 1234.0, "p95": 2000.0, "p99": 3.0},
+    "between_tokens_ms": {"p50": 1.234, "p95": 2.0, "p99": 3.0}, "whole_ms": {},
+    "rss_mib": {"start": 100.4, "first_quarter": 1.0, "last_quarter": 1.0, "peak": 110.0, "end": 101.0},
+    "idle_at_end": True,
+}  # fmt: skip
+
+
+def test_a_load_is_a_row_and_a_runtime_that_is_not_there_is_told() -> None:
+    found = serving.Results(
+        date="2026-01-02", machine="a CPU", software="edgepack", load=0.1, seconds=600,
+        runtimes={
+            "onnx-genai": serving.Measured(
+                planned=100 * 2**20, loads={"staying": LOADED}, ratios=[0.9, 1.0, 1.1], processor=[1.0] * 3
+            ),
+            "vllm": serving.Measured(failed="not measured: no --vllm PYTHON"),
+        },
+    )  # fmt: skip
+
+    page = serving.markdown(found)
+
+    row = (
+        "| onnx-genai | 32 staying, 120 s | 900 | 0 | 4 (429) | 0 | 123.4 | 1,234 / 2,000 | 1.2 / 2.0 | - | "
+        "100, 101, 110 |"
+    )
+    assert row in page
+    assert "| onnx-genai | 3 | 1.000 [0.900, 1.100] | 1.000 [1.000, 1.000] |" in page
+    assert "- vllm: not measured: no --vllm PYTHON" in page
+    assert [serving.broken(one) for one in found.runtimes.values()] == [False, True]
+
+
+def test_what_a_client_met_beside_answers_and_refusals_fails_the_run() -> None:
+    wrong = ({**LOADED, "errors": {"APIError: x": 1}}, {**LOADED, "idle_at_end": False})
+
+    assert [serve_load.failed(load) for load in (LOADED, *wrong)] == [False, True, True]

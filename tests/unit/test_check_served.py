@@ -147,6 +147,24 @@ def test_vllms_weights_are_compared_to_the_digit_of_its_log() -> None:
     assert (inside["weights"].status, outside["weights"].status) == ("pass", "fail")
 
 
+@pytest.mark.parametrize(
+    ("read", "faults", "status"),
+    [
+        (100_000_000, 2000, "pass"),
+        (118_611_968 + 1_285_171, 2000, "pass"),
+        (118_611_968 + 1_285_172, 2000, "fail"),
+        (4_096_000, 1000 + 63, "fail"),
+        (0, 63, "fail"),
+    ],
+)
+def test_code_that_is_first_needed_after_the_load_is_no_paging(read: int, faults: int, status: str) -> None:
+    """Read once from a cold disk: as much as is resident of files, a page a fault; then a tenth of the weights, and a
+    fault a second, of 62.5 seconds."""
+    _, items = judged("transformers", {"memory.read_bytes_run": read, "memory.major_faults_run": faults})
+
+    assert items["paging"].status == status
+
+
 def test_memory_is_that_of_all_processes_and_never_less_than_of_one() -> None:
     _, together = judged("vllm")
     _, alone = judged("vllm", {"memory.processes.peak": 1})
