@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import serde
-from edgepack.bundle import oci, sign
+from edgepack.bundle import oci, server_document, sign
 from edgepack.device import agent, installer
 from edgepack.plan import Plan
 from tests.plans import example_plan
 
 PROFILE = "raspberry-pi-5-8gb"
 SERVER = b"#!/bin/sh\nexec true\n"
+SELFTEST = {
+    "schema_version": 1,
+    "probes": [{"prompt": "Once upon a time", "top": [[7, -0.5], [9, -1.25]]}],
+    "decode": {"prompt": "Once upon a time", "tokens": [7, 11], "text": ", there"},
+}
 UNITS = {name: f"# {name}\n" for name in installer.UNITS[:3]}
 
 
@@ -39,8 +44,13 @@ def bundle(
     """A bundle as `edgepack build` writes them, small; without ``key`` unsigned."""
     model = out.with_suffix(".weights")
     model.write_bytes(weights)
-    plan_json = serde.to_json(plan or example_plan(PROFILE))
-    texts = {"plan.json": plan_json, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
+    plan = plan or example_plan(PROFILE)
+    documents = {
+        "plan.json": serde.to_json(plan),
+        "server.json": server_document(plan),
+        "selftest.json": json.dumps(SELFTEST),
+    }
+    texts = {**documents, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
     layers = [oci.text_layer(name, "code", text) for name, text in texts.items()]
     layers.append(oci.text_layer(agent.SERVER, "code", server.decode()))
     layers.append(

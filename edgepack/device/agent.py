@@ -555,7 +555,10 @@ def _bounded_int(text: str) -> int:
 def _bounded_float(text: str) -> float:
     if len(text) > 40:
         raise ValueError("a number has %d digits" % len(text))
-    return float(text)
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("%s is larger than a number can be" % text)
+    return value
 
 
 def _manifest_parts(manifest: Any) -> Tuple[Dict[str, Any], List[Dict[str, Any]], Dict[str, str]]:
@@ -667,10 +670,7 @@ def read_file(bundle: Bundle, path: str) -> bytes:
 
 def read_document(bundle: Bundle, path: str) -> Dict[str, Any]:
     """A JSON object of a verified bundle. Raises Refused."""
-    value = parse_json(read_file(bundle, path), path)
-    if not isinstance(value, dict):
-        raise Refused("%s is not a JSON object" % path)
-    return value
+    return _document(read_file(bundle, path), path)
 
 
 def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
@@ -1183,6 +1183,8 @@ _WORD = r"-?[A-Za-z0-9][A-Za-z0-9_.,:=+-]*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.,:=+-]*(?:/[A-Za-z0-9][A-Za-z0-9_.,:=+-]*)?"
 """A model's name as the API tells it, with the owner a Hub name begins with."""
 _COUNT = r"-?[0-9]{1,18}"
+_INT = r"-?[0-9]{1,9}"
+"""What llama.cpp reads into 32 bits (common/arg.cpp: std::stoi)."""
 _NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
 
 
@@ -1214,6 +1216,8 @@ class Runtime(NamedTuple):
     """Variables of the device that begin so are kept from the server: they would change what the bundle says."""
     slots: str
     """The flag that says how many sequences it computes at once."""
+    context: str
+    """The flag that says how many tokens it holds: those of all slots together, of vLLM those of each."""
     address_space: int
     """Bytes of address space that never become resident, beside the stacks of `count_threads`.
 
@@ -1263,6 +1267,7 @@ def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
         environment=re.compile("(?:%s)\\Z" % _ON_PYTHON),
         inherits_not="EDGEPACK_",
         slots="--parallel",
+        context="--ctx-size",
         address_space=address_space,
         error=_PYTHON_ERROR,
     )
@@ -1284,18 +1289,23 @@ RUNTIMES: Dict[str, Runtime] = {
         options={
             **_flags(
                 _WORD,
-                "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
-                "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
-                "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
-                "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
-                "--lazy-mode -lzm -n --predict",
+                "-fa --flash-attn -ctk --cache-type-k -ctv --cache-type-v -fit --fit -lm --load-mode -sm --split-mode "
+                "-dev --device --lazy-mode -lzm",
             ),
+            **_flags(
+                _INT,
+                "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -cram --cache-ram -ctxcp "
+                "--ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to --timeout "
+                "--cache-reuse --poll --poll-batch --prio -mg --main-gpu -n --predict",
+            ),
+            **_flags("auto|all|" + _INT, "-ngl --gpu-layers --n-gpu-layers"),
             **_flags(_NAME, "--alias -a"),
         },
         lists=frozenset(),
         environment=re.compile(r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
         inherits_not="LLAMA_",
         slots="--parallel",
+        context="--ctx-size",
         address_space=ADDRESS_SPACE,
         error=re.compile(r"^(?:[\d.]+ E (.*)|(?:ggml_|terminate called|qemu[-:]).*)$", re.M),
     ),
@@ -1350,6 +1360,7 @@ RUNTIMES: Dict[str, Runtime] = {
         ),
         inherits_not="VLLM_",
         slots="--max-num-seqs",
+        context="--max-model-len",
         address_space=1664 * MIB,
         error=_PYTHON_ERROR,
     ),
@@ -1357,6 +1368,9 @@ RUNTIMES: Dict[str, Runtime] = {
 THREAD_FLAGS = ("-t", "--threads", "-tb", "--threads-batch")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CPU_LISTS = ("VLLM_CPU_OMP_THREADS_BIND",)
+SHORT_FLAGS = {"-c": "--ctx-size", "-np": "--parallel"}
+WORDS = 256
+"""Arguments, and variables, that a server.json may have."""
 
 OUT_OF_MEMORY = (
     "unable to allocate",
@@ -1400,8 +1414,11 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     """
     runtime = runtime_of(document)
     args, environment = document.get("args"), document.get("env", {})
+    _known_schema(document, "server.json")
     if not isinstance(args, list) or not isinstance(environment, dict):
         raise Refused("server.json has no list args or no object env")
+    if len(args) > WORDS or len(environment) > WORDS:
+        raise Refused("server.json has more than %d arguments or variables" % WORDS)
     flag: Optional[str] = None
     values = 0
     for word in args:
@@ -1426,6 +1443,12 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     flags = list(args) if load_mode is None else with_load_mode(args, load_mode)
     cores = os.sched_getaffinity(0)
     return with_threads(flags, len(cores)), with_cores(environment, cores)
+
+
+def _known_schema(document: Dict[str, Any], what: str) -> None:
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise Refused("%s has the schema_version %s, not %d" % (what, _shown(repr(version)), SCHEMA_VERSION))
 
 
 def with_load_mode(args: Sequence[str], mode: str) -> List[str]:
@@ -2318,6 +2341,8 @@ TEXT = (
 """Opening of Pride and Prejudice (1813): what the context is filled with, over and over."""
 FULL_PREDICT = 16
 """Tokens generated into the last places of a slot; its last cell stays empty, as llama-server demands."""
+LEAST_TOKENS = FULL_PREDICT + 2
+"""Tokens of a slot that can be filled: one of a text, those generated, and the empty cell."""
 GREEDY = {"temperature": 0.0, "seed": 1, "samplers": ["temperature"], "ignore_eos": True}
 
 
@@ -2817,13 +2842,14 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     """
     bundle, facts = _verified(options)
     plan = read_document(bundle, "plan.json")
-    document = read_document(bundle, "server.json")
-    runtime = _runtime(plan, document, options)
+    start = start_of(bundle, plan, lambda path: read_file(bundle, path))
+    runtime, environment = start.runtime, start.environment
+    for given, option in ((options.emulator, "--emulator"), (options.load_mode, "--load-mode")):
+        if given is not None and runtime.name != LLAMA_CPP:
+            raise BadUsage("%s is for %s bundles, and this one is for %s" % (option, LLAMA_CPP, runtime.name))
     limited = options.memory_limit is not None
-    args, environment = server_arguments(
-        document, options.load_mode or ("none" if limited and runtime.name == LLAMA_CPP else None)
-    )
-    selftest = read_document(bundle, "selftest.json") if find_file(bundle, "selftest.json") else None
+    mode = options.load_mode or ("none" if limited and runtime.name == LLAMA_CPP else None)
+    args = start.args if mode is None else with_load_mode(start.args, mode)
     facts["machine"] = machine_facts()
     facts["match"] = match_device(plan["profile"], facts["machine"])
     facts["preflight"] = preflight(bundle, plan, options.work, options.memory_limit)
@@ -2835,7 +2861,7 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     runs_here = emulator is not None or arch == facts["machine"]["arch"]
     if runtime.modules:
         program, source = find_python(runtime, options.server)
-        app, source = _app_code(bundle, facts["signature"], options) if _has_app(runtime) else (None, source)
+        app, source = _app_code(bundle, facts["signature"], options) if has_app(runtime) else (None, source)
     else:
         program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
         app = None
@@ -2865,7 +2891,7 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
             app=app,
         ) as server:
             try:
-                account = _measure(server, facts, plan, selftest, before, options)
+                account = _measure(server, facts, plan, start.selftest, before, options)
             except Failed as failed:
                 facts["failure"] = {"kind": failed.kind, "stage": failed.stage, "message": failed.message}
                 facts["memory"] = facts["memory"] or memory_facts(server, before)
@@ -2875,17 +2901,111 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     return facts
 
 
-def _runtime(plan: Dict[str, Any], document: Dict[str, Any], options: argparse.Namespace) -> Runtime:
-    """The bundle's runtime, when both documents name the same and the options are meant for it."""
+class Start(NamedTuple):
+    """How a bundle says that its server is started, and what it must answer."""
+
+    runtime: Runtime
+    args: List[str]
+    environment: Dict[str, str]
+    selftest: Optional[Dict[str, Any]]
+    """None where the bundle has no selftest.json."""
+
+
+def start_of(bundle: Bundle, plan: Dict[str, Any], read: Callable[[str], bytes]) -> Start:
+    """What `check` begins with, out of a bundle's small files alone: its weights need not be here yet.
+
+    ``read`` gives the verified bytes of one of `start_files`. Raises Refused for a server.json or selftest.json that
+    no check could begin with, for one that starts another server than the plan's, and for a bundle without the files
+    that this server loads.
+    """
+    document = _document(read("server.json"), "server.json")
     runtime = runtime_of(document)
     if plan.get("runtime") != runtime.name:
         raise Refused(
             "plan.json is for %r, server.json for %s" % (_shown(str(plan.get("runtime"))), runtime.name)
         )
-    for given, option in ((options.emulator, "--emulator"), (options.load_mode, "--load-mode")):
-        if given is not None and runtime.name != LLAMA_CPP:
-            raise BadUsage("%s is for %s bundles, and this one is for %s" % (option, LLAMA_CPP, runtime.name))
-    return runtime
+    args, environment = server_arguments(document, None)
+    _holds_the_plan(runtime, args, plan["settings"])
+    weights_in(bundle, runtime.name, read)
+    if find_file(bundle, "selftest.json") is None:
+        return Start(runtime, args, environment, None)
+    selftest = _document(read("selftest.json"), "selftest.json")
+    _is_recorded(selftest)
+    return Start(runtime, args, environment, selftest)
+
+
+def start_files(bundle: Bundle) -> List[File]:
+    """The files that `start_of` reads of this bundle, server.json also where it has none. Raises Refused then."""
+    if find_file(bundle, "server.json") is None:
+        raise Refused("the bundle has no server.json")
+    return [file for file in bundle["files"] if file["path"] in START_FILES]
+
+
+GENAI_CONFIG = MODEL + "genai_config.json"
+START_FILES = ("server.json", "selftest.json", GENAI_CONFIG)
+
+
+def _document(content: bytes, what: str) -> Dict[str, Any]:
+    value = parse_json(content, what)
+    if not isinstance(value, dict):
+        raise Refused("%s is not a JSON object" % what)
+    return value
+
+
+def _holds_the_plan(runtime: Runtime, args: Sequence[str], settings: Dict[str, Any]) -> None:
+    """Refuses flags with other slots than the plan's, or with too few tokens in each."""
+    words = [SHORT_FLAGS.get(word, word) for word in args]
+    slots, context = flag_value(words, runtime.slots), flag_value(words, runtime.context)
+    if slots is None or context is None:
+        raise Refused("server.json does not give %s and %s" % (runtime.slots, runtime.context))
+    planned = settings["context"] // settings["slots"]
+    each = int(context) // (1 if runtime.name == VLLM else max(1, int(slots)))
+    if int(slots) != settings["slots"] or each < planned:
+        raise Refused(
+            "server.json starts %s slots of %d tokens, plan.json says %d of %d"
+            % (slots, each, settings["slots"], planned)
+        )
+
+
+PROBES, PROMPT_CHARACTERS, TOKENS = 1024, 1 << 16, 4096
+"""The most that a selftest.json may ask for: probes, characters of a prompt, tokens of the continuation."""
+
+
+def _is_recorded(selftest: Dict[str, Any]) -> None:
+    """Refuses a selftest.json that `probe_quality` could not compare with. One without probes asks for nothing."""
+    _known_schema(selftest, "selftest.json")
+    probes = selftest.get("probes")
+    if not isinstance(probes, list) or len(probes) > PROBES:
+        raise Refused("selftest.json has no list of at most %d probes" % PROBES)
+    for number, probe in enumerate(probes):
+        top = probe.get("top") if isinstance(probe, dict) else None
+        if top is None or not _is_prompt(probe.get("prompt")):
+            raise Refused("probe %d of selftest.json has no prompt or no top" % number)
+        if not isinstance(top, list) or not 1 <= len(top) <= WIDE or not all(map(_is_choice, top)):
+            raise Refused("probe %d of selftest.json has no tokens with their log-probabilities" % number)
+    decode = selftest.get("decode")
+    if decode is None and not probes:
+        return
+    tokens = decode.get("tokens") if isinstance(decode, dict) else None
+    if not isinstance(decode, dict) or not _is_prompt(decode.get("prompt")):
+        raise Refused("the continuation (decode) of selftest.json has no prompt")
+    if not isinstance(tokens, list) or not 1 <= len(tokens) <= TOKENS or not all(map(_is_token, tokens)):
+        raise Refused("the continuation (decode) of selftest.json has no list of 1 to %d tokens" % TOKENS)
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= PROMPT_CHARACTERS
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_choice(value: Any) -> bool:
+    """A token and its log-probability in nats; a rounded one may be a little above 0."""
+    if not isinstance(value, list) or len(value) != 2 or not _is_token(value[0]):
+        return False
+    return type(value[1]) in (int, float) and -1e4 <= value[1] <= 0.01
 
 
 def _measure(
@@ -3042,17 +3162,29 @@ def unpack_weights(
 
     Raises Refused for a model that could make its runtime run code, and NoSpace.
     """
+    wanted = weights_in(bundle, runtime, lambda path: read_file(bundle, path))
     if runtime == LLAMA_CPP:
         return extract(bundle, WEIGHTS, folder, on_bytes)
-    wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
-    if not wanted:
-        raise Refused("the bundle has no %s" % MODEL)
-    for path in wanted:
-        if not _DATA.match(path.rpartition("/")[2]):
-            raise Refused("the bundle has %s, which no model needs" % path)
-    if MODEL + "genai_config.json" in wanted:
-        _plain_config(read_document(bundle, MODEL + "genai_config.json"), MODEL + "genai_config.json")
     return os.path.join(_unpacked(bundle, wanted, "model", folder, on_bytes), MODEL.rstrip("/"))
+
+
+def weights_in(bundle: Bundle, runtime: str, read: Callable[[str], bytes]) -> List[str]:
+    """The files of a bundle that its runtime loads. Raises Refused where there are none, and as `unpack_weights`.
+
+    ``read`` gives the verified bytes of GENAI_CONFIG, where the bundle has one.
+    """
+    if runtime == LLAMA_CPP:
+        wanted = [WEIGHTS] if find_file(bundle, WEIGHTS) is not None else []
+    else:
+        wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
+        for path in wanted:
+            if not _DATA.match(path.rpartition("/")[2]):
+                raise Refused("the bundle has %s, which no model needs" % path)
+        if GENAI_CONFIG in wanted:
+            _plain_config(_document(read(GENAI_CONFIG), GENAI_CONFIG), GENAI_CONFIG)
+    if not wanted:
+        raise Refused("the bundle has no %s" % (WEIGHTS if runtime == LLAMA_CPP else MODEL))
+    return wanted
 
 
 def _plain_config(value: Any, where: str) -> None:
@@ -3089,7 +3221,7 @@ def _unpacked(
     return place
 
 
-def _has_app(runtime: Runtime) -> bool:
+def has_app(runtime: Runtime) -> bool:
     return runtime.name in (ONNX_GENAI, TRANSFORMERS)
 
 

@@ -950,6 +950,7 @@ def admit(
         match = agent.match_device(plan["profile"], machine)
         memory = memory_need(bundle, plan, machine, store.root)
         _is_tested_here(plan)
+        promise_of(plan)
     if not (options.force_device or options.other_device):
         _is_the_planned_device(match)
     if not options.force_device:
@@ -966,6 +967,54 @@ def _is_tested_here(plan: Dict[str, Any]) -> None:
         value = plan["settings"][name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise Refused("plan.json has the %s %s" % (name, agent._shown(repr(value))))
+    each = plan["settings"]["context"] // plan["settings"]["slots"]
+    if each < agent.LEAST_TOKENS:
+        raise Refused(
+            "plan.json has slots of %d tokens, and the test needs %d in each" % (each, agent.LEAST_TOKENS)
+        )
+
+
+def judge(
+    store: Store,
+    admission: Admission,
+    read: Callable[[agent.File], Optional[bytes]],
+    *,
+    note: bool = True,
+) -> None:
+    """Refuses a release whose self-test could not begin, for what its small files say.
+
+    ``read`` gives the verified bytes of a file, None while it is not here: then it is judged once that has come.
+    ``note``: the journal tells why it was refused.
+    """
+    bundle = admission.bundle
+    try:
+        found = {file["path"]: read(file) for file in agent.start_files(bundle)}
+        content = {path: text for path, text in found.items() if text is not None}
+        if len(content) == len(found):
+            with plan_read():
+                runtime = agent.start_of(bundle, admission.plan, content.__getitem__).runtime
+            _carries_its_server(bundle, runtime)
+    except Refused as refused:
+        if note:
+            store.note("refused", release=_hex(bundle["manifest_digest"]), reason=str(refused))
+        raise
+
+
+def _carries_its_server(bundle: agent.Bundle, runtime: agent.Runtime) -> None:
+    """A device has no code of edgepack's server but what a release brings."""
+    if agent.has_app(runtime) and agent.find_file(bundle, agent.APP + "__main__.py") is None:
+        raise Refused("the bundle has no %s, which %s is" % (agent.APP, runtime.title))
+
+
+def here(store: Store) -> Callable[[agent.File], Optional[bytes]]:
+    """Reads small files out of the store's blobs. Raises Refused for one that is too large."""
+
+    def read(file: agent.File) -> Optional[bytes]:
+        if not is_whole(store, file["digest"], file["size"]):
+            return None
+        return read_whole(store.blob(file["digest"]))
+
+    return read
 
 
 @contextlib.contextmanager
@@ -1325,6 +1374,7 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
             options.allow_downgrade = True
         admission = admit(store, bundle, plan_json, options, store.world.machine())
         keep = store.settings.keep if options.keep is None else options.keep
+        judge(store, admission, here(store), note=not options.dry_run)
         if options.dry_run:
             return offer_document(store, admission, could_have_space(store, bundle, keep, options.room))
         sweep(store)
@@ -1422,8 +1472,12 @@ def receive(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         plan_json = _plan_json(store, bundle)
         admission = admit(store, bundle, plan_json, judged_at_offer, store.world.machine())
         require_space(store, bundle, store.settings.keep)
+        judge(store, admission, here(store))
+        judged = {file["digest"] for file in agent.start_files(bundle)}
         for frame in frames(options.input):
             _receive_blob(store, bundle, frame, options.input)
+            if frame.name in judged:  # the weights are yet to come
+                judge(store, admission, here(store))
         if not missing(store, bundle) and is_folder(store.release(release)):
             mend(store, head)
         return offer_document(store, admission, room(store, bundle))
@@ -1545,7 +1599,8 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     """Takes a bundle's blobs into the store and returns the release. Raises Refused, NoSpace, BadUsage."""
     head, found = agent.read_head(path)
     plan_json = agent.read_file(found, "plan.json")
-    admit(store, found, plan_json, options, store.world.machine())
+    admission = admit(store, found, plan_json, options, store.world.machine())
+    judge(store, admission, lambda file: here(store)(file) or agent.read_file(found, file["path"]))
     release = _hex(found["manifest_digest"])
     same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
     require_space(store, found, store.settings.keep, 0 if options.consume and same_disk else None)
@@ -1680,6 +1735,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         head = known_head(store, release)
         bundle = agent.head_of(head)
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
+        judge(store, admission, here(store))
         lay_out(store, head)
         good = store.good(release) is not None
         if store.target("current") == release and good and service_of(store).active():
@@ -1918,7 +1974,44 @@ def _bundle_in(store: Store, release: str) -> agent.Bundle:
     return bundle
 
 
-def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
+class Promise(NamedTuple):
+    """What a plan says that the test is held against; sizes in bytes."""
+
+    slots: int
+    each: int
+    """Tokens of a slot."""
+    backend: str
+    unified: bool
+    driver: int
+    """What an accelerator's context takes beside the parts."""
+    most: int
+    """Of all parts at their upper ends, or UNEXPLAINED above their total, with the driver."""
+    device: int
+    host: int
+    """What the device has to give, in the memory that is shared or the accelerator's, and beside that."""
+
+
+def promise_of(plan: Dict[str, Any]) -> Promise:
+    """Reads a plan.json; raises what `plan_read` makes a refusal of where it is none."""
+    profile, budget, settings = plan["profile"], plan["budget"], plan["settings"]
+    backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
+    driver = 0 if backend == "cpu" else int(profile["reserves"]["accelerator_context"])
+    parts = plan["memory"]["parts"]
+    high = sum(int(part["high"]) for part in parts)
+    total = sum(int(part["bytes"]) for part in parts)
+    return Promise(
+        slots=settings["slots"],
+        each=settings["context"] // settings["slots"],
+        backend=backend,
+        unified=bool(budget["unified"]),
+        driver=driver,
+        most=max(high, round(total * (1 + UNEXPLAINED))) + driver,
+        device=int(budget["device"]),
+        host=0 if budget["unified"] else int(budget["host"]),
+    )
+
+
+def verdict(document: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     """Why a release is not good here; nothing when it is. Pure.
 
     It starts, holds its context, stays within the plan and the device, and answers as it did when it was built; speed
@@ -1928,7 +2021,8 @@ def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     if failure is not None:
         return ["%s (%s): %s" % (failure["kind"], failure["stage"], failure["message"])]
     found: List[str] = []
-    count, each = plan["settings"]["slots"], plan["settings"]["context"] // plan["settings"]["slots"]
+    plan = promise_of(document)
+    count, each = plan.slots, plan.each
     if slots["slots"] != count or min(slots["tokens"]) < each:
         found.append("it has slots of %s tokens, the plan says %d of %d" % (slots["tokens"], count, each))
     if any(tokens is None or tokens < fill["target_tokens"] - 2 for tokens in fill["held_tokens"]):
@@ -1944,31 +2038,28 @@ def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     return found
 
 
-def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[str]:
-    memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
-    backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
-    elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
+def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
+    memory = facts["memory"]
+    elsewhere = any(row["status"] == "fail" for row in facts["match"]) or plan.backend != _backend(
+        plan.backend, facts
+    )
     emulated = facts["server"]["emulator"] is not None or facts["machine"].get("emulated", False)
     if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
         resident = max(resident, memory["processes"]["peak"])
-    driver = 0 if backend == "cpu" else profile["reserves"]["accelerator_context"]
     used = resident
-    if backend != "cpu":
+    if plan.backend != "cpu":
         own = [memory[name] for name in ("nvmap", "gpu") if memory[name] is not None]
-        lost = memory["system_drop"] if budget["unified"] else None
+        lost = memory["system_drop"] if plan.unified else None
         used = resident + own[0] if own else lost
-    parts = plan["memory"]["parts"]
-    total = sum(part["bytes"] for part in parts)
-    promised = max(sum(part["high"] for part in parts), round(total * (1 + UNEXPLAINED))) + driver
-    if used is not None and used > promised:
-        yield "its memory peaked at %d bytes, the plan says up to %d" % (used, promised)
-    if budget["unified"] and used is not None and used > budget["device"] + driver:
-        yield "its memory peaked at %d bytes, the device has %d to give" % (used, budget["device"] + driver)
-    if not budget["unified"] and resident > budget["host"]:
-        yield "its memory peaked at %d bytes, the device has %d to give" % (resident, budget["host"])
+    if used is not None and used > plan.most:
+        yield "its memory peaked at %d bytes, the plan says up to %d" % (used, plan.most)
+    if plan.unified and used is not None and used > plan.device + plan.driver:
+        yield "its memory peaked at %d bytes, the device has %d to give" % (used, plan.device + plan.driver)
+    if not plan.unified and resident > plan.host:
+        yield "its memory peaked at %d bytes, the device has %d to give" % (resident, plan.host)
 
 
 def _backend(planned: str, facts: Dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from edgepack import check, serde
-from edgepack.bundle import oci, sign
+from edgepack.bundle import oci, server_document, sign
 from edgepack.device import agent, installer
 from edgepack.units import Bytes
 from tests import releases
@@ -496,6 +496,148 @@ def test_a_signed_plan_that_is_none_is_refused(
     for answer in refusals(device, resigned(files={"plan.json": plan})):
         assert answer.status == 6
         assert answer.said.startswith("refused: ")
+
+
+# ── what the self-test begins with ──
+
+
+def server_json(**changes: Any) -> str:
+    return json.dumps({**json.loads(server_document(example_plan(releases.PROFILE))), **changes})
+
+
+def server_args(flag: str, *values: str) -> str:
+    """The plan's flags, one with another value, or without it."""
+    args = json.loads(server_json())["args"]
+    at = args.index(flag)
+    return server_json(args=[*args[:at], *((flag, *values) if values else ()), *args[at + 2 :]])
+
+
+def selftest_json(**changes: Any) -> str:
+    return json.dumps({**releases.SELFTEST, **changes})
+
+
+def probe(**changes: Any) -> str:
+    return selftest_json(probes=[{"prompt": "Once", "top": [[7, -0.5]], **changes}])
+
+
+NONSENSE = [
+    ("server.json", "not json", "server.json is not usable JSON"),
+    ("server.json", "[]", "server.json is not a JSON object"),
+    ("server.json", "[" * 40 + "]" * 40, "nests 40 levels"),
+    ("server.json", '{"args": NaN}', "NaN is not a number"),
+    ("server.json", '{"args": 1e999}', "1e999 is larger than a number can be"),
+    ("server.json", "{}", "no list args"),
+    ("server.json", server_json(schema_version=2), "schema_version 2"),
+    ("server.json", server_json(runtime="ollama"), "the runtime 'ollama'"),
+    ("server.json", server_json(runtime="vllm"), "plan.json is for 'llama.cpp', server.json for vllm"),
+    ("server.json", server_json(args=["--ctx-size", 4096]), "not a short text"),
+    ("server.json", server_json(args=["--model", "/etc/passwd"]), "which a bundle may not"),
+    ("server.json", server_json(args=["--metrics"] * 300), "more than 256 arguments"),
+    ("server.json", server_json(args=["--metrics"]), "does not give --parallel and --ctx-size"),
+    ("server.json", server_json(env={"LD_PRELOAD": "x.so"}), "'LD_PRELOAD' in the environment"),
+    ("server.json", server_args("--alias", "../../outside"), "gives --alias the value"),
+    ("server.json", server_args("--ctx-size", "many"), "gives --ctx-size the value 'many'"),
+    ("server.json", server_args("--ctx-size", "9" * 18), "gives --ctx-size the value"),
+    ("server.json", server_args("--ctx-size", "-1"), "of -1 tokens, plan.json says"),
+    ("server.json", server_args("--ctx-size", "8"), "of 8 tokens, plan.json says"),
+    ("server.json", server_args("--ctx-size", "512", "-c", "8"), "of 8 tokens, plan.json says"),
+    ("server.json", server_args("--parallel", "2"), "server.json starts 2 slots"),
+    ("server.json", server_args("--parallel"), "does not give --parallel"),
+    ("selftest.json", "7", "selftest.json is not a JSON object"),
+    ("selftest.json", "{}", "no list of at most"),
+    ("selftest.json", selftest_json(schema_version="1"), "selftest.json has the schema_version '1'"),
+    ("selftest.json", selftest_json(probes="many"), "no list of at most"),
+    ("selftest.json", selftest_json(probes=[[]]), "probe 0 of selftest.json has no prompt or no top"),
+    ("selftest.json", probe(prompt=7), "probe 0 of selftest.json has no prompt"),
+    ("selftest.json", probe(prompt="x" * 70_000), "probe 0 of selftest.json has no prompt"),
+    ("selftest.json", probe(top=[]), "no tokens with their log-probabilities"),
+    ("selftest.json", probe(top=[[7, "-0.5"]]), "no tokens with their log-probabilities"),
+    ("selftest.json", probe(top=[[7, 1e300]]), "no tokens with their log-probabilities"),
+    ("selftest.json", probe(top=[[-1, -0.5]]), "no tokens with their log-probabilities"),
+    ("selftest.json", probe(top=[[True, -0.5]]), "no tokens with their log-probabilities"),
+    ("selftest.json", probe(top=[[2**40, -0.5]]), "no tokens with their log-probabilities"),
+    ("selftest.json", selftest_json(decode=None), "the continuation (decode) of selftest.json has no prompt"),
+    ("selftest.json", selftest_json(decode={"prompt": "a", "tokens": []}), "no list of 1 to 4096 tokens"),
+    ("selftest.json", selftest_json(decode={"prompt": "a", "tokens": ["a"]}), "no list of 1 to 4096 tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "told"), NONSENSE, ids=[told for _, _, told in NONSENSE])
+def test_documents_that_the_self_test_could_not_begin_with_are_refused_before_the_switch(
+    device: Device, first: Path, resigned: Callable[..., Path], name: str, text: str, told: str
+) -> None:
+    assert device.run("install", first).status == 0
+    before = outside_incoming(device.root)
+    path = resigned(sequence=2, files={name: text})
+
+    answer = device.run("install", path)
+
+    assert (answer.status, answer.said.count("\n")) == (6, 0)
+    assert told in answer.said
+    assert outside_incoming(device.root) == before
+    *_, last = installer.journal_lines(device.store, 10)
+    assert (last["event"], last["release"]) == ("refused", releases.release_of(path))
+    assert told in last["reason"]
+    assert device.run("install", path, "--no-self-test", "--allow-downgrade", "--force-device").status == 6
+
+
+def test_a_release_whose_documents_are_nonsense_is_refused_before_its_weights_come(
+    device: Device, resigned: Callable[..., Path]
+) -> None:
+    path = resigned(files={"selftest.json": "{}"})
+    weights = agent.read_bundle(str(path))["files"][-1]["digest"]
+    offer = device.run("offer", stdin=releases.offer_frames(path))
+    frames = [*releases.blob_frames(path, offer.document["missing"])]
+
+    received = device.run("receive", releases.release_of(path), stdin=b"".join(frames))
+    again = device.run("offer", stdin=releases.offer_frames(path))
+    dry = device.run("offer", "--dry-run", stdin=releases.offer_frames(path))
+    resumed = device.run("receive", releases.release_of(path), stdin=frames[-1])
+
+    assert [one.status for one in (offer, received, again, dry, resumed)] == [0, 6, 6, 6, 6]
+    assert not Path(device.store.blob(weights)).exists()
+    assert not Path(device.store.part(weights)).exists()
+    assert device.events().count("refused") == 3  # not of the dry run
+
+
+def test_a_release_without_the_files_that_its_server_loads_is_refused(
+    device: Device, resigned: Callable[..., Path]
+) -> None:
+    planned = replace(example_plan(releases.PROFILE), runtime="onnx-genai")
+    args = ["--ctx-size", str(planned.settings.context), "--parallel", str(planned.settings.slots)]
+    files = {"server.json": server_json(runtime="onnx-genai", args=args)}
+    model = {"model/genai_config.json": "{}", "model/tokenizer.json": "{}"}
+    code = {"edgepack_server/__main__.py": ""}
+    elsewhere = {"model/genai_config.json": '{"model": {"decoder": {"filename": "../../outside"}}}'}
+
+    def said(**more: str) -> str:
+        answer = device.run("install", resigned(plan=planned, files={**files, **more}))
+        return answer.said if answer.status == 6 else str(answer.document["outcome"])
+
+    assert said() == "refused: the bundle has no model/"
+    assert said(**model) == "refused: the bundle has no edgepack_server/, which the onnx-genai server is"
+    assert "names the path '../../outside'" in said(**{**model, **elsewhere, **code})
+    assert said(**model, **code) == "good"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"profile": {"accelerator": 7}}, {"budget": {"device": "much"}}, {"budget": {"device": None}},
+        {"settings": {"context": 8, "slots": 1}}, {"settings": {"context": 4096, "slots": 4096}},
+        {"memory": {"parts": [{"place": "device", "high": 1}]}},
+    ],
+)  # fmt: skip
+def test_a_plan_that_no_test_can_be_held_against_is_refused_before_the_switch(
+    device: Device, resigned: Callable[..., Path], change: dict[str, dict[str, object]]
+) -> None:
+    plan = json.loads(serde.to_json(example_plan(releases.PROFILE)))
+    ((place, fields),) = change.items()
+    plan[place].update(fields)
+
+    for answer in refusals(device, resigned(files={"plan.json": json.dumps(plan)})):
+        assert answer.status == 6
+        assert answer.said.startswith("refused: plan.json ")
 
 
 # ── the disk ──
@@ -1316,7 +1458,7 @@ def test_a_rollback_never_returns_to_what_was_rolled_back_from(
     assert device.run("rollback").status == 6
     device.run("install", second)
     device.run("install", third)
-    names = [releases.release_of(path) for path in (first, second, third)]
+    names = [releases.releases.release_of(path) for path in (first, second, third)]
 
     assert device.run("rollback").status == 0
     assert (device.current(), device.previous()) == (names[1], names[0])
@@ -1335,7 +1477,7 @@ def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second
     """After the mark of the release is gone, or after the link too."""
     device.run("install", first)
     device.run("install", second)
-    names = [releases.release_of(path) for path in (first, second)]
+    names = [releases.releases.release_of(path) for path in (first, second)]
     installer.remove(device.store.release(names[1]) + ".good")
     if cut == "current":
         installer.point(str(device.root / "current"), "releases/" + names[0])
@@ -1497,7 +1639,7 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
     names = []
     for number in range(1, 6):
         path = resigned(sequence=number, files={"n.txt": str(number)})
-        names.append(releases.release_of(path))
+        names.append(releases.releases.release_of(path))
         device.run("install", path)
 
     assert sorted(device.store.releases()) == sorted(names[-2:])
@@ -1950,6 +2092,7 @@ def test_it_is_python_3_8_and_needs_the_standard_library_alone() -> None:
 @pytest.mark.parametrize(
     "left",
     [b"", b"\0\0\0", b"{}", b'{"sequence": "9", "release": 9}', bytes(agent.JSON_LIMIT + 1), None, "."],
+    ids=["empty", "zeros", "no fields", "other types", "too large", "gone", "a folder"],
 )
 def test_a_sequence_that_is_gone_or_cannot_be_read_is_that_of_the_best_release_that_was_good(
     device: Device, first: Path, second: Path, left: bytes | str | None
