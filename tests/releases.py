@@ -37,6 +37,7 @@ def bundle(
     sequence: int = 1,
     weights: bytes = b"GGUF" + bytes(5000),
     files: Mapping[str, str] | None = None,
+    without: Sequence[str] = (),
     plan: Plan | None = None,
     annotations: Mapping[str, str] | None = None,
     server: bytes = SERVER,
@@ -51,7 +52,7 @@ def bundle(
         "selftest.json": json.dumps(SELFTEST),
     }
     texts = {**documents, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
-    layers = [oci.text_layer(name, "code", text) for name, text in texts.items()]
+    layers = [oci.text_layer(name, "code", text) for name, text in texts.items() if name not in without]
     layers.append(oci.text_layer(agent.SERVER, "code", server.decode()))
     layers.append(
         oci.Layer(

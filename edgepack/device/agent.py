@@ -37,6 +37,7 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
+    ContextManager,
     Dict,
     FrozenSet,
     Iterable,
@@ -1123,8 +1124,16 @@ def _make_cgroup(size: Optional[int]) -> Optional[Tuple[str, str]]:
 
 def _cgroup_parents() -> Iterator[Tuple[str, str]]:
     """Where a group for the server could be made: (kind, folder), the own group first."""
+    for mechanism, mount, mine in _memory_groups("self"):
+        for folder in dict.fromkeys((mine, os.path.dirname(mine), mount)):
+            if folder.startswith(mount) and os.access(folder, os.W_OK):
+                yield mechanism, folder
+
+
+def _memory_groups(process: str) -> Iterator[Tuple[str, str, str]]:
+    """The groups of a process that count memory, as its kernel tells: (kind, where such are mounted, its own)."""
     own: Dict[str, str] = {}
-    for line in (_read("/proc/self/cgroup") or "").splitlines():
+    for line in (_read("/proc/%s/cgroup" % process) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             own["cgroup-v2"] = path
@@ -1142,10 +1151,15 @@ def _cgroup_parents() -> Iterator[Tuple[str, str]]:
             continue
         path = own.get(mechanism, "/")
         inside = os.path.relpath(path, root) if path.startswith(root) else "."
-        mine = os.path.normpath(os.path.join(mount, inside))
-        for folder in dict.fromkeys((mine, os.path.dirname(mine), mount)):
-            if folder.startswith(mount) and os.access(folder, os.W_OK):
-                yield mechanism, folder
+        yield mechanism, mount, os.path.normpath(os.path.join(mount, inside))
+
+
+def limit_of(pid: int, size: Optional[int]) -> Limit:
+    """The memory group that a service manager gave to a process; ``size``: the bytes that it was told to allow."""
+    for mechanism, _, folder in _memory_groups(str(pid)):
+        if os.path.exists(os.path.join(folder, "memory.stat")):
+            return Limit(size, mechanism, folder)
+    return Limit(size, "none", None)
 
 
 def _write(path: str, text: str) -> None:
@@ -1509,12 +1523,46 @@ def flag_value(args: Sequence[str], flag: str) -> Optional[str]:
     return found[-1] if found else None
 
 
+class Process(Protocol):
+    """A server's first process, which leads its session: a child of this one, or another's."""
+
+    pid: int
+
+    def poll(self) -> Optional[int]:
+        """Its exit status, or its signal's number below 0; None while it runs."""
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """That, once it has ended. Raises subprocess.TimeoutExpired."""
+
+
+class Launch(NamedTuple):
+    """What is to be started, and how."""
+
+    argv: List[str]
+    environment: Dict[str, str]
+    key: str
+    """What the server is to find in the file that its command line names for it."""
+    folder: str
+    """Where server.log goes."""
+    cwd: Optional[str]
+    limit: Limit
+
+
+class Launcher(Protocol):
+    """Starts a server with the rights that it will have later; without one it has those of this process."""
+
+    key_file: str
+
+    def start(self, launch: Launch) -> ContextManager[Tuple[Process, Limit]]:
+        """The process, and the group that counts its memory; both are gone when the block ends. Raises Failed."""
+
+
 class Server:
     """A running server: its process, its meter, and requests to it."""
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: Process,
         meter: Meter,
         port: int,
         key: str,
@@ -1678,9 +1726,11 @@ def command(
     return [program, "-m", "edgepack_server", *args, "--model", model, *host, "--api-key-file", key_file]
 
 
-def _environment(runtime: Runtime, given: Dict[str, str], key: str, app: Optional[str]) -> Dict[str, str]:
-    """The device's environment without what would change the bundle's flags, and with what the bundle says."""
-    inherited = {name: text for name, text in os.environ.items() if not name.startswith(runtime.inherits_not)}
+def _environment(
+    runtime: Runtime, given: Dict[str, str], key: str, app: Optional[str], around: Mapping[str, str]
+) -> Dict[str, str]:
+    """The environment ``around`` without what would change the bundle's flags, and with what the bundle says."""
+    inherited = {name: text for name, text in around.items() if not name.startswith(runtime.inherits_not)}
     if not runtime.modules:
         return dict(inherited, **given)
     path = [folder for folder in (app, inherited.get("PYTHONPATH")) if folder]
@@ -1704,21 +1754,53 @@ def running_server(
     under: Sequence[str] = (),
     runtime: str = LLAMA_CPP,
     app: Optional[str] = None,
+    launcher: Optional[Launcher] = None,
 ) -> Iterator[Server]:
     """Starts a server on a free loopback port with a key of its own; it is gone when the block ends.
 
     ``program`` is llama-server, or the Python that runs the others (for vLLM also its ``vllm``). ``model``: the file
     or folder of weights. ``app``: the folder that holds edgepack_server. ``under``: the emulator and its flags, when
-    the server is for another architecture. The key lies in ``folder`` (mode 0600) beside server.log. The server also
-    dies with this process, however that ends (PR_SET_PDEATHSIG; `guarded`).
+    the server is for another architecture. ``launcher``: who starts it in place of this process, in an environment of
+    its own. server.log lies in ``folder``.
     """
     how = RUNTIMES[runtime]
     key = secrets.token_urlsafe(24)
-    key_file = os.path.join(os.path.abspath(folder), "server.key")
+    folder = os.path.abspath(folder)
+    key_file = launcher.key_file if launcher is not None else os.path.join(folder, KEY_FILE)
     port = _free_port()
     argv = [*under, *command(how, program, args, model=os.path.abspath(model), port=port, key_file=key_file)]
-    log = os.path.join(folder, "server.log")
     arenas = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
+    around = os.environ if launcher is None else {}
+    launch = Launch(
+        argv=argv,
+        environment=dict(_environment(how, environment, key, app, around), **arenas),
+        key=key,
+        folder=folder,
+        cwd=(app or folder) if how.modules else None,
+        limit=limit,
+    )
+    log = os.path.join(folder, LOG_FILE)
+    with (_child if launcher is None else launcher.start)(launch) as (process, group):
+        meter = Meter(process, weights_bytes(model), tree=bool(how.modules))
+        server = Server(process, meter, port, key, log, group, how, args)
+        server.meter.start()
+        try:
+            with guarded(process) if runtime == VLLM and launcher is None else contextlib.nullcontext():
+                yield server
+        finally:
+            server.meter.stop()
+
+
+KEY_FILE, LOG_FILE = "server.key", "server.log"
+
+
+@contextlib.contextmanager
+def _child(launch: Launch) -> Iterator[Tuple[Process, Limit]]:
+    """A server with the rights of this process, and its key (mode 0600) in the folder of its log.
+
+    It also dies with this process, however that ends (PR_SET_PDEATHSIG; `guarded`).
+    """
+    key_file = os.path.join(launch.folder, KEY_FILE)
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
@@ -1727,7 +1809,7 @@ def running_server(
         libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
-        limit.enter()
+        launch.limit.enter()
 
     # A signal between the start of the child and the block that ends it would leave both behind: it waits.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -1736,30 +1818,23 @@ def running_server(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(key_file)
         with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(key + "\n")
-        with _new_file(log) as out_log:
+            out.write(launch.key + "\n")
+        with _new_file(os.path.join(launch.folder, LOG_FILE)) as out_log:
             try:
                 process = subprocess.Popen(
-                    argv,
-                    env=dict(_environment(how, environment, key, app), **arenas),
+                    launch.argv,
+                    env=launch.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=out_log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=in_child,
-                    cwd=(app or os.path.abspath(folder)) if how.modules else None,
+                    cwd=launch.cwd,
                 )
             except OSError as error:
-                raise MissingProgram("%s cannot be started: %s" % (argv[0], error.strerror)) from None
+                raise MissingProgram("%s cannot be started: %s" % (launch.argv[0], error.strerror)) from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        meter = Meter(process, weights_bytes(model), tree=bool(how.modules))
-        server = Server(process, meter, port, key, log, limit, how, args)
-        server.meter.start()
-        try:
-            with guarded(process) if runtime == VLLM else contextlib.nullcontext():
-                yield server
-        finally:
-            server.meter.stop()
+        yield process, launch.limit
     finally:
         if process is not None:
             _end(process)
@@ -1772,7 +1847,7 @@ _GUARD = "import os, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), 9
 
 
 @contextlib.contextmanager
-def guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def guarded(process: Process) -> Iterator[None]:
     """Ends a server's whole group should this process be killed meanwhile: what the kernel then ends is the server's
     first process alone, and vLLM's engine lives on with all its memory.
 
@@ -1899,7 +1974,7 @@ class Meter:
     their page tables, and taken off the highest sum since.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], weights: int, *, tree: bool = False) -> None:
+    def __init__(self, process: Process, weights: int, *, tree: bool = False) -> None:
         self.thrashing: Optional[str] = None
         """Set, and the process killed, when it has been paging for THRASH_SECONDS."""
         self.peak_anonymous = 0
@@ -2025,6 +2100,12 @@ class Meter:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 return
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended, and that nobody has asked for yet, does not."""
+    state = (_read("/proc/%d/stat" % pid) or "").rpartition(")")[2].split()
+    return bool(state) and state[0] not in ("Z", "X")
 
 
 def _reading(pid: int) -> Dict[str, int]:
@@ -2873,10 +2954,17 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     facts["server"]["emulator"] = emulator.facts if emulator is not None else None
     facts["server"]["code"] = None if app is None else folder_digest(os.path.join(app, APP.rstrip("/")))
     by_group = options.limit_by == "cgroup"
-    with memory_limit(
-        options.memory_limit, cgroup=by_group, threads=count_threads(args), beside=runtime.address_space
-    ) as limit:
-        facts["limit"] = limit_facts(limit)
+    with contextlib.ExitStack() as stack:
+        limit = Limit(options.memory_limit, "none", None)  # the launcher sets it
+        if options.launcher is None:
+            limit = stack.enter_context(
+                memory_limit(
+                    options.memory_limit,
+                    cgroup=by_group,
+                    threads=count_threads(args),
+                    beside=runtime.address_space,
+                )
+            )
         before = facts["machine"]["gpus"]
         account: Optional[Dict[str, Any]] = None
         with running_server(
@@ -2889,7 +2977,9 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
             under=emulator.under if emulator is not None else (),
             runtime=runtime.name,
             app=app,
+            launcher=options.launcher,
         ) as server:
+            facts["limit"] = limit_facts(server.limit)
             try:
                 account = _measure(server, facts, plan, start.selftest, before, options)
             except Failed as failed:
@@ -2953,14 +3043,15 @@ def _document(content: bytes, what: str) -> Dict[str, Any]:
 
 
 def _holds_the_plan(runtime: Runtime, args: Sequence[str], settings: Dict[str, Any]) -> None:
-    """Refuses flags with other slots than the plan's, or with too few tokens in each."""
+    """Refuses flags with other slots or another context than the plan's, whose memory was counted for those."""
     words = [SHORT_FLAGS.get(word, word) for word in args]
     slots, context = flag_value(words, runtime.slots), flag_value(words, runtime.context)
     if slots is None or context is None:
         raise Refused("server.json does not give %s and %s" % (runtime.slots, runtime.context))
-    planned = settings["context"] // settings["slots"]
-    each = int(context) // (1 if runtime.name == VLLM else max(1, int(slots)))
-    if int(slots) != settings["slots"] or each < planned:
+    each, planned = int(context), -(-settings["context"] // settings["slots"])
+    if runtime.name != VLLM:
+        each, planned = each // max(1, int(slots)), settings["context"] // settings["slots"]
+    if int(slots) != settings["slots"] or each != planned:
         raise Refused(
             "server.json starts %s slots of %d tokens, plan.json says %d of %d"
             % (slots, each, settings["slots"], planned)
@@ -3374,7 +3465,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, act, about in actions:
         command = commands.add_parser(name, help=about)
-        command.set_defaults(act=act)
+        command.set_defaults(act=act, launcher=None)
         if name == "facts":
             continue
         command.add_argument("bundle")

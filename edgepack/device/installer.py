@@ -296,6 +296,7 @@ class World(NamedTuple):
     machine: Callable[[], Dict[str, Any]] = agent.machine_facts
     clock: Callable[[], float] = time.time
     system_units: str = "/etc/systemd/system"
+    passing_units: str = "/run/systemd/system"
     user_units: str = "~/.config/systemd/user"
 
 
@@ -745,6 +746,42 @@ WantedBy=default.target
 """
 
 
+TEST_UNIT = "edgepack-self-test.service"
+TEST_FOLDER = "/run/edgepack-self-test"
+TEST_SERVICE = """\
+# The server of a release while it is tested: with all that its own unit allows and forbids, started by the agent.
+[Unit]
+Description=The release that edgepack tests
+# Whatever starts the service ends the test before it: there is no memory for both.
+Conflicts=edgepack.service
+Before=edgepack.service
+StartLimitIntervalSec=0
+
+[Service]
+{service}
+
+# What is otherwise than in the release's unit.
+Type=exec
+RemainAfterExit=yes
+Restart=no
+TimeoutStartSec=300
+RuntimeDirectory=edgepack-self-test
+RuntimeDirectoryMode=0700
+WorkingDirectory={cwd}
+EnvironmentFile={folder}/server.env
+StandardInput=null
+StandardOutput=append:{folder}/server.log
+StandardError=inherit
+ExecStartPre=
+ExecStartPre=/bin/sh -c 'umask 077; printf %%s "$$EDGEPACK_TEST_KEY" >{test_folder}/key'
+ExecStart=
+ExecStart={command}
+ExecStartPost=
+ExecReload=
+ExecStop=
+ExecStopPost=
+{limit}"""
+
 ACTIVE = re.compile(r"^(?:SubState=(?:running|start\S*|reload\S*)|Job=[1-9]\d*)$", re.M)
 """A service whose server runs, or is on its way: it starts, or waits for its turn. One that fails again and again waits
 in auto-restart."""
@@ -784,7 +821,13 @@ class Service:
         """The server is stopped, and whoever has it so starts it again; after a kill or an error a guard does."""
         yield
 
+    def launcher(self, folder: str) -> Optional[agent.Launcher]:
+        """Who starts the server of this folder of a release for its test; None: the agent, with its own rights."""
+        return None
+
     runs = False
+    needs: Optional[str] = None
+    """The file that starts a release."""
 
 
 class Systemd(Service):
@@ -845,6 +888,11 @@ class Systemd(Service):
 class SystemService(Systemd):
     """Mode system: the units that the release brings, in /etc/systemd/system."""
 
+    needs = UNITS[0]
+
+    def launcher(self, folder: str) -> Optional[agent.Launcher]:
+        return AsService(self.world, self._systemctl, folder)
+
     def differs(self, release: str) -> bool:
         brought = ((name, read_whole(os.path.join(release, name))) for name in UNITS)
         return any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought)
@@ -874,9 +922,119 @@ class SystemService(Systemd):
             say("the plan's power mode is not set: %s" % error)
 
 
+class AsService:
+    """Starts a server for its test as the unit of its release would, as a unit that is gone at the next boot."""
+
+    key_file = TEST_FOLDER + "/key"
+
+    def __init__(self, world: World, systemctl: Callable[..., str], release: str) -> None:
+        self._world = world
+        self._systemctl = systemctl
+        self._release = release
+
+    @contextlib.contextmanager
+    def start(self, launch: agent.Launch) -> Iterator[Tuple[agent.Process, agent.Limit]]:
+        """See `agent.Launcher`. The key goes through a file that only root and systemd read: any user sees a unit."""
+        folder, systemctl = launch.folder, self._systemctl
+        unit = os.path.join(self._world.passing_units, TEST_UNIT)
+        environment = dict(launch.environment, EDGEPACK_TEST_KEY=launch.key)
+        lines = ["%s=%s\n" % (name, _quoted(text)) for name, text in sorted(environment.items())]
+        write_whole(os.path.join(folder, "server.env"), "".join(lines).encode("utf-8"), 0o600)
+        write_whole(os.path.join(folder, agent.LOG_FILE), b"")
+        os.makedirs(os.path.dirname(unit), mode=0o755, exist_ok=True)
+        done = self._world.guard(["systemctl", "stop", TEST_UNIT])
+        try:
+            write_whole(unit, self._text(launch).encode("utf-8"))
+            systemctl("daemon-reload")
+            systemctl("start", TEST_UNIT)
+            process = UnitProcess(systemctl)
+            yield process, agent.limit_of(process.pid, launch.limit.bytes)
+        finally:
+            systemctl("stop", TEST_UNIT, check=False)
+            systemctl("reset-failed", TEST_UNIT, check=False)
+            remove(unit)
+            systemctl("daemon-reload", check=False)
+            done()
+
+    def _text(self, launch: agent.Launch) -> str:
+        """The unit: what the release's own says, and the device's additions to that, then what is otherwise here."""
+        own = os.path.join(self._release, UNITS[0])
+        additions = os.path.join(self._world.system_units, UNITS[0] + ".d")
+        names = sorted(os.listdir(additions)) if os.path.isdir(additions) else []
+        places = [own, *(os.path.join(additions, name) for name in names if name.endswith(".conf"))]
+        found = [read_whole(place) for place in places]
+        if found[0] is None:
+            raise Failed("did-not-start", "service", "the release has no %s" % UNITS[0])
+        size = launch.limit.bytes
+        return TEST_SERVICE.format(
+            service="\n".join(service_section((text or b"").decode("utf-8", "replace")) for text in found),
+            cwd=launch.cwd or launch.folder,
+            folder=launch.folder,
+            test_folder=TEST_FOLDER,
+            command=" ".join(_quoted(word).replace("%", "%%").replace("$", "$$") for word in launch.argv),
+            limit="" if size is None else "MemoryMax=%d\nMemorySwapMax=0\n" % size,
+        )
+
+
+def _quoted(word: str) -> str:
+    """A word as unit and environment files have it (systemd.syntax)."""
+    return '"%s"' % word.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def service_section(unit: str) -> str:
+    """The lines of a unit's [Service] sections, without comments."""
+    kept: List[str] = []
+    inside = continued = False
+    for line in unit.splitlines():
+        if line.lstrip()[:1] in ("#", ";"):
+            continue
+        if line.startswith("[") and not continued:
+            inside = line.rstrip() == "[Service]"
+        elif inside:
+            kept.append(line)
+        continued = line.endswith("\\")
+    return "\n".join([*kept, ""])  # a last line that would go on ends here
+
+
+class UnitProcess:
+    """The process that systemd started for TEST_UNIT (agent.Process)."""
+
+    def __init__(self, systemctl: Callable[..., str]) -> None:
+        self._systemctl = systemctl
+        self._status: Optional[int] = None
+        self.pid = self._told()["ExecMainPID"]
+        if not self.pid:
+            raise Failed("did-not-start", "service", "systemd tells no process of %s" % TEST_UNIT)
+
+    def poll(self) -> Optional[int]:
+        if self._status is None and not agent.is_alive(self.pid):
+            told = self._told()
+            if told["MainPID"] != self.pid:  # else systemd has not noticed yet
+                by_signal = told["ExecMainCode"] in (os.CLD_KILLED, os.CLD_DUMPED)
+                self._status = -told["ExecMainStatus"] if by_signal else told["ExecMainStatus"]
+        return self._status
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        began = time.monotonic()
+        while True:
+            status = self.poll()
+            if status is not None:
+                return status
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise subprocess.TimeoutExpired(TEST_UNIT, timeout)
+            time.sleep(0.05)
+
+    def _told(self) -> Dict[str, int]:
+        names = ("MainPID", "ExecMainPID", "ExecMainCode", "ExecMainStatus")
+        said = self._systemctl("show", "--property=" + ",".join(names), TEST_UNIT)
+        told = {name: int(value) for name, value in re.findall(r"^(\w+)=(\d+)$", said, re.M)}
+        return dict(dict.fromkeys(names, 0), **told)
+
+
 class UserService(Systemd):
     """Mode user: one unit of ours, which runs whatever ``current`` names."""
 
+    needs = "start.sh"
     words = ("--user",)
     target = "default.target"
 
@@ -994,6 +1152,9 @@ def judge(
             with plan_read():
                 runtime = agent.start_of(bundle, admission.plan, content.__getitem__).runtime
             _carries_its_server(bundle, runtime)
+        needed = service_of(store).needs
+        if needed is not None and agent.find_file(bundle, needed) is None:
+            raise Refused("the bundle has no %s, which starts it in mode %s" % (needed, store.settings.mode))
     except Refused as refused:
         if note:
             store.note("refused", release=_hex(bundle["manifest_digest"]), reason=str(refused))
@@ -1938,9 +2099,9 @@ UNEXPLAINED = 0.05
 
 def self_test(store: Store, release: str, options: argparse.Namespace) -> Dict[str, Any]:
     """The agent's check of an installed release and the verdict on it. Whatever goes wrong in it is its result."""
-    work = store.path("incoming", "self-test")
-    clear(work)
-    new_folder(work, 0o700)
+    launcher = service_of(store).launcher(store.release(release))
+    work = fresh(store.path("releases", "self-test"))
+    new_folder(work, 0o700 if launcher is None else 0o755)  # the service's user reads what the server loads
     asked = argparse.Namespace(
         bundle=store.release(release),
         allowed_signers=store.signers,
@@ -1954,6 +2115,7 @@ def self_test(store: Store, release: str, options: argparse.Namespace) -> Dict[s
         full=options.full,
         load_mode=None,
         start_timeout=1800.0,
+        launcher=launcher,
     )
     say("testing release %s" % release[:12])
     found: Dict[str, Any] = {}

@@ -141,8 +141,8 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     device.reboot()
     told.row("rebooted", seconds=device.boots[-1])
     running(told, made, made.first)
-    for mode in MODES:
-        flash(told, mode, made.second, "good")
+    tested_as_its_service(told, made.second)
+    flash(told, USER, made.second, "good")
     running(told, made, made.second)
     for mode in MODES:
         flash(told, mode, made.fails_its_test, "rolled-back")
@@ -189,6 +189,39 @@ def flash(told: Told, mode: Mode, bundle: Path, *outcomes: str) -> None:
     )  # fmt: skip
     assert said["outcome"] in outcomes, done.stderr
     told.longest = max(told.longest, time.monotonic() - began)
+
+
+WATCH = """\
+pid=0; tries=0
+while [ "$pid" = 0 ] && [ $tries -lt 3000 ]; do
+    pid=$(systemctl show --value --property=MainPID edgepack-self-test.service); tries=$((tries + 1))
+    sleep 0.02
+done
+cat /proc/$pid/comm
+grep -E "^(Uid|CapEff|NoNewPrivs|Seccomp):" /proc/$pid/status
+ls /proc/$pid/root/home
+"""
+"""What root sees of the server that the self-test of mode system starts."""
+
+
+def tested_as_its_service(told: Told, bundle: Path) -> None:
+    """In mode system the self-test's server is no root, has no capabilities, and sees no home: as its service."""
+    flashing = begin(told.device, SYSTEM, bundle)
+    until_tested(flashing)
+    said = inside(told.device, "root", WATCH).splitlines()
+    flashing.communicate()
+    left = inside(told.device, "root", "systemctl list-units --all --plain --no-legend 'edgepack-self-test*'")
+    told.row("tested as its service", said=said, status=flashing.returncode, left=left)
+    status = dict(line.split(":", 1) for line in said if ":" in line)
+    assert said[0] == "llama-server", said
+    assert all(int(number) >= 1000 for number in status["Uid"].split()), said
+    assert (int(status["CapEff"], 16), status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == (
+        0,
+        "1",
+        "2",
+    )
+    assert said[-1].startswith("Seccomp:"), said  # the home folders are empty to it
+    assert (flashing.returncode, left) == (0, ""), left
 
 
 def running(told: Told, made: Releases, bundle: Path) -> None:

@@ -540,6 +540,7 @@ NONSENSE = [
     ("server.json", server_args("--ctx-size", "9" * 18), "gives --ctx-size the value"),
     ("server.json", server_args("--ctx-size", "-1"), "of -1 tokens, plan.json says"),
     ("server.json", server_args("--ctx-size", "8"), "of 8 tokens, plan.json says"),
+    ("server.json", server_args("--ctx-size", "999999999"), "of 999999999 tokens, plan.json says"),
     ("server.json", server_args("--ctx-size", "512", "-c", "8"), "of 8 tokens, plan.json says"),
     ("server.json", server_args("--parallel", "2"), "server.json starts 2 slots"),
     ("server.json", server_args("--parallel"), "does not give --parallel"),
@@ -1458,7 +1459,7 @@ def test_a_rollback_never_returns_to_what_was_rolled_back_from(
     assert device.run("rollback").status == 6
     device.run("install", second)
     device.run("install", third)
-    names = [releases.releases.release_of(path) for path in (first, second, third)]
+    names = [releases.release_of(path) for path in (first, second, third)]
 
     assert device.run("rollback").status == 0
     assert (device.current(), device.previous()) == (names[1], names[0])
@@ -1477,7 +1478,7 @@ def test_a_rollback_that_was_cut_off_goes_on(device: Device, first: Path, second
     """After the mark of the release is gone, or after the link too."""
     device.run("install", first)
     device.run("install", second)
-    names = [releases.releases.release_of(path) for path in (first, second)]
+    names = [releases.release_of(path) for path in (first, second)]
     installer.remove(device.store.release(names[1]) + ".good")
     if cut == "current":
         installer.point(str(device.root / "current"), "releases/" + names[0])
@@ -1639,7 +1640,7 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
     names = []
     for number in range(1, 6):
         path = resigned(sequence=number, files={"n.txt": str(number)})
-        names.append(releases.releases.release_of(path))
+        names.append(releases.release_of(path))
         device.run("install", path)
 
     assert sorted(device.store.releases()) == sorted(names[-2:])
@@ -1800,6 +1801,128 @@ def test_a_release_whose_server_does_not_start_goes_back_with_its_units(
     assert (tmp_path / "units/edgepack.service").read_text() == "# edgepack.service\n"
     assert not (tmp_path / "units/edgepack-power.service").exists()
     assert (starts, device.ran[-1]) == (3, "systemctl start edgepack.service")
+
+
+SERVICE = """\
+[Unit]
+Wants=edgepack-health.timer
+# [Service]
+ExecStart=/bin/never
+[Service]
+DynamicUser=yes
+Environment=HOME=%S/edgepack-server \\
+    [Service]=no
+ExecStartPre=/bin/false
+; NoNewPrivileges=no
+MemoryMax=1000000
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def test_of_a_unit_only_what_its_service_may_is_taken() -> None:
+    kept = ["DynamicUser=yes", "Environment=HOME=%S/edgepack-server \\", "    [Service]=no"]
+    kept += ["ExecStartPre=/bin/false", "MemoryMax=1000000"]
+
+    assert installer.service_section(SERVICE).splitlines() == kept
+    assert installer.service_section("[Service]\nUser=a\\") == "User=a\\\n"
+    assert installer.service_section("") == ""
+
+
+class TestManager:
+    """systemd as far as a test needs it: it reads the unit of the test, starts what that says, and tells how it ended."""
+
+    __test__ = False
+
+    def __init__(self, units: Path) -> None:
+        self.unit = units / installer.TEST_UNIT
+        self.text = ""
+        self.environment = ""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, argv: Sequence[str]) -> tuple[int, str]:
+        if argv[-1] != installer.TEST_UNIT:
+            return 0, ""
+        if argv[1] == "start":
+            self.text = self.unit.read_text(encoding="utf-8")
+            folder = Path(re.findall("^EnvironmentFile=(.*)/server.env$", self.text, re.M)[-1])
+            self.environment = (folder / "server.env").read_text(encoding="utf-8")
+            assert (folder / "server.env").stat().st_mode & 0o777 == 0o600
+            command = shlex.split(re.findall("^ExecStart=(.*)$", self.text, re.M)[-1].replace("%%", "%"))
+            self.process = subprocess.Popen(command, start_new_session=True)
+        assert self.process is not None
+        if argv[1] == "stop":
+            self.process.kill()
+        status = None if argv[1] == "start" else self.process.poll()
+        pid = self.process.pid
+        if argv[1] != "show" or status is None:
+            return 0, f"MainPID={pid}\nExecMainPID={pid}\nExecMainCode=0\nExecMainStatus=0"
+        code = os.CLD_KILLED if status < 0 else os.CLD_EXITED
+        return 0, f"MainPID=0\nExecMainPID={pid}\nExecMainCode={code}\nExecMainStatus={abs(status)}"
+
+
+def test_mode_system_tests_a_release_with_the_rights_of_its_unit(
+    tmp_path: Path, signers: str, resigned: Callable[..., Path]
+) -> None:
+    units = tmp_path / "passing"
+    manager = TestManager(units)
+    seen: dict[str, Any] = {}
+
+    def check(options: argparse.Namespace) -> dict[str, Any]:
+        work = Path(options.work)
+        seen["modes"] = [place.stat().st_mode & 0o777 for place in (work, *work.parents[:2])]
+        launch = agent.Launch(
+            ["/bin/sh", "-c", "sleep $0; exit 3 % 100", "60"], {"A": 'b"c'}, "secret", options.work, None,
+            agent.Limit(7_000_000, "none", None),
+        )  # fmt: skip
+        with options.launcher.start(launch) as (process, limit):
+            seen["pid"], seen["limit"] = process.pid, limit
+            assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.1)
+            os.killpg(process.pid, 9)
+            seen["ended"] = process.wait(10)
+        assert not manager.unit.exists()
+        return releases.passing()
+
+    device = enrolled(tmp_path, signers, "system", check=check, status=manager)
+    device.world = device.world._replace(passing_units=str(units))
+    (Path(device.world.system_units) / "edgepack.service.d/60-mine.conf").write_text("[Service]\nNice=5\n")
+
+    answer = device.run("install", resigned(files={"edgepack.service": SERVICE}))
+
+    assert (answer.status, answer.document["outcome"]) == (0, "good")
+    lines = manager.text.splitlines()
+    assert seen["ended"] == -9
+    assert seen["modes"] == [0o755, 0o755, 0o755]  # the service's user comes that far
+    assert seen["limit"].bytes == 7_000_000
+    assert lines.index("DynamicUser=yes") < lines.index("Nice=5") < lines.index("ExecStart=")
+    assert lines.index("ExecStartPre=/bin/false") < lines.index("ExecStartPre=")
+    assert lines.index("MemoryMax=1000000") < lines.index("MemoryMax=7000000")
+    assert "Wants=edgepack-health.timer" not in lines
+    assert "Conflicts=edgepack.service" in lines
+    assert 'ExecStart="/bin/sh" "-c" "sleep $$0; exit 3 %% 100" "60"' in lines
+    assert "secret" not in manager.text
+    assert manager.environment.splitlines() == ['A="b\\"c"', 'EDGEPACK_TEST_KEY="secret"']
+    assert device.guarded == [
+        "systemctl start edgepack.service", f"systemctl stop {installer.TEST_UNIT}", "done", "done",
+    ]  # fmt: skip
+    assert not [*tmp_path.rglob(".new-*")]
+
+
+@pytest.mark.parametrize(("mode", "name"), [("system", "edgepack.service"), ("user", "start.sh")])
+def test_a_release_that_its_mode_could_not_start_is_refused(
+    tmp_path: Path, signers: str, key: Path, mode: str, name: str
+) -> None:
+    device = enrolled(tmp_path, signers, mode)
+    path = releases.bundle(tmp_path / "b.tar", key, without=(name,))
+
+    answer = device.run("install", path)
+
+    assert (answer.status, answer.said) == (
+        6,
+        f"refused: the bundle has no {name}, which starts it in mode {mode}",
+    )
 
 
 def test_the_server_rests_while_a_release_is_tested(tmp_path: Path, signers: str, first: Path) -> None:
