@@ -163,6 +163,9 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
         "quality": {"probes": 10, "agree": 9, "ties": 1, "mean_drift": 0.01},
         "memory": {
             "peak_rss": plan.memory.total,
+            "peak_anonymous": plan.memory.total,
+            "rss_file": 0,
+            "rss_shared": 0,
             "processes": None,
             "nvmap": None,
             "gpu": None,

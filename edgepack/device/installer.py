@@ -2211,8 +2211,9 @@ def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
         resident = max(resident, memory["processes"]["peak"])
-    used = resident
+    used, card = resident, None
     if plan.backend != "cpu":
+        resident, card = _on_host(memory, resident), memory["gpu"]
         own = [memory[name] for name in ("nvmap", "gpu") if memory[name] is not None]
         lost = memory["system_drop"] if plan.unified else None
         used = resident + own[0] if own else lost
@@ -2220,8 +2221,22 @@ def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
         yield "its memory peaked at %d bytes, the plan says up to %d" % (used, plan.most)
     if plan.unified and used is not None and used > plan.device + plan.driver:
         yield "its memory peaked at %d bytes, the device has %d to give" % (used, plan.device + plan.driver)
+    if not plan.unified and card is not None and card > plan.device + plan.driver:
+        yield "its memory on the card peaked at %d bytes, the device has %d to give" % (
+            card,
+            plan.device + plan.driver,
+        )
     if not plan.unified and resident > plan.host:
         yield "its memory peaked at %d bytes, the device has %d to give" % (resident, plan.host)
+
+
+def _on_host(memory: Dict[str, Any], resident: int) -> int:
+    """What of it counts where the weights went to an accelerator: pages of files that they were read from do not
+    (edgepack/check.py: peak_on_host)."""
+    file, shared = memory["rss_file"], memory["rss_shared"]
+    if file is None or shared is None or memory["processes"] is not None:
+        return resident
+    return min(resident, int(memory["peak_anonymous"]) + int(file) + int(shared))
 
 
 def _backend(planned: str, facts: Dict[str, Any]) -> str:
