@@ -59,6 +59,8 @@ DRIFT_WRONG = 0.25
 """Above this the answers are another model's, or those of damaged weights."""
 AGREEMENT = 0.9
 """Share of probes with the recorded first choice, ties counted as the same."""
+AGREEMENT_WRONG = 0.7
+"""Below this they are another model's."""
 
 
 # ── what the agent measured ──────────────────────────────────────────────────────────────────────────
@@ -1058,7 +1060,7 @@ def _quality(facts: Facts) -> Iterator[Item]:
             )
         return
     share = (quality.agree + quality.ties) / quality.probes
-    wrong = quality.mean_drift > DRIFT_WRONG or share < AGREEMENT - 0.2
+    wrong = quality.mean_drift > DRIFT_WRONG or share < AGREEMENT_WRONG
     doubtful = quality.mean_drift > DRIFT or share < AGREEMENT
     yield Item(
         name="quality",

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from edgepack import serde
-from edgepack.bundle import oci, sign
+from edgepack.bundle import oci, server_document, sign
 from edgepack.device import agent, installer
 from edgepack.plan import Plan
 from tests.plans import example_plan
 
 PROFILE = "raspberry-pi-5-8gb"
 SERVER = b"#!/bin/sh\nexec true\n"
+SELFTEST = {
+    "schema_version": 1,
+    "probes": [{"prompt": "Once upon a time", "top": [[7, -0.5], [9, -1.25]]}],
+    "decode": {"prompt": "Once upon a time", "tokens": [7, 11], "text": ", there"},
+}
 UNITS = {name: f"# {name}\n" for name in installer.UNITS[:3]}
 
 
@@ -32,6 +37,7 @@ def bundle(
     sequence: int = 1,
     weights: bytes = b"GGUF" + bytes(5000),
     files: Mapping[str, str] | None = None,
+    without: Sequence[str] = (),
     plan: Plan | None = None,
     annotations: Mapping[str, str] | None = None,
     server: bytes = SERVER,
@@ -39,9 +45,14 @@ def bundle(
     """A bundle as `edgepack build` writes them, small; without ``key`` unsigned."""
     model = out.with_suffix(".weights")
     model.write_bytes(weights)
-    plan_json = serde.to_json(plan or example_plan(PROFILE))
-    texts = {"plan.json": plan_json, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
-    layers = [oci.text_layer(name, "code", text) for name, text in texts.items()]
+    plan = plan or example_plan(PROFILE)
+    documents = {
+        "plan.json": serde.to_json(plan),
+        "server.json": server_document(plan),
+        "selftest.json": json.dumps(SELFTEST),
+    }
+    texts = {**documents, "start.sh": "#!/bin/sh\n", **UNITS, "app/empty.txt": "", **(files or {})}
+    layers = [oci.text_layer(name, "code", text) for name, text in texts.items() if name not in without]
     layers.append(oci.text_layer(agent.SERVER, "code", server.decode()))
     layers.append(
         oci.Layer(
@@ -152,6 +163,9 @@ def passing(plan: Plan | None = None) -> dict[str, Any]:
         "quality": {"probes": 10, "agree": 9, "ties": 1, "mean_drift": 0.01},
         "memory": {
             "peak_rss": plan.memory.total,
+            "peak_anonymous": plan.memory.total,
+            "rss_file": 0,
+            "rss_shared": 0,
             "processes": None,
             "nvmap": None,
             "gpu": None,

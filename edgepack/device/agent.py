@@ -37,6 +37,7 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
+    ContextManager,
     Dict,
     FrozenSet,
     Iterable,
@@ -555,7 +556,10 @@ def _bounded_int(text: str) -> int:
 def _bounded_float(text: str) -> float:
     if len(text) > 40:
         raise ValueError("a number has %d digits" % len(text))
-    return float(text)
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("%s is larger than a number can be" % text)
+    return value
 
 
 def _manifest_parts(manifest: Any) -> Tuple[Dict[str, Any], List[Dict[str, Any]], Dict[str, str]]:
@@ -667,10 +671,7 @@ def read_file(bundle: Bundle, path: str) -> bytes:
 
 def read_document(bundle: Bundle, path: str) -> Dict[str, Any]:
     """A JSON object of a verified bundle. Raises Refused."""
-    value = parse_json(read_file(bundle, path), path)
-    if not isinstance(value, dict):
-        raise Refused("%s is not a JSON object" % path)
-    return value
+    return _document(read_file(bundle, path), path)
 
 
 def extract(bundle: Bundle, path: str, folder: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
@@ -1123,8 +1124,16 @@ def _make_cgroup(size: Optional[int]) -> Optional[Tuple[str, str]]:
 
 def _cgroup_parents() -> Iterator[Tuple[str, str]]:
     """Where a group for the server could be made: (kind, folder), the own group first."""
+    for mechanism, mount, mine in _memory_groups("self"):
+        for folder in dict.fromkeys((mine, os.path.dirname(mine), mount)):
+            if folder.startswith(mount) and os.access(folder, os.W_OK):
+                yield mechanism, folder
+
+
+def _memory_groups(process: str) -> Iterator[Tuple[str, str, str]]:
+    """The groups of a process that count memory, as its kernel tells: (kind, where such are mounted, its own)."""
     own: Dict[str, str] = {}
-    for line in (_read("/proc/self/cgroup") or "").splitlines():
+    for line in (_read("/proc/%s/cgroup" % process) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             own["cgroup-v2"] = path
@@ -1142,10 +1151,15 @@ def _cgroup_parents() -> Iterator[Tuple[str, str]]:
             continue
         path = own.get(mechanism, "/")
         inside = os.path.relpath(path, root) if path.startswith(root) else "."
-        mine = os.path.normpath(os.path.join(mount, inside))
-        for folder in dict.fromkeys((mine, os.path.dirname(mine), mount)):
-            if folder.startswith(mount) and os.access(folder, os.W_OK):
-                yield mechanism, folder
+        yield mechanism, mount, os.path.normpath(os.path.join(mount, inside))
+
+
+def limit_of(pid: int, size: Optional[int]) -> Limit:
+    """The memory group that a service manager gave to a process; ``size``: the bytes that it was told to allow."""
+    for mechanism, _, folder in _memory_groups(str(pid)):
+        if os.path.exists(os.path.join(folder, "memory.stat")):
+            return Limit(size, mechanism, folder)
+    return Limit(size, "none", None)
 
 
 def _write(path: str, text: str) -> None:
@@ -1183,6 +1197,8 @@ _WORD = r"-?[A-Za-z0-9][A-Za-z0-9_.,:=+-]*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.,:=+-]*(?:/[A-Za-z0-9][A-Za-z0-9_.,:=+-]*)?"
 """A model's name as the API tells it, with the owner a Hub name begins with."""
 _COUNT = r"-?[0-9]{1,18}"
+_INT = r"-?[0-9]{1,9}"
+"""What llama.cpp reads into 32 bits (common/arg.cpp: std::stoi)."""
 _NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,18})?"
 
 
@@ -1214,6 +1230,8 @@ class Runtime(NamedTuple):
     """Variables of the device that begin so are kept from the server: they would change what the bundle says."""
     slots: str
     """The flag that says how many sequences it computes at once."""
+    context: str
+    """The flag that says how many tokens it holds: those of all slots together, of vLLM those of each."""
     address_space: int
     """Bytes of address space that never become resident, beside the stacks of `count_threads`.
 
@@ -1263,6 +1281,7 @@ def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
         environment=re.compile("(?:%s)\\Z" % _ON_PYTHON),
         inherits_not="EDGEPACK_",
         slots="--parallel",
+        context="--ctx-size",
         address_space=address_space,
         error=_PYTHON_ERROR,
     )
@@ -1284,18 +1303,23 @@ RUNTIMES: Dict[str, Runtime] = {
         options={
             **_flags(
                 _WORD,
-                "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -fa --flash-attn -ctk --cache-type-k "
-                "-ctv --cache-type-v -cram --cache-ram -fit --fit -lm --load-mode -ngl --gpu-layers --n-gpu-layers "
-                "-ctxcp --ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to "
-                "--timeout --cache-reuse --poll --poll-batch --prio -sm --split-mode -mg --main-gpu -dev --device "
-                "--lazy-mode -lzm -n --predict",
+                "-fa --flash-attn -ctk --cache-type-k -ctv --cache-type-v -fit --fit -lm --load-mode -sm --split-mode "
+                "-dev --device --lazy-mode -lzm",
             ),
+            **_flags(
+                _INT,
+                "-c --ctx-size -np --parallel -b --batch-size -ub --ubatch-size -cram --cache-ram -ctxcp "
+                "--ctx-checkpoints --swa-checkpoints -t --threads -tb --threads-batch --threads-http -to --timeout "
+                "--cache-reuse --poll --poll-batch --prio -mg --main-gpu -n --predict",
+            ),
+            **_flags("auto|all|" + _INT, "-ngl --gpu-layers --n-gpu-layers"),
             **_flags(_NAME, "--alias -a"),
         },
         lists=frozenset(),
         environment=re.compile(r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
         inherits_not="LLAMA_",
         slots="--parallel",
+        context="--ctx-size",
         address_space=ADDRESS_SPACE,
         error=re.compile(r"^(?:[\d.]+ E (.*)|(?:ggml_|terminate called|qemu[-:]).*)$", re.M),
     ),
@@ -1350,6 +1374,7 @@ RUNTIMES: Dict[str, Runtime] = {
         ),
         inherits_not="VLLM_",
         slots="--max-num-seqs",
+        context="--max-model-len",
         address_space=1664 * MIB,
         error=_PYTHON_ERROR,
     ),
@@ -1357,6 +1382,9 @@ RUNTIMES: Dict[str, Runtime] = {
 THREAD_FLAGS = ("-t", "--threads", "-tb", "--threads-batch")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 CPU_LISTS = ("VLLM_CPU_OMP_THREADS_BIND",)
+SHORT_FLAGS = {"-c": "--ctx-size", "-np": "--parallel"}
+WORDS = 256
+"""Arguments, and variables, that a server.json may have."""
 
 OUT_OF_MEMORY = (
     "unable to allocate",
@@ -1400,8 +1428,11 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     """
     runtime = runtime_of(document)
     args, environment = document.get("args"), document.get("env", {})
+    _known_schema(document, "server.json")
     if not isinstance(args, list) or not isinstance(environment, dict):
         raise Refused("server.json has no list args or no object env")
+    if len(args) > WORDS or len(environment) > WORDS:
+        raise Refused("server.json has more than %d arguments or variables" % WORDS)
     flag: Optional[str] = None
     values = 0
     for word in args:
@@ -1426,6 +1457,12 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     flags = list(args) if load_mode is None else with_load_mode(args, load_mode)
     cores = os.sched_getaffinity(0)
     return with_threads(flags, len(cores)), with_cores(environment, cores)
+
+
+def _known_schema(document: Dict[str, Any], what: str) -> None:
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise Refused("%s has the schema_version %s, not %d" % (what, _shown(repr(version)), SCHEMA_VERSION))
 
 
 def with_load_mode(args: Sequence[str], mode: str) -> List[str]:
@@ -1486,12 +1523,46 @@ def flag_value(args: Sequence[str], flag: str) -> Optional[str]:
     return found[-1] if found else None
 
 
+class Process(Protocol):
+    """A server's first process, which leads its session: a child of this one, or another's."""
+
+    pid: int
+
+    def poll(self) -> Optional[int]:
+        """Its exit status, or its signal's number below 0; None while it runs."""
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """That, once it has ended. Raises subprocess.TimeoutExpired."""
+
+
+class Launch(NamedTuple):
+    """What is to be started, and how."""
+
+    argv: List[str]
+    environment: Dict[str, str]
+    key: str
+    """What the server is to find in the file that its command line names for it."""
+    folder: str
+    """Where server.log goes."""
+    cwd: Optional[str]
+    limit: Limit
+
+
+class Launcher(Protocol):
+    """Starts a server with the rights that it will have later; without one it has those of this process."""
+
+    key_file: str
+
+    def start(self, launch: Launch) -> ContextManager[Tuple[Process, Limit]]:
+        """The process, and the group that counts its memory; both are gone when the block ends. Raises Failed."""
+
+
 class Server:
     """A running server: its process, its meter, and requests to it."""
 
     def __init__(
         self,
-        process: subprocess.Popen[bytes],
+        process: Process,
         meter: Meter,
         port: int,
         key: str,
@@ -1663,9 +1734,11 @@ def command(
     return [program, "-m", "edgepack_server", *args, "--model", model, *host, "--api-key-file", key_file]
 
 
-def _environment(runtime: Runtime, given: Dict[str, str], key: str, app: Optional[str]) -> Dict[str, str]:
-    """The device's environment without what would change the bundle's flags, and with what the bundle says."""
-    inherited = {name: text for name, text in os.environ.items() if not name.startswith(runtime.inherits_not)}
+def _environment(
+    runtime: Runtime, given: Dict[str, str], key: str, app: Optional[str], around: Mapping[str, str]
+) -> Dict[str, str]:
+    """The environment ``around`` without what would change the bundle's flags, and with what the bundle says."""
+    inherited = {name: text for name, text in around.items() if not name.startswith(runtime.inherits_not)}
     if not runtime.modules:
         return dict(inherited, **given)
     path = [folder for folder in (app, inherited.get("PYTHONPATH")) if folder]
@@ -1689,21 +1762,53 @@ def running_server(
     under: Sequence[str] = (),
     runtime: str = LLAMA_CPP,
     app: Optional[str] = None,
+    launcher: Optional[Launcher] = None,
 ) -> Iterator[Server]:
     """Starts a server on a free loopback port with a key of its own; it is gone when the block ends.
 
     ``program`` is llama-server, or the Python that runs the others (for vLLM also its ``vllm``). ``model``: the file
     or folder of weights. ``app``: the folder that holds edgepack_server. ``under``: the emulator and its flags, when
-    the server is for another architecture. The key lies in ``folder`` (mode 0600) beside server.log. The server also
-    dies with this process, however that ends (PR_SET_PDEATHSIG; `guarded`).
+    the server is for another architecture. ``launcher``: who starts it in place of this process, in an environment of
+    its own. server.log lies in ``folder``.
     """
     how = RUNTIMES[runtime]
     key = secrets.token_urlsafe(24)
-    key_file = os.path.join(os.path.abspath(folder), "server.key")
+    folder = os.path.abspath(folder)
+    key_file = launcher.key_file if launcher is not None else os.path.join(folder, KEY_FILE)
     port = _free_port()
     argv = [*under, *command(how, program, args, model=os.path.abspath(model), port=port, key_file=key_file)]
-    log = os.path.join(folder, "server.log")
     arenas = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
+    around = os.environ if launcher is None else {}
+    launch = Launch(
+        argv=argv,
+        environment=dict(_environment(how, environment, key, app, around), **arenas),
+        key=key,
+        folder=folder,
+        cwd=(app or folder) if how.modules else None,
+        limit=limit,
+    )
+    log = os.path.join(folder, LOG_FILE)
+    with (_child if launcher is None else launcher.start)(launch) as (process, group):
+        meter = Meter(process, weights_bytes(model), tree=bool(how.modules))
+        server = Server(process, meter, port, key, log, group, how, args)
+        server.meter.start()
+        try:
+            with guarded(process) if runtime == VLLM and launcher is None else contextlib.nullcontext():
+                yield server
+        finally:
+            server.meter.stop()
+
+
+KEY_FILE, LOG_FILE = "server.key", "server.log"
+
+
+@contextlib.contextmanager
+def _child(launch: Launch) -> Iterator[Tuple[Process, Limit]]:
+    """A server with the rights of this process, and its key (mode 0600) in the folder of its log.
+
+    It also dies with this process, however that ends (PR_SET_PDEATHSIG; `guarded`).
+    """
+    key_file = os.path.join(launch.folder, KEY_FILE)
     parent = os.getpid()
     libc = ctypes.CDLL(None)
 
@@ -1712,7 +1817,7 @@ def running_server(
         libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
-        limit.enter()
+        launch.limit.enter()
 
     # A signal between the start of the child and the block that ends it would leave both behind: it waits.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -1721,30 +1826,23 @@ def running_server(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(key_file)
         with os.fdopen(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(key + "\n")
-        with _new_file(log) as out_log:
+            out.write(launch.key + "\n")
+        with _new_file(os.path.join(launch.folder, LOG_FILE)) as out_log:
             try:
                 process = subprocess.Popen(
-                    argv,
-                    env=dict(_environment(how, environment, key, app), **arenas),
+                    launch.argv,
+                    env=launch.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=out_log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=in_child,
-                    cwd=(app or os.path.abspath(folder)) if how.modules else None,
+                    cwd=launch.cwd,
                 )
             except OSError as error:
-                raise MissingProgram("%s cannot be started: %s" % (argv[0], error.strerror)) from None
+                raise MissingProgram("%s cannot be started: %s" % (launch.argv[0], error.strerror)) from None
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        meter = Meter(process, weights_bytes(model), tree=bool(how.modules))
-        server = Server(process, meter, port, key, log, limit, how, args)
-        server.meter.start()
-        try:
-            with guarded(process) if runtime == VLLM else contextlib.nullcontext():
-                yield server
-        finally:
-            server.meter.stop()
+        yield process, launch.limit
     finally:
         if process is not None:
             _end(process)
@@ -1757,7 +1855,7 @@ _GUARD = "import os, sys; sys.stdin.buffer.read(); os.killpg(int(sys.argv[1]), 9
 
 
 @contextlib.contextmanager
-def guarded(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def guarded(process: Process) -> Iterator[None]:
     """Ends a server's whole group should this process be killed meanwhile: what the kernel then ends is the server's
     first process alone, and vLLM's engine lives on with all its memory.
 
@@ -1884,7 +1982,7 @@ class Meter:
     their page tables, and taken off the highest sum since.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], weights: int, *, tree: bool = False) -> None:
+    def __init__(self, process: Process, weights: int, *, tree: bool = False) -> None:
         self.thrashing: Optional[str] = None
         """Set, and the process killed, when it has been paging for THRASH_SECONDS."""
         self.peak_anonymous = 0
@@ -2012,6 +2110,12 @@ class Meter:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
                 return
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended, and that nobody has asked for yet, does not."""
+    state = (_read("/proc/%d/stat" % pid) or "").rpartition(")")[2].split()
+    return bool(state) and state[0] not in ("Z", "X")
 
 
 def _reading(pid: int) -> Dict[str, int]:
@@ -2328,6 +2432,8 @@ TEXT = (
 """Opening of Pride and Prejudice (1813): what the context is filled with, over and over."""
 FULL_PREDICT = 16
 """Tokens generated into the last places of a slot; its last cell stays empty, as llama-server demands."""
+LEAST_TOKENS = FULL_PREDICT + 2
+"""Tokens of a slot that can be filled: one of a text, those generated, and the empty cell."""
 GREEDY = {"temperature": 0.0, "seed": 1, "samplers": ["temperature"], "ignore_eos": True}
 
 
@@ -2827,13 +2933,14 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     """
     bundle, facts = _verified(options)
     plan = read_document(bundle, "plan.json")
-    document = read_document(bundle, "server.json")
-    runtime = _runtime(plan, document, options)
+    start = start_of(bundle, plan, lambda path: read_file(bundle, path))
+    runtime, environment = start.runtime, start.environment
+    for given, option in ((options.emulator, "--emulator"), (options.load_mode, "--load-mode")):
+        if given is not None and runtime.name != LLAMA_CPP:
+            raise BadUsage("%s is for %s bundles, and this one is for %s" % (option, LLAMA_CPP, runtime.name))
     limited = options.memory_limit is not None
-    args, environment = server_arguments(
-        document, options.load_mode or ("none" if limited and runtime.name == LLAMA_CPP else None)
-    )
-    selftest = read_document(bundle, "selftest.json") if find_file(bundle, "selftest.json") else None
+    mode = options.load_mode or ("none" if limited and runtime.name == LLAMA_CPP else None)
+    args = start.args if mode is None else with_load_mode(start.args, mode)
     facts["machine"] = machine_facts()
     facts["match"] = match_device(plan["profile"], facts["machine"])
     facts["preflight"] = preflight(bundle, plan, options.work, options.memory_limit)
@@ -2845,7 +2952,7 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     runs_here = emulator is not None or arch == facts["machine"]["arch"]
     if runtime.modules:
         program, source = find_python(runtime, options.server)
-        app, source = _app_code(bundle, facts["signature"], options) if _has_app(runtime) else (None, source)
+        app, source = _app_code(bundle, facts["signature"], options) if has_app(runtime) else (None, source)
     else:
         program, source = _server_program(bundle, facts["signature"], options, carried_runs=runs_here)
         app = None
@@ -2857,10 +2964,17 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     facts["server"]["emulator"] = emulator.facts if emulator is not None else None
     facts["server"]["code"] = None if app is None else folder_digest(os.path.join(app, APP.rstrip("/")))
     by_group = options.limit_by == "cgroup"
-    with memory_limit(
-        options.memory_limit, cgroup=by_group, threads=count_threads(args), beside=runtime.address_space
-    ) as limit:
-        facts["limit"] = limit_facts(limit)
+    with contextlib.ExitStack() as stack:
+        limit = Limit(options.memory_limit, "none", None)  # the launcher sets it
+        if options.launcher is None:
+            limit = stack.enter_context(
+                memory_limit(
+                    options.memory_limit,
+                    cgroup=by_group,
+                    threads=count_threads(args),
+                    beside=runtime.address_space,
+                )
+            )
         before = facts["machine"]["gpus"]
         account: Optional[Dict[str, Any]] = None
         with running_server(
@@ -2873,9 +2987,11 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
             under=emulator.under if emulator is not None else (),
             runtime=runtime.name,
             app=app,
+            launcher=options.launcher,
         ) as server:
+            facts["limit"] = limit_facts(server.limit)
             try:
-                account = _measure(server, facts, plan, selftest, before, options)
+                account = _measure(server, facts, plan, start.selftest, before, options)
             except Failed as failed:
                 facts["failure"] = {"kind": failed.kind, "stage": failed.stage, "message": failed.message}
                 facts["memory"] = facts["memory"] or memory_facts(server, before)
@@ -2885,17 +3001,112 @@ def check(options: argparse.Namespace) -> Dict[str, Any]:
     return facts
 
 
-def _runtime(plan: Dict[str, Any], document: Dict[str, Any], options: argparse.Namespace) -> Runtime:
-    """The bundle's runtime, when both documents name the same and the options are meant for it."""
+class Start(NamedTuple):
+    """How a bundle says that its server is started, and what it must answer."""
+
+    runtime: Runtime
+    args: List[str]
+    environment: Dict[str, str]
+    selftest: Optional[Dict[str, Any]]
+    """None where the bundle has no selftest.json."""
+
+
+def start_of(bundle: Bundle, plan: Dict[str, Any], read: Callable[[str], bytes]) -> Start:
+    """What `check` begins with, out of a bundle's small files alone: its weights need not be here yet.
+
+    ``read`` gives the verified bytes of one of `start_files`. Raises Refused for a server.json or selftest.json that
+    no check could begin with, for one that starts another server than the plan's, and for a bundle without the files
+    that this server loads.
+    """
+    document = _document(read("server.json"), "server.json")
     runtime = runtime_of(document)
     if plan.get("runtime") != runtime.name:
         raise Refused(
             "plan.json is for %r, server.json for %s" % (_shown(str(plan.get("runtime"))), runtime.name)
         )
-    for given, option in ((options.emulator, "--emulator"), (options.load_mode, "--load-mode")):
-        if given is not None and runtime.name != LLAMA_CPP:
-            raise BadUsage("%s is for %s bundles, and this one is for %s" % (option, LLAMA_CPP, runtime.name))
-    return runtime
+    args, environment = server_arguments(document, None)
+    _holds_the_plan(runtime, args, plan["settings"])
+    weights_in(bundle, runtime.name, read)
+    if find_file(bundle, "selftest.json") is None:
+        return Start(runtime, args, environment, None)
+    selftest = _document(read("selftest.json"), "selftest.json")
+    _is_recorded(selftest)
+    return Start(runtime, args, environment, selftest)
+
+
+def start_files(bundle: Bundle) -> List[File]:
+    """The files that `start_of` reads of this bundle, server.json also where it has none. Raises Refused then."""
+    if find_file(bundle, "server.json") is None:
+        raise Refused("the bundle has no server.json")
+    return [file for file in bundle["files"] if file["path"] in START_FILES]
+
+
+GENAI_CONFIG = MODEL + "genai_config.json"
+START_FILES = ("server.json", "selftest.json", GENAI_CONFIG)
+
+
+def _document(content: bytes, what: str) -> Dict[str, Any]:
+    value = parse_json(content, what)
+    if not isinstance(value, dict):
+        raise Refused("%s is not a JSON object" % what)
+    return value
+
+
+def _holds_the_plan(runtime: Runtime, args: Sequence[str], settings: Dict[str, Any]) -> None:
+    """Refuses flags with other slots or another context than the plan's, whose memory was counted for those."""
+    words = [SHORT_FLAGS.get(word, word) for word in args]
+    slots, context = flag_value(words, runtime.slots), flag_value(words, runtime.context)
+    if slots is None or context is None:
+        raise Refused("server.json does not give %s and %s" % (runtime.slots, runtime.context))
+    each, planned = int(context), -(-settings["context"] // settings["slots"])
+    if runtime.name != VLLM:
+        each, planned = each // max(1, int(slots)), settings["context"] // settings["slots"]
+    if int(slots) != settings["slots"] or each != planned:
+        raise Refused(
+            "server.json starts %s slots of %d tokens, plan.json says %d of %d"
+            % (slots, each, settings["slots"], planned)
+        )
+
+
+PROBES, PROMPT_CHARACTERS, TOKENS = 1024, 1 << 16, 4096
+"""The most that a selftest.json may ask for: probes, characters of a prompt, tokens of the continuation."""
+
+
+def _is_recorded(selftest: Dict[str, Any]) -> None:
+    """Refuses a selftest.json that `probe_quality` could not compare with. One without probes asks for nothing."""
+    _known_schema(selftest, "selftest.json")
+    probes = selftest.get("probes")
+    if not isinstance(probes, list) or len(probes) > PROBES:
+        raise Refused("selftest.json has no list of at most %d probes" % PROBES)
+    for number, probe in enumerate(probes):
+        top = probe.get("top") if isinstance(probe, dict) else None
+        if top is None or not _is_prompt(probe.get("prompt")):
+            raise Refused("probe %d of selftest.json has no prompt or no top" % number)
+        if not isinstance(top, list) or not 1 <= len(top) <= WIDE or not all(map(_is_choice, top)):
+            raise Refused("probe %d of selftest.json has no tokens with their log-probabilities" % number)
+    decode = selftest.get("decode")
+    if decode is None and not probes:
+        return
+    tokens = decode.get("tokens") if isinstance(decode, dict) else None
+    if not isinstance(decode, dict) or not _is_prompt(decode.get("prompt")):
+        raise Refused("the continuation (decode) of selftest.json has no prompt")
+    if not isinstance(tokens, list) or not 1 <= len(tokens) <= TOKENS or not all(map(_is_token, tokens)):
+        raise Refused("the continuation (decode) of selftest.json has no list of 1 to %d tokens" % TOKENS)
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= PROMPT_CHARACTERS
+
+
+def _is_token(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _is_choice(value: Any) -> bool:
+    """A token and its log-probability in nats; a rounded one may be a little above 0."""
+    if not isinstance(value, list) or len(value) != 2 or not _is_token(value[0]):
+        return False
+    return type(value[1]) in (int, float) and -1e4 <= value[1] <= 0.01
 
 
 def _measure(
@@ -3066,17 +3277,29 @@ def unpack_weights(
 
     Raises Refused for a model that could make its runtime run code, and NoSpace.
     """
+    wanted = weights_in(bundle, runtime, lambda path: read_file(bundle, path))
     if runtime == LLAMA_CPP:
         return extract(bundle, WEIGHTS, folder, on_bytes)
-    wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
-    if not wanted:
-        raise Refused("the bundle has no %s" % MODEL)
-    for path in wanted:
-        if not _DATA.match(path.rpartition("/")[2]):
-            raise Refused("the bundle has %s, which no model needs" % path)
-    if MODEL + "genai_config.json" in wanted:
-        _plain_config(read_document(bundle, MODEL + "genai_config.json"), MODEL + "genai_config.json")
     return os.path.join(_unpacked(bundle, wanted, "model", folder, on_bytes), MODEL.rstrip("/"))
+
+
+def weights_in(bundle: Bundle, runtime: str, read: Callable[[str], bytes]) -> List[str]:
+    """The files of a bundle that its runtime loads. Raises Refused where there are none, and as `unpack_weights`.
+
+    ``read`` gives the verified bytes of GENAI_CONFIG, where the bundle has one.
+    """
+    if runtime == LLAMA_CPP:
+        wanted = [WEIGHTS] if find_file(bundle, WEIGHTS) is not None else []
+    else:
+        wanted = [file["path"] for file in bundle["files"] if file["path"].startswith(MODEL)]
+        for path in wanted:
+            if not _DATA.match(path.rpartition("/")[2]):
+                raise Refused("the bundle has %s, which no model needs" % path)
+        if GENAI_CONFIG in wanted:
+            _plain_config(_document(read(GENAI_CONFIG), GENAI_CONFIG), GENAI_CONFIG)
+    if not wanted:
+        raise Refused("the bundle has no %s" % (WEIGHTS if runtime == LLAMA_CPP else MODEL))
+    return wanted
 
 
 def _plain_config(value: Any, where: str) -> None:
@@ -3113,7 +3336,7 @@ def _unpacked(
     return place
 
 
-def _has_app(runtime: Runtime) -> bool:
+def has_app(runtime: Runtime) -> bool:
     return runtime.name in (ONNX_GENAI, TRANSFORMERS)
 
 
@@ -3266,7 +3489,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, act, about in actions:
         command = commands.add_parser(name, help=about)
-        command.set_defaults(act=act)
+        command.set_defaults(act=act, launcher=None)
         if name == "facts":
             continue
         command.add_argument("bundle")

@@ -296,6 +296,7 @@ class World(NamedTuple):
     machine: Callable[[], Dict[str, Any]] = agent.machine_facts
     clock: Callable[[], float] = time.time
     system_units: str = "/etc/systemd/system"
+    passing_units: str = "/run/systemd/system"
     user_units: str = "~/.config/systemd/user"
 
 
@@ -747,6 +748,42 @@ WantedBy=default.target
 """
 
 
+TEST_UNIT = "edgepack-self-test.service"
+TEST_FOLDER = "/run/edgepack-self-test"
+TEST_SERVICE = """\
+# The server of a release while it is tested: with all that its own unit allows and forbids, started by the agent.
+[Unit]
+Description=The release that edgepack tests
+# Whatever starts the service ends the test before it: there is no memory for both.
+Conflicts=edgepack.service
+Before=edgepack.service
+StartLimitIntervalSec=0
+
+[Service]
+{service}
+
+# What is otherwise than in the release's unit.
+Type=exec
+RemainAfterExit=yes
+Restart=no
+TimeoutStartSec=300
+RuntimeDirectory=edgepack-self-test
+RuntimeDirectoryMode=0700
+WorkingDirectory={cwd}
+EnvironmentFile={folder}/server.env
+StandardInput=null
+StandardOutput=append:{folder}/server.log
+StandardError=inherit
+ExecStartPre=
+ExecStartPre=/bin/sh -c 'umask 077; printf %%s "$$EDGEPACK_TEST_KEY" >{test_folder}/key'
+ExecStart=
+ExecStart={command}
+ExecStartPost=
+ExecReload=
+ExecStop=
+ExecStopPost=
+{limit}"""
+
 ACTIVE = re.compile(r"^(?:SubState=(?:running|start\S*|reload\S*)|Job=[1-9]\d*)$", re.M)
 """A service whose server runs, or is on its way: it starts, or waits for its turn. One that fails again and again waits
 in auto-restart."""
@@ -786,7 +823,13 @@ class Service:
         """The server is stopped, and whoever has it so starts it again; after a kill or an error a guard does."""
         yield
 
+    def launcher(self, folder: str) -> Optional[agent.Launcher]:
+        """Who starts the server of this folder of a release for its test; None: the agent, with its own rights."""
+        return None
+
     runs = False
+    needs: Optional[str] = None
+    """The file that starts a release."""
 
 
 class Systemd(Service):
@@ -847,6 +890,11 @@ class Systemd(Service):
 class SystemService(Systemd):
     """Mode system: the units that the release brings, in /etc/systemd/system."""
 
+    needs = UNITS[0]
+
+    def launcher(self, folder: str) -> Optional[agent.Launcher]:
+        return AsService(self.world, self._systemctl, folder)
+
     def differs(self, release: str) -> bool:
         brought = ((name, read_whole(os.path.join(release, name))) for name in UNITS)
         return any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought)
@@ -876,9 +924,119 @@ class SystemService(Systemd):
             say("the plan's power mode is not set: %s" % error)
 
 
+class AsService:
+    """Starts a server for its test as the unit of its release would, as a unit that is gone at the next boot."""
+
+    key_file = TEST_FOLDER + "/key"
+
+    def __init__(self, world: World, systemctl: Callable[..., str], release: str) -> None:
+        self._world = world
+        self._systemctl = systemctl
+        self._release = release
+
+    @contextlib.contextmanager
+    def start(self, launch: agent.Launch) -> Iterator[Tuple[agent.Process, agent.Limit]]:
+        """See `agent.Launcher`. The key goes through a file that only root and systemd read: any user sees a unit."""
+        folder, systemctl = launch.folder, self._systemctl
+        unit = os.path.join(self._world.passing_units, TEST_UNIT)
+        environment = dict(launch.environment, EDGEPACK_TEST_KEY=launch.key)
+        lines = ["%s=%s\n" % (name, _quoted(text)) for name, text in sorted(environment.items())]
+        write_whole(os.path.join(folder, "server.env"), "".join(lines).encode("utf-8"), 0o600)
+        write_whole(os.path.join(folder, agent.LOG_FILE), b"")
+        os.makedirs(os.path.dirname(unit), mode=0o755, exist_ok=True)
+        done = self._world.guard(["systemctl", "stop", TEST_UNIT])
+        try:
+            write_whole(unit, self._text(launch).encode("utf-8"))
+            systemctl("daemon-reload")
+            systemctl("start", TEST_UNIT)
+            process = UnitProcess(systemctl)
+            yield process, agent.limit_of(process.pid, launch.limit.bytes)
+        finally:
+            systemctl("stop", TEST_UNIT, check=False)
+            systemctl("reset-failed", TEST_UNIT, check=False)
+            remove(unit)
+            systemctl("daemon-reload", check=False)
+            done()
+
+    def _text(self, launch: agent.Launch) -> str:
+        """The unit: what the release's own says, and the device's additions to that, then what is otherwise here."""
+        own = os.path.join(self._release, UNITS[0])
+        additions = os.path.join(self._world.system_units, UNITS[0] + ".d")
+        names = sorted(os.listdir(additions)) if os.path.isdir(additions) else []
+        places = [own, *(os.path.join(additions, name) for name in names if name.endswith(".conf"))]
+        found = [read_whole(place) for place in places]
+        if found[0] is None:
+            raise Failed("did-not-start", "service", "the release has no %s" % UNITS[0])
+        size = launch.limit.bytes
+        return TEST_SERVICE.format(
+            service="\n".join(service_section((text or b"").decode("utf-8", "replace")) for text in found),
+            cwd=launch.cwd or launch.folder,
+            folder=launch.folder,
+            test_folder=TEST_FOLDER,
+            command=" ".join(_quoted(word).replace("%", "%%").replace("$", "$$") for word in launch.argv),
+            limit="" if size is None else "MemoryMax=%d\nMemorySwapMax=0\n" % size,
+        )
+
+
+def _quoted(word: str) -> str:
+    """A word as unit and environment files have it (systemd.syntax)."""
+    return '"%s"' % word.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def service_section(unit: str) -> str:
+    """The lines of a unit's [Service] sections, without comments."""
+    kept: List[str] = []
+    inside = continued = False
+    for line in unit.splitlines():
+        if line.lstrip()[:1] in ("#", ";"):
+            continue
+        if line.startswith("[") and not continued:
+            inside = line.rstrip() == "[Service]"
+        elif inside:
+            kept.append(line)
+        continued = line.endswith("\\")
+    return "\n".join([*kept, ""])  # a last line that would go on ends here
+
+
+class UnitProcess:
+    """The process that systemd started for TEST_UNIT (agent.Process)."""
+
+    def __init__(self, systemctl: Callable[..., str]) -> None:
+        self._systemctl = systemctl
+        self._status: Optional[int] = None
+        self.pid = self._told()["ExecMainPID"]
+        if not self.pid:
+            raise Failed("did-not-start", "service", "systemd tells no process of %s" % TEST_UNIT)
+
+    def poll(self) -> Optional[int]:
+        if self._status is None and not agent.is_alive(self.pid):
+            told = self._told()
+            if told["MainPID"] != self.pid:  # else systemd has not noticed yet
+                by_signal = told["ExecMainCode"] in (os.CLD_KILLED, os.CLD_DUMPED)
+                self._status = -told["ExecMainStatus"] if by_signal else told["ExecMainStatus"]
+        return self._status
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        began = time.monotonic()
+        while True:
+            status = self.poll()
+            if status is not None:
+                return status
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise subprocess.TimeoutExpired(TEST_UNIT, timeout)
+            time.sleep(0.05)
+
+    def _told(self) -> Dict[str, int]:
+        names = ("MainPID", "ExecMainPID", "ExecMainCode", "ExecMainStatus")
+        said = self._systemctl("show", "--property=" + ",".join(names), TEST_UNIT)
+        told = {name: int(value) for name, value in re.findall(r"^(\w+)=(\d+)$", said, re.M)}
+        return dict(dict.fromkeys(names, 0), **told)
+
+
 class UserService(Systemd):
     """Mode user: one unit of ours, which runs whatever ``current`` names."""
 
+    needs = "start.sh"
     words = ("--user",)
     target = "default.target"
 
@@ -952,6 +1110,7 @@ def admit(
         match = agent.match_device(plan["profile"], machine)
         memory = memory_need(bundle, plan, machine, store.root)
         _is_tested_here(plan)
+        promise_of(plan)
     if not (options.force_device or options.other_device):
         _is_the_planned_device(match)
     if not options.force_device:
@@ -968,6 +1127,57 @@ def _is_tested_here(plan: Dict[str, Any]) -> None:
         value = plan["settings"][name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise Refused("plan.json has the %s %s" % (name, agent._shown(repr(value))))
+    each = plan["settings"]["context"] // plan["settings"]["slots"]
+    if each < agent.LEAST_TOKENS:
+        raise Refused(
+            "plan.json has slots of %d tokens, and the test needs %d in each" % (each, agent.LEAST_TOKENS)
+        )
+
+
+def judge(
+    store: Store,
+    admission: Admission,
+    read: Callable[[agent.File], Optional[bytes]],
+    *,
+    note: bool = True,
+) -> None:
+    """Refuses a release whose self-test could not begin, for what its small files say.
+
+    ``read`` gives the verified bytes of a file, None while it is not here: then it is judged once that has come.
+    ``note``: the journal tells why it was refused.
+    """
+    bundle = admission.bundle
+    try:
+        found = {file["path"]: read(file) for file in agent.start_files(bundle)}
+        content = {path: text for path, text in found.items() if text is not None}
+        if len(content) == len(found):
+            with plan_read():
+                runtime = agent.start_of(bundle, admission.plan, content.__getitem__).runtime
+            _carries_its_server(bundle, runtime)
+        needed = service_of(store).needs
+        if needed is not None and agent.find_file(bundle, needed) is None:
+            raise Refused("the bundle has no %s, which starts it in mode %s" % (needed, store.settings.mode))
+    except Refused as refused:
+        if note:
+            store.note("refused", release=_hex(bundle["manifest_digest"]), reason=str(refused))
+        raise
+
+
+def _carries_its_server(bundle: agent.Bundle, runtime: agent.Runtime) -> None:
+    """A device has no code of edgepack's server but what a release brings."""
+    if agent.has_app(runtime) and agent.find_file(bundle, agent.APP + "__main__.py") is None:
+        raise Refused("the bundle has no %s, which %s is" % (agent.APP, runtime.title))
+
+
+def here(store: Store) -> Callable[[agent.File], Optional[bytes]]:
+    """Reads small files out of the store's blobs. Raises Refused for one that is too large."""
+
+    def read(file: agent.File) -> Optional[bytes]:
+        if not is_whole(store, file["digest"], file["size"]):
+            return None
+        return read_whole(store.blob(file["digest"]))
+
+    return read
 
 
 @contextlib.contextmanager
@@ -1327,6 +1537,7 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
             options.allow_downgrade = True
         admission = admit(store, bundle, plan_json, options, store.world.machine())
         keep = store.settings.keep if options.keep is None else options.keep
+        judge(store, admission, here(store), note=not options.dry_run)
         if options.dry_run:
             return offer_document(store, admission, could_have_space(store, bundle, keep, options.room))
         sweep(store)
@@ -1424,8 +1635,12 @@ def receive(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         plan_json = _plan_json(store, bundle)
         admission = admit(store, bundle, plan_json, judged_at_offer, store.world.machine())
         require_space(store, bundle, store.settings.keep)
+        judge(store, admission, here(store))
+        judged = {file["digest"] for file in agent.start_files(bundle)}
         for frame in frames(options.input):
             _receive_blob(store, bundle, frame, options.input)
+            if frame.name in judged:  # the weights are yet to come
+                judge(store, admission, here(store))
         if not missing(store, bundle) and is_folder(store.release(release)):
             mend(store, head)
         return offer_document(store, admission, room(store, bundle))
@@ -1547,7 +1762,8 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     """Takes a bundle's blobs into the store and returns the release. Raises Refused, NoSpace, BadUsage."""
     head, found = agent.read_head(path)
     plan_json = agent.read_file(found, "plan.json")
-    admit(store, found, plan_json, options, store.world.machine())
+    admission = admit(store, found, plan_json, options, store.world.machine())
+    judge(store, admission, lambda file: here(store)(file) or agent.read_file(found, file["path"]))
     release = _hex(found["manifest_digest"])
     same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
     require_space(store, found, store.settings.keep, 0 if options.consume and same_disk else None)
@@ -1682,6 +1898,7 @@ def install(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         head = known_head(store, release)
         bundle = agent.head_of(head)
         admission = admit(store, bundle, _plan_json(store, bundle), options, store.world.machine())
+        judge(store, admission, here(store))
         lay_out(store, head)
         good = store.good(release) is not None
         if store.target("current") == release and good and service_of(store).active():
@@ -1886,9 +2103,9 @@ UNEXPLAINED = 0.05
 
 def self_test(store: Store, release: str, options: argparse.Namespace) -> Dict[str, Any]:
     """The agent's check of an installed release and the verdict on it. Whatever goes wrong in it is its result."""
-    work = store.path("incoming", "self-test")
-    clear(work)
-    new_folder(work, 0o700)
+    launcher = service_of(store).launcher(store.release(release))
+    work = fresh(store.path("releases", "self-test"))
+    new_folder(work, 0o700 if launcher is None else 0o755)  # the service's user reads what the server loads
     asked = argparse.Namespace(
         bundle=store.release(release),
         allowed_signers=store.signers,
@@ -1902,6 +2119,7 @@ def self_test(store: Store, release: str, options: argparse.Namespace) -> Dict[s
         full=options.full,
         load_mode=None,
         start_timeout=1800.0,
+        launcher=launcher,
     )
     say("testing release %s" % release[:12])
     found: Dict[str, Any] = {}
@@ -1922,7 +2140,44 @@ def _bundle_in(store: Store, release: str) -> agent.Bundle:
     return bundle
 
 
-def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
+class Promise(NamedTuple):
+    """What a plan says that the test is held against; sizes in bytes."""
+
+    slots: int
+    each: int
+    """Tokens of a slot."""
+    backend: str
+    unified: bool
+    driver: int
+    """What an accelerator's context takes beside the parts."""
+    most: int
+    """Of all parts at their upper ends, or UNEXPLAINED above their total, with the driver."""
+    device: int
+    host: int
+    """What the device has to give, in the memory that is shared or the accelerator's, and beside that."""
+
+
+def promise_of(plan: Dict[str, Any]) -> Promise:
+    """Reads a plan.json; raises what `plan_read` makes a refusal of where it is none."""
+    profile, budget, settings = plan["profile"], plan["budget"], plan["settings"]
+    backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
+    driver = 0 if backend == "cpu" else int(profile["reserves"]["accelerator_context"])
+    parts = plan["memory"]["parts"]
+    high = sum(int(part["high"]) for part in parts)
+    total = sum(int(part["bytes"]) for part in parts)
+    return Promise(
+        slots=settings["slots"],
+        each=settings["context"] // settings["slots"],
+        backend=backend,
+        unified=bool(budget["unified"]),
+        driver=driver,
+        most=max(high, round(total * (1 + UNEXPLAINED))) + driver,
+        device=int(budget["device"]),
+        host=0 if budget["unified"] else int(budget["host"]),
+    )
+
+
+def verdict(document: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     """Why a release is not good here; nothing when it is. Pure.
 
     It starts, holds its context, stays within the plan and the device, and answers as it did when it was built; speed
@@ -1932,7 +2187,8 @@ def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     if failure is not None:
         return ["%s (%s): %s" % (failure["kind"], failure["stage"], failure["message"])]
     found: List[str] = []
-    count, each = plan["settings"]["slots"], plan["settings"]["context"] // plan["settings"]["slots"]
+    plan = promise_of(document)
+    count, each = plan.slots, plan.each
     if slots["slots"] != count or min(slots["tokens"]) < each:
         found.append("it has slots of %s tokens, the plan says %d of %d" % (slots["tokens"], count, each))
     if any(tokens is None or tokens < fill["target_tokens"] - 2 for tokens in fill["held_tokens"]):
@@ -1948,31 +2204,43 @@ def verdict(plan: Dict[str, Any], facts: Dict[str, Any]) -> List[str]:
     return found
 
 
-def _too_much_memory(plan: Dict[str, Any], facts: Dict[str, Any]) -> Iterator[str]:
-    memory, profile, budget = facts["memory"], plan["profile"], plan["budget"]
-    backend = profile["accelerator"]["backend"] if profile["accelerator"] else "cpu"
-    elsewhere = any(row["status"] == "fail" for row in facts["match"]) or backend != _backend(backend, facts)
+def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
+    memory = facts["memory"]
+    elsewhere = any(row["status"] == "fail" for row in facts["match"]) or plan.backend != _backend(
+        plan.backend, facts
+    )
     emulated = facts["server"]["emulator"] is not None or facts["machine"].get("emulated", False)
     if memory["peak_rss"] is None or emulated or elsewhere:
         return
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
         resident = max(resident, memory["processes"]["peak"])
-    driver = 0 if backend == "cpu" else profile["reserves"]["accelerator_context"]
-    used = resident
-    if backend != "cpu":
+    used, card = resident, None
+    if plan.backend != "cpu":
+        resident, card = _on_host(memory, resident), memory["gpu"]
         own = [memory[name] for name in ("nvmap", "gpu") if memory[name] is not None]
-        lost = memory["system_drop"] if budget["unified"] else None
+        lost = memory["system_drop"] if plan.unified else None
         used = resident + own[0] if own else lost
-    parts = plan["memory"]["parts"]
-    total = sum(part["bytes"] for part in parts)
-    promised = max(sum(part["high"] for part in parts), round(total * (1 + UNEXPLAINED))) + driver
-    if used is not None and used > promised:
-        yield "its memory peaked at %d bytes, the plan says up to %d" % (used, promised)
-    if budget["unified"] and used is not None and used > budget["device"] + driver:
-        yield "its memory peaked at %d bytes, the device has %d to give" % (used, budget["device"] + driver)
-    if not budget["unified"] and resident > budget["host"]:
-        yield "its memory peaked at %d bytes, the device has %d to give" % (resident, budget["host"])
+    if used is not None and used > plan.most:
+        yield "its memory peaked at %d bytes, the plan says up to %d" % (used, plan.most)
+    if plan.unified and used is not None and used > plan.device + plan.driver:
+        yield "its memory peaked at %d bytes, the device has %d to give" % (used, plan.device + plan.driver)
+    if not plan.unified and card is not None and card > plan.device + plan.driver:
+        yield "its memory on the card peaked at %d bytes, the device has %d to give" % (
+            card,
+            plan.device + plan.driver,
+        )
+    if not plan.unified and resident > plan.host:
+        yield "its memory peaked at %d bytes, the device has %d to give" % (resident, plan.host)
+
+
+def _on_host(memory: Dict[str, Any], resident: int) -> int:
+    """What of it counts where the weights went to an accelerator: pages of files that they were read from do not
+    (edgepack/check.py: peak_on_host)."""
+    file, shared = memory["rss_file"], memory["rss_shared"]
+    if file is None or shared is None or memory["processes"] is not None:
+        return resident
+    return min(resident, int(memory["peak_anonymous"]) + int(file) + int(shared))
 
 
 def _backend(planned: str, facts: Dict[str, Any]) -> str:

@@ -42,7 +42,9 @@ class Case:
     tar: bytes | None = None
     offer: bytes | None = None
     receive: bytes | None = None
-    """What is sent after an honest offer, when ``offer`` is None."""
+    """What is sent after the offer, or after an honest one, when ``offer`` is None."""
+    release: str | None = None
+    """Whose files ``receive`` has, when ``offer`` is one to be taken; they are to be refused before the weights."""
 
 
 def read(path: Path, key: Path, stranger: Path) -> Bundle:
@@ -68,7 +70,7 @@ def cases(bundle: Bundle, chance: random.Random) -> Iterator[Case]:
     """Without end; each kind of harm about as often as its weight says."""
     makers: list[tuple[int, Callable[[Bundle, random.Random], Case]]] = [
         (8, flipped), (2, rearranged), (2, cut), (4, lying), (2, lying_documents), (1, wrongly_signed),
-        (3, flipped_stream), (2, hostile_stream),
+        (3, flipped_stream), (2, hostile_stream), (3, lying_start),
     ]  # fmt: skip
     while True:
         maker = chance.choices([m for _, m in makers], [w for w, _ in makers])[0]
@@ -293,20 +295,192 @@ def lying_documents(bundle: Bundle, chance: random.Random) -> Case:
         return replace(signed(bundle, odd, bundle.blobs, bundle.key), kind="signed, odd manifest")
     if where == "index":
         return replace(signed(bundle, raw, bundle.blobs, bundle.key, index=odd), kind="odd index")
-    manifest = json.loads(json.dumps(bundle.manifest))
-    layer = next(one for one in manifest["layers"] if one["annotations"][agent.FILEPATH] == "plan.json")
-    plan = json.loads(bundle.blobs[layer["digest"].removeprefix("sha256:")])
     if chance.random() < 0.6:
+        plan = json.loads(content_of(bundle, "plan.json"))
         place = chance.choice(["profile", "memory", "budget", "runtime", "settings"])
         plan[place] = chance.choice(VALUES)
         odd = json.dumps(plan).encode()
-    blobs = {n: c for n, c in bundle.blobs.items() if f"sha256:{n}" != layer["digest"]}
-    digest = hashlib.sha256(odd).hexdigest()
-    layer.update(digest=f"sha256:{digest}", size=len(odd))
-    blobs = {digest: odd, **blobs}
+    return replace(with_another_file(bundle, "plan.json", odd), kind="signed, odd plan")
+
+
+def content_of(bundle: Bundle, name: str) -> bytes:
+    layers = bundle.manifest["layers"]
+    digest = next(one["digest"] for one in layers if one["annotations"][agent.FILEPATH] == name)
+    return bundle.blobs[digest.removeprefix("sha256:")]
+
+
+def with_another_file(bundle: Bundle, name: str, content: bytes | None) -> Case:
+    """The bundle signed anew with other bytes under one of its names, or without that file."""
+    manifest = json.loads(json.dumps(bundle.manifest))
+    layer = next(one for one in manifest["layers"] if one["annotations"][agent.FILEPATH] == name)
+    blobs = dict(bundle.blobs)
+    if content is None:
+        manifest["layers"].remove(layer)
+    else:
+        digest = hashlib.sha256(content).hexdigest()
+        layer.update(digest=f"sha256:{digest}", size=len(content))
+        blobs[digest] = content
     order = [one["digest"].removeprefix("sha256:") for one in (manifest["config"], *manifest["layers"])]
-    blobs = {name: blobs[name] for name in dict.fromkeys(order)}
-    return replace(signed(bundle, oci.canonical(manifest), blobs, bundle.key), kind="signed, odd plan")
+    blobs = {digest: blobs[digest] for digest in dict.fromkeys(order)}
+    return signed(bundle, oci.canonical(manifest), blobs, bundle.key)
+
+
+# ── signed, with a server.json or selftest.json that no self-test could begin with ──
+
+
+def lying_start(bundle: Bundle, chance: random.Random) -> Case:
+    """What says how the server is started, or what it must answer, is no such thing: shapes, sizes, names, encodings.
+
+    All files are sent, and none may be looked at but those two: the weights come last and are to be none of the case.
+    """
+    name = chance.choice(["server.json", "selftest.json"])
+    honest = json.loads(content_of(bundle, name))
+    change = chance.randrange(4)
+    content: bytes | None
+    if change == 0:
+        content = odd_bytes(content_of(bundle, name), chance)
+    elif change == 1 and name == "server.json":
+        content = None
+    elif name == "server.json":
+        content = json.dumps(lying_server(honest, chance)).encode()
+    else:
+        content = json.dumps(lying_answers(honest, chance)).encode()
+    case = with_another_file(bundle, name, content)
+    assert case.tar is not None
+    members = [part for part in parts(case.tar) if part[0] != ".padding"]
+    _, (_, index), (_, signature), (manifest, described), config, *layers = members
+    plan = content_of(bundle, "plan.json")
+    heads = [
+        ("index", index),
+        ("signature", signature),
+        ("manifest", described),
+        (digest_of(config[1]), config[1]),
+    ]
+    frames = [releases.frame(name, content) for name, content in (*heads, (digest_of(plan), plan))]
+    sent = [releases.frame(digest_of(one), one) for _, one in layers if one != plan]
+    return replace(
+        case, kind=f"signed, odd {name}", offer=b"".join(frames), receive=b"".join(sent),
+        release=manifest.removeprefix("blobs/sha256/"),
+    )  # fmt: skip
+
+
+def digest_of(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def odd_bytes(raw: bytes, chance: random.Random) -> bytes:
+    """No JSON, or JSON that a careless reader would choke on; of another encoding, or too much of it."""
+    deep = chance.choice([40, 3000])
+    text = raw.decode()
+    return chance.choice([
+        b"", b"null", b"7", b'"text"', b"[]", b"{", raw[:-3], raw + b"}", raw + raw, b"\xff" + raw,
+        b"\xef\xbb\xbf" + raw, text.encode("utf-16"), text.encode("utf-32"), b"\0" + raw, raw.replace(b'"', b"'"),
+        b"[" * deep + b"]" * deep, b'{"args":' * deep + b"1" + b"}" * deep,
+        raw.replace(b'"schema_version": 1', b'"schema_version": NaN'),
+        raw.replace(b'"schema_version": 1', b'"schema_version": 1e999'),
+        raw.replace(b'"schema_version": 1', b'"schema_version": 1, "schema_version": 1'),
+        raw.replace(b'"schema_version": 1', b'"schema_version": 1, "more": ' + b"9" * 5000),
+        raw.replace(b'"schema_version": 1', b'"schema_version": 1, "more": "\\ud800"'),
+        raw + b" " * agent.JSON_LIMIT,
+    ])  # fmt: skip
+
+
+def lying_server(document: dict[str, Any], chance: random.Random) -> object:
+    """server.json with one thing in it that no bundle may say."""
+    args = document["args"]
+    place = chance.choice(
+        ["runtime", "args", "env", "schema_version", "word", "flag", "flag", "count", "variable"]
+    )
+    if place in ("runtime", "args", "env", "schema_version"):
+        fine = {"runtime": (), "args": (), "env": ({},), "schema_version": (1,)}[place]
+        odd = [
+            value for value in (*VALUES, "ollama", "llama.cpp\n", "../llama.cpp") if not_one_of(value, fine)
+        ]
+        return {**document, place: chance.choice(odd)}
+    if place == "word":
+        at = chance.randrange(len(args) + 1)
+        word = chance.choice([value for value in VALUES if not isinstance(value, str) or len(value) > 200])
+        return {**document, "args": [*args[:at], word, *args[at:]]}
+    if place == "flag":
+        words = chance.choice([
+            ["--model", "/etc/passwd"], ["-m", "../../outside"], ["--log-file", "/tmp/outside"], ["--host", "0.0.0.0"],
+            ["--api-key", "x"], ["--slot-save-path", "/etc/cron.d/outside"], ["--path", "/"], ["--rpc", "10.0.0.1:1"],
+            ["--metrics\n--host=0.0.0.0"], ["--metrics\0"], ["--metrics "], ["--alias", "../../outside"], ["$(reboot)"],
+            ["--alias", "a\nb"], ["--alias", "a\0b"], ["--alias", "/tmp/outside"], ["--device", "$(reboot)"], ["--"],
+            ["--threads", "1;reboot"], ["--threads", "1\n"], ["--threads", "9" * 30], ["--threads", "９"], [""], ["-"],
+            ["--ctx-size"], ["--lora", "outside"], ["--chat-template-file", "/etc/passwd"], ["--mmproj", "x.gguf"],
+        ])  # fmt: skip
+        at = chance.choice([0, len(args)])
+        return {**document, "args": [*args[:at], *words, *args[at:]]}
+    if place == "count":
+        flag = chance.choice(["--ctx-size", "--parallel"])
+        at = args.index(flag)
+        values: list[list[Any]] = [
+            ["0"], ["-1"], ["1e3"], ["0x200"], ["many"], ["9" * 9], ["9" * 18], ["9" * 40], [""], [" 1"], [512],
+            ["1", "1"],
+        ]  # fmt: skip
+        given = [[flag, *value] for value in values] + [[]]
+        return {**document, "args": [*args[:at], *chance.choice(given), *args[at + 2 :]]}
+    name, value = chance.choice([
+        ("LD_PRELOAD", "x.so"), ("LD_LIBRARY_PATH", "/tmp"), ("PATH", "/tmp"), ("GGML_BACKEND_PATH", "x"), ("", "x"),
+        ("LLAMA_ARG_HOST", "0.0.0.0"), ("GGML_X", "/tmp/outside"), ("GGML_X", "a\nb"), ("GGML_X", "a\0b"),
+        ("GGML_X", 7), ("GGML_X=Y", "x"), ("GGML_X\0", "x"), ("GGML_X\n", "x"), ("GGML_X", None), ("GGML_X", ["x"]),
+        ("PYTHONPATH", "x"),
+    ])  # fmt: skip
+    return {**document, "env": {name: value}}
+
+
+def lying_answers(document: dict[str, Any], chance: random.Random) -> object:
+    """selftest.json with one thing in it that no answer could be held against."""
+    made = json.loads(json.dumps(document))
+    probe, decode = made["probes"][0], made["decode"]
+    place = chance.choice(
+        ["schema_version", "probes", "decode", "probe", "prompt", "top", "choice", "tokens", "missing"]
+    )
+    fine: tuple[Any, ...] = {
+        "schema_version": (1,),
+        "probes": ([],),
+        "prompt": ("0", "sha256:"),
+        "choice": (),
+    }.get(place, ())
+    odd = [value for value in (*VALUES, float("nan"), "x" * 100_000) if not_one_of(value, fine)]
+    value = chance.choice(odd)
+    if place in ("schema_version", "probes", "decode"):
+        made[place] = value
+    elif place == "probe":
+        made["probes"].append(value)
+    elif place == "prompt":
+        value = chance.choice(
+            [one for one in odd if not isinstance(one, str) or not 1 <= len(one) <= 1 << 16]
+        )
+        chance.choice([probe, decode])["prompt"] = value
+    elif place == "top":
+        probe["top"] = chance.choice([value, [[1, -1.0]] * 1000])
+    elif place == "choice":
+        probe["top"][0] = chance.choice(
+            [value, [7], [7, value if not in_range(value) else "x"], [-1, -0.5], [7, -1e9], [7, 1.5]]
+        )
+    elif place == "tokens":
+        decode["tokens"] = chance.choice([value, [value] if not is_token(value) else [], [7] * 100_000])
+    else:
+        holder, name = chance.choice(
+            [(made, "probes"), (made, "decode"), (probe, "top"), (probe, "prompt"), (decode, "tokens")]
+        )
+        del holder[name]
+    return made
+
+
+def not_one_of(value: object, fine: tuple[object, ...]) -> bool:
+    return not any(type(value) is type(one) and value == one for one in fine)
+
+
+def in_range(value: object) -> bool:
+    """Whether it can be a log-probability."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e4 <= value <= 0.01
+
+
+def is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
 
 
 def wrongly_signed(bundle: Bundle, chance: random.Random) -> Case:
@@ -351,7 +525,11 @@ def flipped_stream(bundle: Bundle, chance: random.Random) -> Case:
     stream = bytearray(b"".join(sent if after else offered(bundle)))
     for _ in range(chance.randint(1, 3)):
         stream[chance.randrange(len(stream))] ^= 1 << chance.randrange(8)
-    return Case(kind="flipped stream", **{"receive" if after else "offer": bytes(stream)})
+    return Case(
+        kind="flipped stream",
+        offer=None if after else bytes(stream),
+        receive=bytes(stream) if after else None,
+    )
 
 
 def hostile_stream(bundle: Bundle, chance: random.Random) -> Case:

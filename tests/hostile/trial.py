@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import traceback
@@ -13,12 +14,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from edgepack.bundle import oci, sign
+from edgepack.bundle import oci, server_document, sign
 from edgepack.device import installer
 from tests import releases
 from tests.hostile import cases
 from tests.hostile.cases import Bundle, Case
+from tests.plans import example_plan
 
+OUTSIDE = ("/tmp/outside", "/etc/cron.d/outside", "/etc/cron.d/../outside", "/outside")
+"""What absolute names of the cases would be if one were followed; `stage` refuses to begin where one is there."""
+PRECIOUS = ("/etc/passwd", "/etc/cron.d")
+"""Targets of links in the cases, and folders of absolute names: nobody may write there."""
 REFUSED = (2, 6, 10)
 """Exit statuses of bad usage, refused, and no space."""
 
@@ -50,12 +56,19 @@ class Stage:
 @contextmanager
 def stage(folder: Path) -> Iterator[Stage]:
     """A device on which release 3 runs, which is offered changes of release 5."""
+    there = [place for place in OUTSIDE if os.path.lexists(place)]
+    if there:
+        raise RuntimeError(f"{there[0]} is there already: whether a case made it could not be told")
     keys = [folder / name for name in ("key", "stranger")]
     for key in keys:
         sign.new_key(key)
     # Of what both had the device would take its own copy, and not mind what was sent for it.
     other = {name: f"{text}# first\n" for name, text in releases.UNITS.items()}
     other |= {"start.sh": "#!/bin/sh\n# first\n", "app/empty.txt": "first"}
+    other |= {
+        "selftest.json": json.dumps({**releases.SELFTEST, "about": "first"}),
+        "server.json": json.dumps(json.loads(server_document(example_plan(releases.PROFILE)))),
+    }
     first = releases.bundle(
         folder / "first.tar", keys[0], sequence=3, files=other, server=b"#!/bin/sh\n# first\n"
     )
@@ -96,7 +109,14 @@ def given(on: Stage, case: Case) -> Iterator[tuple[str, int, str | None]]:
     if case.tar is not None:
         on.sent.write_bytes(case.tar)
         yield answered(on, "install", str(on.sent), stdin=b"", refused=True)
-    if case.offer is not None:
+    if case.offer is not None and case.release is not None:
+        assert case.receive is not None
+        yield answered(on, "offer", stdin=case.offer, refused=False)
+        yield answered(on, "receive", case.release, stdin=case.receive, refused=True)
+        store, weights = on.device.store, f"sha256:{list(on.bundle.blobs)[-1]}"
+        if any(map(os.path.lexists, (store.blob(weights), store.part(weights)))):
+            yield "receive", 0, "took the weights of what it refused"
+    elif case.offer is not None:
         # What an offer refuses leaves nothing; of what it takes, the files are asked for and none is installed here.
         # That a signed manifest lies of a file's size is told by the file alone: the archive of the case has it.
         yield answered(
@@ -106,7 +126,7 @@ def given(on: Stage, case: Case) -> Iterator[tuple[str, int, str | None]]:
             refused=case.kind != "signed, lying manifest"
             and case.kind.startswith(("signed", "downgrade", "a stranger", "another", "unsigned")),
         )
-    if case.receive is not None:
+    elif case.receive is not None:
         yield answered(on, "offer", stdin=b"".join(cases.offered(on.bundle)), refused=False)
         yield answered(on, "receive", on.release, stdin=case.receive, refused=False)
     # What was whole of it stays, to go on with; the next case is to find none of it.
@@ -145,7 +165,15 @@ def seen(on: Stage) -> dict[str, str]:
         elif place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() != place.name:
             found[name] = "no blob of this name"
     left = [path.name for path in (beside / "store").rglob(".new-*")]
-    return {**found, **({"left over": str(left)} if left else {})}
+    # Names that climb out of the store, or out of all of this, end in one of these.
+    outside = [str(path) for path in on.folder.rglob("outside")] + [
+        one for one in OUTSIDE if os.path.lexists(one)
+    ]
+    watched = {str(path): str(path.stat().st_mtime_ns) for path in map(Path, PRECIOUS) if path.exists()}
+    return {
+        **found, **watched, **({"left over": str(left)} if left else {}),
+        **({"outside": str(outside)} if outside else {}),
+    }  # fmt: skip
 
 
 def difference(before: dict[str, str], after: dict[str, str]) -> str:

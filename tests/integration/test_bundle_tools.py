@@ -58,7 +58,7 @@ def write(folder: Path, key: Path | None) -> Bundle:
         artifact,
         folder / "b.tar",
         checkpoint=checkpoint,
-        selftest={"schema_version": 1},
+        selftest={"schema_version": 1, "probes": []},
         key=key,
     )
 

@@ -301,7 +301,7 @@ def marking(built: Built, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
             built.artifact,
             out,
             checkpoint=checkpoint,
-            selftest={},
+            selftest={"probes": []},
             key=built.bundle.parent / "key",
         )
     return out, mark, built.signers

@@ -179,14 +179,14 @@ def test_a_test_that_is_stopped_goes_back_and_leaves_no_server(
     for said in process.stderr:
         if said.startswith("starting llama-server"):
             break
-    unpacked = (device.root / "incoming/self-test/model.gguf").stat()
+    unpacked = (device.root / "releases/.new-self-test/model.gguf").stat()
     process.send_signal(number)
     said = process.stderr.read()
 
     assert process.wait(timeout=60) == 130, said
     assert unpacked.st_nlink == 3  # the blob, the release, the test: one file
     assert device.release("current") == releases.release_of(made.good)
-    assert not (device.root / "incoming/self-test").exists()
+    assert not (device.root / "releases/.new-self-test").exists()
     assert servers(device.root) == []
 
 

@@ -165,8 +165,8 @@ def scenario(told: Told, made: Releases, *, cuts: int, chance: random.Random) ->
     told.row("rebooted", seconds=device.boots[-1])
     running(told, made, made.first)
     chats(told, "rebooted")
-    for mode in MODES:
-        flash(told, mode, made.second, "good")
+    tested_as_its_service(told, made.second)
+    flash(told, USER, made.second, "good")
     running(told, made, made.second)
     chats(told, "after a flash")
     for mode in MODES:
@@ -239,6 +239,39 @@ def doctor(told: Told, mode: Mode, *expected: tuple[str, str]) -> None:
     assert found == [*expected], said
     hidden = [note for note in said["notes"] if "kernel's log may not be read by this login" in note]
     assert len(hidden) == len(said["notes"]) == (mode is USER), said["notes"]
+
+
+WATCH = """\
+pid=0; tries=0
+while [ "$pid" = 0 ] && [ $tries -lt 3000 ]; do
+    pid=$(systemctl show --value --property=MainPID edgepack-self-test.service); tries=$((tries + 1))
+    sleep 0.02
+done
+cat /proc/$pid/comm
+grep -E "^(Uid|CapEff|NoNewPrivs|Seccomp):" /proc/$pid/status
+ls /proc/$pid/root/home
+"""
+"""What root sees of the server that the self-test of mode system starts."""
+
+
+def tested_as_its_service(told: Told, bundle: Path) -> None:
+    """In mode system the self-test's server is no root, has no capabilities, and sees no home: as its service."""
+    flashing = begin(told.device, SYSTEM, bundle)
+    until_tested(flashing)
+    said = inside(told.device, "root", WATCH).splitlines()
+    flashing.communicate()
+    left = inside(told.device, "root", "systemctl list-units --all --plain --no-legend 'edgepack-self-test*'")
+    told.row("tested as its service", said=said, status=flashing.returncode, left=left)
+    status = dict(line.split(":", 1) for line in said if ":" in line)
+    assert said[0] == "llama-server", said
+    assert all(int(number) >= 1000 for number in status["Uid"].split()), said
+    assert (int(status["CapEff"], 16), status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == (
+        0,
+        "1",
+        "2",
+    )
+    assert said[-1].startswith("Seccomp:"), said  # the home folders are empty to it
+    assert (flashing.returncode, left) == (0, ""), left
 
 
 def running(told: Told, made: Releases, bundle: Path) -> None:

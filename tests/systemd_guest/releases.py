@@ -75,13 +75,17 @@ def make(work: Path, *, memory: int) -> Releases:
         third=third,
         fails_its_test=altered("fails-its-test", 3, agent.SERVER, lambda _: "#!/bin/sh\nexit 3\n"),
         does_not_start={
-            "system": altered(
-                "no-room", 4, "edgepack.service", lambda text: f"{text}\n[Service]\nLimitAS=48M\n"
-            ),
+            "system": altered("no-room", 4, "edgepack.service", with_little_room),
             "user": altered("no-start", 4, "start.sh", lambda _: "#!/bin/sh\nexit 3\n"),
         },
         slots={release_of(first): [1, 256], release_of(second): [1, 512], release_of(third): [2, 256]},
     )
+
+
+def with_little_room(unit: str) -> str:
+    """A unit whose command, which no self-test runs, limits the server's address space to 48 MiB; its rights stay."""
+    assert unit.count("\nExecStart=/") == 1, unit
+    return unit.replace("\nExecStart=", '\nExecStart=/bin/sh -c \'ulimit -v 49152; exec "$$0" "$$@"\' ')
 
 
 def _with_another_file(

@@ -200,10 +200,10 @@ def test_the_device_neither_changes_a_bundles_flags_nor_is_made_to_fetch(
     monkeypatch.setenv("PYTHONPATH", "/theirs")
 
     vllm = agent._environment(
-        agent.RUNTIMES["vllm"], {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}, "k", None
+        agent.RUNTIMES["vllm"], {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}, "k", None, os.environ
     )
-    app = agent._environment(agent.RUNTIMES["transformers"], {}, "k", "/app")
-    llama = agent._environment(agent.RUNTIMES["llama.cpp"], {}, "k", None)
+    app = agent._environment(agent.RUNTIMES["transformers"], {}, "k", "/app", os.environ)
+    llama = agent._environment(agent.RUNTIMES["llama.cpp"], {}, "k", None, os.environ)
 
     assert "VLLM_CPU_KVCACHE_SPACE" not in vllm
     assert (vllm["HF_HUB_OFFLINE"], vllm["OMP_NUM_THREADS"], vllm["VLLM_API_KEY"]) == ("1", "1", "k")
