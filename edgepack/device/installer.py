@@ -793,6 +793,8 @@ class Systemd(Service):
     runs = True
     words: Sequence[str] = ()
     target = "multi-user.target"
+    down = False
+    """It was stopped here, and not started since."""
 
     def units(self) -> str:
         return self.world.system_units
@@ -805,17 +807,21 @@ class Systemd(Service):
         loaded = self._systemctl("show", "--property=LoadState", "edgepack.service", check=False)
         if "not-found" not in loaded:
             self._systemctl("stop", "edgepack.service")
+        self.down = True
 
     def start(self) -> None:
         self._systemctl("reset-failed", "edgepack.service", check=False)
         self._systemctl("start", "edgepack.service")
+        self.down = False
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
         done = self.world.guard(["systemctl", *self.words, "start", "edgepack.service"])
         self.stop()
         yield
-        done()  # after an error it is started as after a kill, when this process ends
+        # After an error it is started as after a kill, when this process ends; so is one that did not start.
+        if not self.down or not os.path.lexists(os.path.join(self.root, "current")):
+            done()
 
     def enroll(self) -> List[str]:
         folder = self.units()
@@ -847,7 +853,11 @@ class SystemService(Systemd):
 
     def differs(self, release: str) -> bool:
         brought = ((name, read_whole(os.path.join(release, name))) for name in UNITS)
-        return any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought)
+        if any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought):
+            return True
+        # They were put in place by an installer that ended before systemd read them.
+        told = self._systemctl("show", "--property=NeedDaemonReload", "edgepack.service", check=False)
+        return "=yes" in told
 
     def apply(self, release: Optional[str]) -> None:
         if release is None:
