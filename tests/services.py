@@ -89,6 +89,11 @@ class Manager:
         with self._state() as state:
             state.update(running=None, restarts=0, loaded={})
 
+    def enables(self, *names: str) -> None:
+        """Units that start with the machine: systemd's links, which it wrote long ago."""
+        with self._state() as state:
+            state["enabled"] = sorted(names)
+
     def breaks(self, release: str) -> None:
         """A release whose server does not start."""
         with self._state() as state:
@@ -203,7 +208,7 @@ def is_whole(release: Path) -> bool:
         layers = json.loads((release / ".release/manifest.json").read_bytes())["layers"]
         sizes = {layer["annotations"]["org.cncf.model.filepath"]: layer["size"] for layer in layers}
         return all((release / name).stat().st_size == size for name, size in sizes.items())
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return False
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests import services
+from tests.managed import changed
 from tests.sysfaults.strace import Missed, Point, injected
-from tests.sysfaults.trial import FAULTS, Mode, changed, flushing, managed, stage, trial
+from tests.sysfaults.trial import FAULTS, Mode, flushing, managed, stage, trial
 
 pytestmark = pytest.mark.integration
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from edgepack.bundle import sign
 from edgepack.device import agent, installer
 from edgepack.units import MIB
 from tests import releases, services
+from tests.managed import PATIENCE, PLACED, Served, anywhere, changed
 from tests.powercut import replay
 from tests.powercut.scenario import Flash
 from tests.releases import Answer, Device
@@ -38,17 +37,6 @@ STATUS: Mapping[Fault, int] = {"ENOSPC": 10, "EIO": 2}
 """Exit status of a command that such an error ended."""
 Mode = Literal["none", "user", "system"]
 MODES: tuple[Mode, ...] = ("none", "user", "system")
-
-PATIENCE = "EDGEPACK_TEST_PATIENCE"
-"""The variable with the seconds that an agent beside a service manager of ours waits for it."""
-PLACED = (
-    ("timeout=3600,\n", f'timeout=float(os.environ.get("{PATIENCE}", "3600")),\n'),
-    *(
-        (f'    {name}: str = "{path}"\n', f'    {name}: str = os.environ["{services.PLACE}"] + "/units"\n')
-        for name, path in (("system_units", "/etc/systemd/system"), ("user_units", "~/.config/systemd/user"))
-    ),
-)
-"""What is other in an agent beside a service manager of ours: where the units are, and how long it waits."""
 
 Links = Collection[tuple[str | None, str | None]]
 NEW: Links = {("second", "first")}
@@ -209,32 +197,6 @@ def stage(
     return replace(on, commands=made, units=_units(both, one))
 
 
-def changed(*changes: tuple[str, str]) -> Callable[[bytes], bytes]:
-    """The agent with an installer in which each text, which is there once, is another."""
-
-    def of(zipapp: bytes) -> bytes:
-        out = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(zipapp)) as before, zipfile.ZipFile(out, "w") as after:
-            for name in before.namelist():
-                text = before.read(name).decode("utf-8")
-                if name.endswith("/installer.py"):
-                    for old, new in changes:
-                        assert text.count(old) == 1, old
-                        text = text.replace(old, new)
-                after.writestr(name, text)
-        return out.getvalue()
-
-    return of
-
-
-class Served(Device):
-    """A store beside a service manager of ours, which lets it boot."""
-
-    def __init__(self, place: Path) -> None:
-        self.manager = services.Manager(place, lambda: self.run("boot"))
-        super().__init__(place / "store", status=self.manager.call)
-
-
 def device_of(on: Stage, place: Path) -> Device:
     """The store in a place, for commands in this process."""
     return Device(place / "store") if on.mode == "none" else Served(place)
@@ -247,7 +209,7 @@ def services_of(device: Device) -> services.Manager:
 
 def _enroll(on: Stage, device: Device, mode: Mode) -> Answer:
     """Mode system, too: the units of a bundle name the machine's own store, which is no test's."""
-    with mock.patch.object(installer, "_may_enroll", lambda *_: None):
+    with anywhere():
         return device.enroll(on.what.signers, "--agent", str(on.agent), mode=mode)
 
 
