@@ -238,7 +238,7 @@ class Watched(Served):
     def __init__(self, place: Path, disk: Disk, **device: Any) -> None:
         super().__init__(place)
         self._disk = disk
-        self._waits: list[bool] = []
+        self._waits = False
         self.world = self.world._replace(run=self._asked, guard=self._guards, **device)
 
     def _asked(self, argv: list[str]) -> tuple[int, str]:
@@ -247,8 +247,12 @@ class Watched(Served):
 
     def _guards(self, argv: list[str]) -> Callable[[], None]:
         assert argv[-2:] == ["start", services.SERVER]
-        self._waits.append(True)
-        return self._waits.pop
+        self._waits = True
+
+        def done() -> None:
+            self._waits = False
+
+        return done
 
     def ends(self) -> None:
         """The installer's process is gone, however it ended."""
