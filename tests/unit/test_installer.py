@@ -981,6 +981,7 @@ def test_a_consumed_bundle_gives_up_no_byte_that_the_disk_has_not_given_back(
         file["offset"] for file in agent.read_bundle(str(path))["files"] if file["path"] == agent.WEIGHTS
     )
     part = device.root / "incoming" / (hashlib.sha256(BIG).hexdigest() + ".part")
+    blob = device.root / "blobs" / "sha256" / hashlib.sha256(BIG).hexdigest()
     punch, fsync, fsync_folder, read_back = (
         installer.Puncher.punch, installer.fsync, installer.fsync_folder, installer.read_back,
     )  # fmt: skip
@@ -994,7 +995,9 @@ def test_a_consumed_bundle_gives_up_no_byte_that_the_disk_has_not_given_back(
 
     def folder_flushed(folder: str) -> None:
         fsync_folder(folder)
-        named.append(named[-1] or (folder == str(part.parent) and part.exists()))
+        named.append(
+            named[-1] or any(folder == str(place.parent) and place.exists() for place in (part, blob))
+        )
 
     def read_again(place: str, digest: Any, first: int, end: int) -> None:
         read_back(place, digest, first, end)
@@ -1010,7 +1013,7 @@ def test_a_consumed_bundle_gives_up_no_byte_that_the_disk_has_not_given_back(
 
     def interrupted(self: installer.Puncher, first: int, end: int) -> None:
         punched(self, first, end)
-        if len(pieces) == 2:
+        if pieces:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(installer, "fsync", flushed)
@@ -1018,11 +1021,12 @@ def test_a_consumed_bundle_gives_up_no_byte_that_the_disk_has_not_given_back(
     monkeypatch.setattr(installer, "read_back", read_again)
     monkeypatch.setattr(installer.Puncher, "punch", interrupted)
     assert device.run("install", path, "--consume").status == 130
+    assert part.exists()
     written[:], named[:], read[:] = [0], [False], [0]
     monkeypatch.setattr(installer.Puncher, "punch", punched)
 
     assert device.run("install", path, "--consume").document["outcome"] == "good"
-    assert len(pieces) > 3
+    assert len(pieces) > 1
 
 
 def test_a_consumed_bundle_goes_on_after_a_kill(
@@ -1565,12 +1569,13 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
 def test_an_install_leaves_as_many_good_releases_as_are_asked_to_stay(
     device: Device, resigned: Callable[..., Path]
 ) -> None:
-    paths = [resigned(sequence=number, files={"n.txt": str(number)}) for number in range(1, 5)]
+    names = []
+    for number in range(1, 5):
+        path = resigned(sequence=number, files={"n.txt": str(number)})
+        names.append(releases.release_of(path))
+        assert device.run("install", path, "--keep", "3").status == 0
 
-    answers = [device.run("install", path, "--keep", "3") for path in paths]
-
-    assert [answer.status for answer in answers] == [0] * 4
-    assert device.store.releases() == sorted(map(releases.release_of, paths[1:]))
+    assert device.store.releases() == sorted(names[1:])
 
 
 def test_markers_and_half_made_things_are_swept(device: Device, first: Path) -> None:
