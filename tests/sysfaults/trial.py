@@ -505,6 +505,8 @@ def _power_on(on: Stage, place: Path) -> Iterator[str]:
     if not isinstance(device, Served):
         return
     enabled = services.SERVER in device.manager.state["enabled"]
+    if not (device.root / "current").is_symlink():  # nothing to start from
+        return
     device.manager.power_on()
     yield from (f"after a start of the machine: {fault}" for fault in _services(on, place))
     if enabled:
