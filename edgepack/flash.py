@@ -328,6 +328,7 @@ def send(
 def _installed(done: Flashed, cargo: Cargo, device: Device, asked: Asked, progress: Progress) -> Flashed:
     words = [] if asked.switch else ["--no-switch"]
     words += [] if asked.self_test and asked.switch else ["--no-self-test"]
+    words += [] if asked.keep is None else ["--keep", str(asked.keep)]
     answer = device.install(cargo.release, [*words, *asked.allowances()], progress.step)
     return replace(
         done,

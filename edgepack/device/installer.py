@@ -152,6 +152,13 @@ def make_folder(path: str, mode: int = 0o755) -> None:
         fsync_folder(os.path.dirname(path))
 
 
+def make_folders(path: str) -> None:
+    """A folder, and those around it that are not there either, each with a durable name."""
+    if not os.path.isdir(path):
+        make_folders(os.path.dirname(path))
+        make_folder(path)
+
+
 def remove(path: str) -> None:
     """Removes the name of a file or link, durable; nothing there is no error."""
     with contextlib.suppress(FileNotFoundError):
@@ -573,7 +580,7 @@ def enroll(options: argparse.Namespace, world: World) -> Dict[str, Any]:
     given = options.input.read(SIGNERS_LIMIT + 1)
     root = os.path.realpath(options.root)
     _may_enroll(root, options)
-    os.makedirs(root, mode=0o755, exist_ok=True)
+    make_folders(root)
     _own_folder(root)
     with locked(root, "enroll"):
         content = read_whole(os.path.join(root, "enrolled.json"))
@@ -838,6 +845,8 @@ class Systemd(Service):
     runs = True
     words: Sequence[str] = ()
     target = "multi-user.target"
+    down = False
+    """It was stopped here, and not started since."""
 
     def units(self) -> str:
         return self.world.system_units
@@ -850,21 +859,25 @@ class Systemd(Service):
         loaded = self._systemctl("show", "--property=LoadState", "edgepack.service", check=False)
         if "not-found" not in loaded:
             self._systemctl("stop", "edgepack.service")
+        self.down = True
 
     def start(self) -> None:
         self._systemctl("reset-failed", "edgepack.service", check=False)
         self._systemctl("start", "edgepack.service")
+        self.down = False
 
     @contextlib.contextmanager
     def resting(self) -> Iterator[None]:
         done = self.world.guard(["systemctl", *self.words, "start", "edgepack.service"])
         self.stop()
         yield
-        done()  # after an error it is started as after a kill, when this process ends
+        # After an error it is started as after a kill, when this process ends; so is one that did not start.
+        if not self.down or not os.path.lexists(os.path.join(self.root, "current")):
+            done()
 
     def enroll(self) -> List[str]:
         folder = self.units()
-        os.makedirs(os.path.join(folder, "edgepack.service.d"), mode=0o755, exist_ok=True)
+        make_folders(os.path.join(folder, "edgepack.service.d"))
         boot = BOOT_UNIT.format(python=sys.executable, root=self.root, target=self.target)
         write_whole(os.path.join(folder, "edgepack-boot.service"), boot.encode("ascii"))
         drop_in = DROP_IN.format(environment=self._environment())
@@ -897,7 +910,11 @@ class SystemService(Systemd):
 
     def differs(self, release: str) -> bool:
         brought = ((name, read_whole(os.path.join(release, name))) for name in UNITS)
-        return any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought)
+        if any(content != read_whole(os.path.join(self.units(), name)) for name, content in brought):
+            return True
+        # They were put in place by an installer that ended before systemd read them.
+        told = self._systemctl("show", "--property=NeedDaemonReload", "edgepack.service", check=False)
+        return "=yes" in told
 
     def apply(self, release: Optional[str]) -> None:
         if release is None:
@@ -1044,7 +1061,7 @@ class UserService(Systemd):
         return os.path.expanduser(self.world.user_units)
 
     def enroll(self) -> List[str]:
-        os.makedirs(self.units(), mode=0o755, exist_ok=True)
+        make_folders(self.units())
         unit = USER_UNIT.format(root=self.root, server=agent.SERVER).encode("ascii")
         write_whole(os.path.join(self.units(), "edgepack.service"), unit)
         super().enroll()
@@ -1269,6 +1286,11 @@ def room(store: Store, bundle: agent.Bundle, consumed: Optional[int] = None) -> 
     return {"needed": needed, "free": store.free()}
 
 
+def kept(store: Store, options: argparse.Namespace) -> int:
+    """Good releases that stay: as asked for now, or when the device was enrolled."""
+    return store.settings.keep if options.keep is None else int(options.keep)
+
+
 def require_space(
     store: Store, bundle: agent.Bundle, keep: int, consumed: Optional[int] = None
 ) -> Dict[str, int]:
@@ -1342,7 +1364,8 @@ class Incoming:
         self.have = _have(store, digest, size)
         if not self.have:
             remove(self.path)
-        self.durable = self.have
+        self.durable = 0
+        """Bytes that the disk has given back, under a name that is durable too: not what a killed installer wrote."""
         self._hashed = 0
         self._found = hashlib.sha256()
         self._flushed = self.have
@@ -1364,9 +1387,9 @@ class Incoming:
     def _settle(self, end: int) -> None:
         if self._handle is not None:
             fsync(self._handle)
-        self.durable = end
+        fsync_folder(os.path.dirname(self.path))
         read_back(self.path, self._found, self._hashed, end)
-        self._hashed = end
+        self._hashed = self.durable = end
 
     def _wait(self) -> None:
         behind, self._behind = self._behind, None
@@ -1379,7 +1402,6 @@ class Incoming:
             self._wait()
             if self._handle is not None and self.have > self.durable:
                 fsync(self._handle)
-                self.durable = self.have
         finally:
             if self._handle is not None:
                 os.close(self._handle)
@@ -1536,7 +1558,7 @@ def offer(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
         if is_folder(store.release(_hex(bundle["manifest_digest"]))):
             options.allow_downgrade = True
         admission = admit(store, bundle, plan_json, options, store.world.machine())
-        keep = store.settings.keep if options.keep is None else options.keep
+        keep = kept(store, options)
         judge(store, admission, here(store), note=not options.dry_run)
         if options.dry_run:
             return offer_document(store, admission, could_have_space(store, bundle, keep, options.room))
@@ -1766,7 +1788,7 @@ def take_bundle(path: str, options: argparse.Namespace, store: Store) -> str:
     judge(store, admission, lambda file: here(store)(file) or agent.read_file(found, file["path"]))
     release = _hex(found["manifest_digest"])
     same_disk = os.stat(path).st_dev == os.stat(store.root).st_dev
-    require_space(store, found, store.settings.keep, 0 if options.consume and same_disk else None)
+    require_space(store, found, kept(store, options), 0 if options.consume and same_disk else None)
     mark = os.path.join(store.offer(release), CONSUMED)
     if options.consume and not os.path.lexists(mark):
         say("verifying the bundle, which is then consumed")
@@ -1960,7 +1982,7 @@ def _switch(
         raise
     told = {"seconds_to_switch": seconds, "seconds_down": down, "selftest": test}
     if not reasons:
-        collect(store, store.settings.keep)
+        collect(store, kept(store, options))
         return dict(outcome(store, "good", release), **told)
     trouble = go_back(store, service, back, release, reasons)
     return dict(outcome(store, "rolled-back", release), reasons=reasons + trouble, **told)
@@ -2437,8 +2459,7 @@ def _is_consumed(store: Store, offer: str) -> bool:
 def gc(options: argparse.Namespace, store: Store) -> Dict[str, Any]:
     with locked(store.root, "gc"):
         sweep(store)
-        keep = store.settings.keep if options.keep is None else options.keep
-        return collect(store, keep, everything=True)
+        return collect(store, kept(store, options), everything=True)
 
 
 # ── fsck ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -2791,7 +2812,7 @@ def _parser() -> argparse.ArgumentParser:
     made["install"].add_argument("--no-switch", action="store_true", help="only lay it out")
     made["install"].add_argument("--no-self-test", action="store_true")
     made["self-test"].add_argument("release", metavar="RELEASE", nargs="?")
-    for name in ("offer", "gc"):
+    for name in ("offer", "install", "gc"):
         made[name].add_argument("--keep", metavar="N", type=_count, help="good releases that stay")
     made["fsck"].add_argument("--repair-from", metavar="BUNDLE")
     made["offer"].add_argument("--dry-run", action="store_true", help="answer, and write nothing")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepack import bundle as bundles
+from edgepack import workspace
 from edgepack.bundle import Bundle, sign
 from edgepack.cli import cli
 from edgepack.progress import Silent
-from edgepack.units import KIB, MIB
+from edgepack.units import MIB
 from tests.integration import pack_one
 from tests.integration.pack_one import Inputs
+from tests.sshd import Line
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
@@ -53,6 +56,12 @@ class Device:
     @property
     def ssh(self) -> tuple[str, ...]:
         return ("ssh", "-F", str(devices.ssh_config(self.state)))
+
+    @property
+    def port(self) -> int:
+        found = re.search(r" Port (\d+)\n", devices.ssh_config(self.state).read_text(encoding="ascii"))
+        assert found is not None
+        return int(found[1])
 
     @property
     def root(self) -> Path:
@@ -136,6 +145,15 @@ def build(folder: Path, profile: str, key: Path, *more: str, sequence: int, cont
         "--key", key, "--release-sequence", sequence, "-o", folder, "--json",
     )  # fmt: skip
     return Path(json.loads(done.stdout)["path"])
+
+
+def with_sequence(inputs: Path, folder: Path, sequence: int) -> Path:
+    """The release of these inputs, later."""
+    shutil.copytree(inputs, folder)
+    found = json.loads((folder / pack_one.INPUTS).read_text(encoding="utf-8"))
+    found["sequence"] = sequence
+    (folder / pack_one.INPUTS).write_text(json.dumps(found), encoding="utf-8")
+    return pack_one.pack(folder, folder / "later.tar").path
 
 
 def with_broken_weights(inputs: Path, folder: Path) -> Path:
@@ -224,21 +242,52 @@ def test_a_bundle_for_another_board_is_refused_before_it_travels(
     assert set((device.store / "blobs" / "sha256").iterdir()) == blobs
 
 
-def test_one_flipped_byte_is_found_and_only_its_file_travels_again(
+def test_a_dry_run_there_says_what_it_would_do_and_writes_nothing(
     device: Device, releases: Releases, flashed: Mapping[str, Any]
+) -> None:
+    before = contents(device.store)
+
+    planned = answer("flash", releases.second, HOST, "--dry-run")
+
+    assert planned["outcome"] == "planned"
+    assert [step["action"] for step in planned["steps"]] == ["send", "install"]
+    assert contents(device.store) == before
+
+
+def contents(store: Path) -> Mapping[str, str | None]:
+    """What files of a store hold, and what links name; the lock says who had it last."""
+    return {
+        str(path.relative_to(store)): str(path.readlink()) if path.is_symlink() else file_digest(path)
+        for path in store.rglob("*")
+        if path.name != "lock"
+    }
+
+
+def file_digest(path: Path) -> str | None:
+    return workspace.sha256_file(path) if path.is_file() else None
+
+
+def test_one_flipped_byte_is_found_and_only_its_file_travels_again_though_the_line_is_cut(
+    device: Device, releases: Releases, flashed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = device.store / "current" / "model.gguf"
     whole = hashlib.sha256(model.read_bytes()).hexdigest()
     size = model.stat().st_size
+    cut = size * 4 // 5
     flip(model)
 
     found = answer("flash", "--fsck", HOST, status=6)
-    mended = answer("flash", "--fsck", releases.first, HOST)
+    with Line(device.port) as line:
+        monkeypatch.setenv("EDGEPACK_SSH", " ".join((*device.ssh, "-p", str(line.port))))
+        line.cut_after(cut)
+        mended = answer("flash", "--fsck", releases.first, HOST)
+    monkeypatch.setenv("EDGEPACK_SSH", " ".join(device.ssh))
     after = answer("flash", "--fsck", HOST)
 
     assert [(bad["path"], bad["bytes"]) for bad in found["bad"]] == [(f"blobs/sha256/{whole}", size)]
     assert {lost["path"] for lost in found["missing"]} == {"model.gguf"}  # of each release that has it
-    assert size <= mended["sent"] < size + KIB  # and its frame
+    assert line.cuts == 1
+    assert size < mended["sent"] < size + cut  # not all of it again
     assert (after["bad"], after["missing"]) == ([], [])
     assert hashlib.sha256((device.store / "current" / "model.gguf").read_bytes()).hexdigest() == whole
 
@@ -274,6 +323,20 @@ def test_the_same_inputs_give_the_same_bundle_on_either_architecture(
 def pure(*modules: ModuleType) -> list[Path]:
     """Folders of packages that run on any Python once their compiled parts are left out."""
     return [Path(str(module.__file__)).parent for module in modules]
+
+
+def test_releases_that_are_asked_to_stay_are_what_a_device_goes_back_to(
+    device: Device, releases: Releases, flashed: Mapping[str, Any], tmp_path: Path
+) -> None:
+    """More than the two that stay by default."""
+    third = with_sequence(releases.inputs, tmp_path / "third", 4)
+
+    done = [answer("flash", path, HOST, "--keep", 3, "--no-self-test") for path in (releases.second, third)]
+    back = [answer("flash", "--rollback", HOST)["current"] for _ in done]
+
+    assert [one["outcome"] for one in done] == ["good", "good"]
+    assert back == [done[0]["release"], flashed["release"]]
+    assert (device.store / "current").readlink().name == flashed["release"]
 
 
 def test_the_power_goes_and_what_ran_still_runs(device: Device, flashed: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgepack import devices, flash, probe, remote, workspace
+from edgepack import enrolled as enrolled_agent
 from edgepack.bundle import server_document
 from edgepack.cli import cli
 from edgepack.devices import Where
@@ -26,6 +27,7 @@ from edgepack.remote import Answer, Dropped
 from edgepack.units import KIB, MIB
 from tests import releases
 from tests.documents import obeys
+from tests.managed import changed
 from tests.plans import example_plan
 from tests.releases import Signer
 from tests.sshd import HOST, Line, Sshd, serving
@@ -33,6 +35,8 @@ from tests.sshd import HOST, Line, Sshd, serving
 pytestmark = pytest.mark.integration
 
 CUTS = 20
+AGAIN = 4 * MIB
+"""Bytes that a cut may cost."""
 
 
 def enrolled(connection: remote.Connection, signers: Path, root: Path) -> devices.Device:
@@ -99,29 +103,29 @@ class Watched:
         self.line.close()
 
 
-def test_twenty_cuts_at_random_offsets_cost_little_and_lose_nothing(
-    sshd: Sshd, signer: Signer, tmp_path: Path
-) -> None:
-    """Every other cut ends the line, the others kill every ssh of this login with SIGKILL."""
-    weights = os.urandom(40 * MIB)
-    cargo = flash.load(releases.bundle(tmp_path / "big.tar", signer.key, weights=weights), None)
+def cut_upload(sshd: Sshd, signer: Signer, folder: Path, *, size: int, cuts: int) -> list[int]:
+    """Bytes that travel again after each cut of an upload, whose every part is longer than what may travel again.
+
+    Every other cut ends the line, the others kill every ssh of this login with SIGKILL.
+    """
+    cargo = flash.load(releases.bundle(folder / "big.tar", signer.key, weights=os.urandom(size)), None)
     chance = random.Random(7)
     with Line(sshd.port) as line:
         link = remote.connect(HOST, ssh=sshd.through(line.port), interactive=False)
         assert isinstance(link, remote.Ssh)
         watched = Watched(link)
-        target = enrolled(watched, signer.signers, tmp_path / "store")
+        target = enrolled(watched, signer.signers, folder / "store")
         told = [-1]
 
         def aim(_: float = 0.0) -> None:
-            """Has the next transfer cut, after a random share of it."""
+            """Has the next transfer cut, after a random number of bytes."""
             if told[-1] == watched.cuts:  # it was the offer that met the end of the cut transfer
                 return
             told.append(watched.cuts)
-            after = chance.randint(50 * KIB, 3500 * KIB)
+            after = chance.randint(AGAIN + 256 * KIB, AGAIN + 2 * MIB)
             watched.on_bytes = lambda given: killed(link) if watched.cuts % 2 and given >= after else None
-            line.cut_after(after if watched.cuts % 2 == 0 and watched.cuts < CUTS else 1 << 40)
-            if watched.cuts == CUTS:
+            line.cut_after(after if watched.cuts % 2 == 0 and watched.cuts < cuts else 1 << 40)
+            if watched.cuts == cuts:
                 watched.on_bytes = lambda _: None
 
         aim()
@@ -129,16 +133,39 @@ def test_twenty_cuts_at_random_offsets_cost_little_and_lose_nothing(
         flash.send(offer, cargo, target, Asked(force=True), progress=Silent(), sleep=aim)
         watched.close()
     weights_file = max(cargo.files, key=lambda digest: cargo.files[digest][1])
-    arrived = tmp_path / "store" / "blobs" / "sha256" / weights_file.removeprefix("sha256:")
+    arrived = folder / "store" / "blobs" / "sha256" / weights_file.removeprefix("sha256:")
     again = [
         given - (before - after)
         for given, (before, after) in zip(watched.given, pairwise(watched.left), strict=True)
     ]
 
-    assert watched.cuts == CUTS
+    assert watched.cuts == cuts
+    assert min(watched.given[:cuts]) > AGAIN
     assert workspace.sha256_file(arrived) == weights_file.removeprefix("sha256:")
-    assert max(again) <= 4 * MIB, again
-    print(f"bytes sent again, by cut: {again[:-1]}; together {sum(again)} of {len(weights)}")
+    assert again[cuts] < KIB  # of the transfer that was not cut: the frames' own lines
+    return again[:cuts]
+
+
+def test_twenty_cuts_at_random_offsets_cost_little_and_lose_nothing(
+    sshd: Sshd, signer: Signer, tmp_path: Path
+) -> None:
+    again = cut_upload(sshd, signer, tmp_path, size=112 * MIB, cuts=CUTS)
+
+    print(f"bytes sent again, by cut: {again}; together {sum(again)} of {112 * MIB}")
+    assert max(again) <= AGAIN, again
+
+
+def test_a_device_that_forgets_what_came_is_found_out(
+    sshd: Sshd, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgets = changed(("    return found if found <= size else 0\n", "    return 0\n"))(
+        enrolled_agent.zipapp()
+    )
+    monkeypatch.setattr(enrolled_agent, "zipapp", lambda: forgets)
+
+    again = cut_upload(sshd, signer, tmp_path, size=8 * MIB, cuts=2)
+
+    assert min(again) > AGAIN, again
 
 
 def killed(link: remote.Ssh) -> None:

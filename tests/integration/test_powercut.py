@@ -10,24 +10,26 @@ import pytest
 
 from tests.powercut import guest, replay, scenario
 from tests.powercut.replay import Asked, State
-from tests.powercut.scenario import PHASES, SWITCH, Without
+from tests.powercut.scenario import CONSUME, PHASES, SWITCH, Job, Without
 
 pytestmark = pytest.mark.integration
 
-Disk = tuple[str, Without]
+Disk = tuple[str, Without, Job]
 ASKED: Mapping[Disk, Asked] = {
-    ("ext4", ""): Asked(states=110, rerun_each=11),
-    ("xfs", ""): Asked(states=110, rerun_each=11),
-    ("ext4", "all"): Asked(states=40, rerun_each=20, steps=SWITCH),
+    ("ext4", "", "flash"): Asked(states=110, rerun_each=11),
+    ("xfs", "", "flash"): Asked(states=110, rerun_each=11),
+    ("ext4", "all", "flash"): Asked(states=40, rerun_each=20, steps=SWITCH),
+    ("ext4", "", "consume"): Asked(states=24, rerun_each=1, steps=CONSUME),
+    ("ext4", "all", "consume"): Asked(states=24, rerun_each=1, steps=CONSUME),
 }
 
 
 @pytest.fixture(scope="module")
 def states() -> Iterator[Mapping[Disk, list[State]]]:
     with tempfile.TemporaryDirectory(dir=scenario.memory_folder()) as work:
-        what = scenario.flash(Path(work))
-        recordings = scenario.recorded(guest.guest(), what, [*ASKED], Path(work))
-        found = replay.replayed(recordings, what, [*ASKED.values()])
+        disks = [scenario.Asked(filesystem=name, without=without, job=job) for name, without, job in ASKED]
+        recordings = scenario.recorded(guest.guest(), scenario.whats(Path(work)), disks, Path(work))
+        found = replay.replayed(recordings, [*ASKED.values()])
         yield dict(zip(ASKED, found, strict=True))
 
 
@@ -35,7 +37,7 @@ def states() -> Iterator[Mapping[Disk, list[State]]]:
 def test_after_any_cut_the_device_has_the_old_release_or_the_new_one_and_a_rerun_ends_well(
     states: Mapping[Disk, list[State]], filesystem: str
 ) -> None:
-    found = states[filesystem, ""]
+    found = states[filesystem, "", "flash"]
 
     assert [state for state in found if state.faults] == []
     assert len(found) == 110
@@ -45,7 +47,7 @@ def test_after_any_cut_the_device_has_the_old_release_or_the_new_one_and_a_rerun
 
 
 def test_without_fsync_the_same_cuts_leave_broken_releases(states: Mapping[Disk, list[State]]) -> None:
-    found = states["ext4", "all"]
+    found = states["ext4", "all", "flash"]
 
     kinds = {fault.kind for state in found for fault in state.faults}
 
@@ -54,9 +56,25 @@ def test_without_fsync_the_same_cuts_leave_broken_releases(states: Mapping[Disk,
     assert sum(bool(state.faults) for state in found) >= 5
 
 
+def test_after_any_cut_a_bundle_that_is_consumed_is_whole_enough_to_go_on(
+    states: Mapping[Disk, list[State]],
+) -> None:
+    found = states["ext4", "", "consume"]
+
+    assert [state for state in found if state.faults] == []
+    assert {state.step for state in found} == {*CONSUME}
+    assert all(state.reruns == 1 for state in found)
+
+
+def test_without_fsync_a_bundle_that_is_consumed_is_lost(states: Mapping[Disk, list[State]]) -> None:
+    found = states["ext4", "all", "consume"]
+
+    assert "stuck" in {fault.kind for state in found for fault in state.faults}
+
+
 def test_every_step_of_the_job_says_what_may_be_current() -> None:
     named = [
         line.split()[1].rstrip(";") for line in scenario.JOB.splitlines() if line.startswith("    mark ")
     ]
 
-    assert named == [*PHASES]
+    assert [*dict.fromkeys(named)] == [*PHASES]

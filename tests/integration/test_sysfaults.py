@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import services
+from tests.managed import changed
 from tests.sysfaults.strace import Missed, Point, injected
-from tests.sysfaults.trial import FAULTS, flushing, stage, trial
+from tests.sysfaults.trial import FAULTS, Mode, flushing, managed, stage, trial
 
 pytestmark = pytest.mark.integration
-
-
-def changed(*changes: tuple[str, str]) -> Callable[[bytes], bytes]:
-    """The agent with an installer in which each text, which is there once, is another."""
-
-    def of(zipapp: bytes) -> bytes:
-        out = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(zipapp)) as before, zipfile.ZipFile(out, "w") as after:
-            for name in before.namelist():
-                text = before.read(name).decode("utf-8")
-                if name.endswith("/installer.py"):
-                    for old, new in changes:
-                        assert text.count(old) == 1, old
-                        text = text.replace(old, new)
-                after.writestr(name, text)
-        return out.getvalue()
-
-    return of
 
 
 def test_whatever_call_fails_or_is_the_last_a_whole_release_stays_and_a_rerun_ends_well(
@@ -44,6 +25,45 @@ def test_whatever_call_fails_or_is_the_last_a_whole_release_stays_and_a_rerun_en
     assert {result.fault for result in found} == {*FAULTS}
     assert {result.command for result in found} == {command.name for command in on.commands}
     assert len({result.point.call for result in found}) >= 5
+
+
+@pytest.mark.parametrize(("mode", "names"), [("user", ["enroll again"]), ("system", ["bad release"])])
+def test_whatever_fails_beside_a_service_manager_the_server_runs_again_from_a_whole_release(
+    tmp_path: Path, mode: Mode, names: list[str]
+) -> None:
+    on = stage(tmp_path, mode=mode)
+    quick: list[services.Fault] = ["fails", "killed-before", "killed-after"]
+
+    found = [
+        *trial(on, tmp_path, each=30, names=names),
+        *managed(on, tmp_path, each=4, names=names, faults=quick),
+    ]
+
+    assert [result for result in found if result.faults] == []
+    assert {result.fault for result in found} == {*FAULTS, *quick}
+
+
+@pytest.mark.parametrize(
+    ("change", "command", "at", "fault", "told"),
+    [
+        pytest.param(
+            ('return "=yes" in told', "return False"), "install", 3, "killed-before", "was started by",
+            id="units that systemd has not read",
+        ),
+        pytest.param(
+            ("if not self.down or", "if True or"), "bad release", 11, "fails", "None runs",
+            id="what ran before is not started again when its start failed",
+        ),
+    ],
+)  # fmt: skip
+def test_an_agent_that_leaves_the_service_manager_behind_is_found_out(
+    tmp_path: Path, change: tuple[str, str], command: str, at: int, fault: services.Fault, told: str
+) -> None:
+    on = stage(tmp_path, mode="system", code=changed(change))
+
+    (found,) = managed(on, tmp_path, names=[command], faults=[fault], at=at)
+
+    assert any(told in one for one in found.faults)
 
 
 def test_a_flush_that_fails_or_is_the_last_beside_the_upload_loses_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import releases
+from edgepack.device import agent, installer
+from tests import releases, services
+from tests.managed import Served
 from tests.powercut import mounts, wlog
-from tests.powercut.scenario import HURT, PHASES, STORE, Flash, Recording
+from tests.powercut.scenario import BUNDLE, HURT, PHASES, STORE, Flash, Recording
 
 KINDS = {
     "file-system": "it does not mount, or is damaged: then the cut is none that it is made for",
@@ -27,6 +30,8 @@ KINDS = {
     "undone": "`current` is not what a finished command had said",
     "journal": "an event before the last cannot be read",
     "fsck": "the agent's fsck finds something, or does not end",
+    "unit": "a unit is neither that of the one release, nor of the other, nor absent",
+    "service": "when the device starts, its server does not run from the current release, with its units",
     "stuck": "installing again does not make the second release the current one",
 }
 """What may be wrong with a state."""
@@ -73,18 +78,18 @@ class Asked:
     """Steps within which it is cut."""
 
 
-def replayed(recordings: Sequence[Recording], what: Flash, asked: Sequence[Asked]) -> list[list[State]]:
+def replayed(recordings: Sequence[Recording], asked: Sequence[Asked]) -> list[list[State]]:
     """The judged states of each recording; recordings are replayed beside each other."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return [*pool.map(_replayed, recordings, [what] * len(recordings), asked)]
+        return [*pool.map(_replayed, recordings, asked)]
 
 
-def _replayed(recording: Recording, what: Flash, asked: Asked) -> list[State]:
+def _replayed(recording: Recording, asked: Asked) -> list[State]:
     with tempfile.TemporaryDirectory(dir=recording.before.parent) as folder:
-        return [*replay(recording, what, Path(folder), asked)]
+        return [*replay(recording, Path(folder), asked)]
 
 
-def replay(recording: Recording, what: Flash, folder: Path, asked: Asked) -> Iterator[State]:
+def replay(recording: Recording, folder: Path, asked: Asked) -> Iterator[State]:
     """Judges states: prefixes of the writes (each, if the number allows), and random losses."""
     chance = random.Random(asked.seed)
     medium, image = folder / "medium", folder / "state"
@@ -102,7 +107,7 @@ def replay(recording: Recording, what: Flash, folder: Path, asked: Asked) -> Ite
             with image.open("r+b") as left:
                 for write in cut.kept:
                     os.pwrite(left.fileno(), write.content, write.at)
-            yield judged(recording, what, cut, image, rerun=number % asked.rerun_each == asked.rerun_each - 1)
+            yield judged(recording, cut, image, rerun=number % asked.rerun_each == asked.rerun_each - 1)
 
 
 def places(recording: Recording, asked: Asked, chance: random.Random) -> list[tuple[int, bool]]:
@@ -117,9 +122,9 @@ def places(recording: Recording, asked: Asked, chance: random.Random) -> list[tu
     return sorted([(number, False) for number in prefixes] + [(number, True) for number in losses])
 
 
-def judged(recording: Recording, what: Flash, cut: wlog.Cut, image: Path, *, rerun: bool) -> State:
-    """Mounts what a cut left and looks at it; ``rerun``: then installs the second release again."""
-    step = recording.steps[cut.after]
+def judged(recording: Recording, cut: wlog.Cut, image: Path, *, rerun: bool) -> State:
+    """Mounts what a cut left, looks at it and starts the device; ``rerun``: then installs the second release again."""
+    what, step = recording.what, recording.steps[cut.after]
     faults: list[Fault] = []
     current: str | None = None
     reruns: int | None = None
@@ -132,8 +137,11 @@ def judged(recording: Recording, what: Flash, cut: wlog.Cut, image: Path, *, rer
             faults += inspected(store, what, hurt)
             if current is not None and current not in PHASES[step]:
                 faults.append(Fault(kind="undone", message=f"current is the {current} release during {step}"))
+            if not faults:
+                faults += started(disk, what, image.with_suffix(".manager"))
             if rerun:
-                reruns, told = installed_again(store, what)
+                again = {"flash": installed_again, "consume": consumed_again}[recording.job]
+                reruns, told = again(store, what)
                 faults += [*told, *inspected(store, what, set())]
             faults += checked_by_agent(store, set() if rerun else hurt)
         if rerun and not mounts.consistent(recording.filesystem, image):
@@ -211,6 +219,49 @@ def checked_by_agent(store: Path, hurt: set[str]) -> Iterator[Fault]:
     for entry in [*answer.document["bad"], *answer.document["missing"]]:
         if (entry["digest"] or "").removeprefix("sha256:") not in hurt:
             yield Fault(kind="fsck", message=json.dumps(entry))
+
+
+def started(disk: Path, what: Flash, state: Path) -> Iterator[Fault]:
+    """What is wrong with the units, and with what runs when the device starts on what a cut left of them."""
+    brought = {name: {None, *_brought(what, name)} for name in installer.UNITS}
+    units = disk / "units"
+    for name, texts in brought.items():
+        text = (units / name).read_text(encoding="utf-8") if (units / name).exists() else None
+        if text not in texts:
+            yield Fault(kind="unit", message=f"{name} is {text!r}")
+    shutil.rmtree(state, ignore_errors=True)
+    device = Served(disk, state=state)
+    device.manager.enables(services.SERVER, services.BOOT)
+    device.manager.power_on()
+    running = device.manager.state["running"]
+    current = Path(_target(device.root / "current") or "").name
+    if running is None or running["release"] != current:
+        yield Fault(kind="service", message=f"{running} runs, and {current[:12]} is current")
+        return
+    unit = (device.root / "current" / services.SERVER).read_text(encoding="utf-8")
+    if running["unit"] != unit:
+        yield Fault(kind="service", message=f"{current[:12]} was started by {running['unit']!r}")
+
+
+def _brought(what: Flash, name: str) -> Iterator[str]:
+    """The units of this name in the two releases."""
+    for path in (what.first, what.second):
+        bundle = agent.read_head(str(path))[1]
+        if agent.find_file(bundle, name) is not None:
+            yield agent.read_file(bundle, name).decode("utf-8")
+
+
+def consumed_again(store: Path, what: Flash) -> tuple[int, list[Fault]]:
+    """Installs the bundle on the disk again; where it is gone, its release must be the current one."""
+    device = releases.Device(store)
+    bundle = store.parent / BUNDLE
+    if not bundle.exists() and device.current() == what.releases["second"]:
+        return 1, []
+    for run in (1, 2):
+        told = device.run("install", bundle, "--consume", "--no-self-test")
+        if told.status == 0 and device.current() == what.releases["second"] and not bundle.exists():
+            return run, []
+    return 2, [Fault(kind="stuck", message=told.said[-200:])]
 
 
 def installed_again(store: Path, what: Flash) -> tuple[int, list[Fault]]:

@@ -108,7 +108,7 @@ def _run(options: Sequence[str], argv: Sequence[str], stdin: bytes, log: Path) -
     given.write_bytes(stdin)
     # Of a pipe each read gives another part, and the number of writes would be chance.
     with given.open("rb") as stream:
-        done = subprocess.run(command, stdin=stream, capture_output=True, timeout=120, check=False)
+        done = subprocess.run(command, stdin=stream, capture_output=True, timeout=600, check=False)
     return Run(
         status=done.returncode,
         stdout=done.stdout.decode(),

@@ -1114,6 +1114,64 @@ def test_a_consumed_bundle_gives_its_disk_back_and_is_gone(
     assert before <= peak <= before + 2 * agent.PIECE
 
 
+def test_a_consumed_bundle_gives_up_no_byte_that_the_disk_has_not_given_back(
+    device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor those that a killed install wrote: the part has them, and perhaps no disk."""
+    path = resigned(weights=BIG)
+    monkeypatch.setattr(installer, "FLUSH", 1 << 19)
+    begin = next(
+        file["offset"] for file in agent.read_bundle(str(path))["files"] if file["path"] == agent.WEIGHTS
+    )
+    part = device.root / "incoming" / (hashlib.sha256(BIG).hexdigest() + ".part")
+    blob = device.root / "blobs" / "sha256" / hashlib.sha256(BIG).hexdigest()
+    punch, fsync, fsync_folder, read_back = (
+        installer.Puncher.punch, installer.fsync, installer.fsync_folder, installer.read_back,
+    )  # fmt: skip
+    written, named, read = [0], [False], [0]
+    pieces: list[int] = []
+
+    def flushed(handle: int) -> None:
+        fsync(handle)
+        if Path(f"/proc/self/fd/{handle}").readlink() == part:
+            written.append(os.fstat(handle).st_size)
+
+    def folder_flushed(folder: str) -> None:
+        fsync_folder(folder)
+        named.append(
+            named[-1] or any(folder == str(place.parent) and place.exists() for place in (part, blob))
+        )
+
+    def read_again(place: str, digest: Any, first: int, end: int) -> None:
+        read_back(place, digest, first, end)
+        if place == str(part):
+            read.append(end)
+
+    def punched(self: installer.Puncher, first: int, end: int) -> None:
+        if begin <= first < min(end, begin + len(BIG)):
+            assert named[-1]
+            assert end - begin <= min(max(written), max(read))
+            pieces.append(end)
+        punch(self, first, end)
+
+    def interrupted(self: installer.Puncher, first: int, end: int) -> None:
+        punched(self, first, end)
+        if pieces:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(installer, "fsync", flushed)
+    monkeypatch.setattr(installer, "fsync_folder", folder_flushed)
+    monkeypatch.setattr(installer, "read_back", read_again)
+    monkeypatch.setattr(installer.Puncher, "punch", interrupted)
+    assert device.run("install", path, "--consume").status == 130
+    assert part.exists()
+    written[:], named[:], read[:] = [0], [False], [0]
+    monkeypatch.setattr(installer.Puncher, "punch", punched)
+
+    assert device.run("install", path, "--consume").document["outcome"] == "good"
+    assert len(pieces) > 1
+
+
 def test_a_consumed_bundle_goes_on_after_a_kill(
     device: Device, resigned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1651,6 +1709,18 @@ def test_the_newest_good_releases_stay(device: Device, resigned: Callable[..., P
     assert 1 not in linked
 
 
+def test_an_install_leaves_as_many_good_releases_as_are_asked_to_stay(
+    device: Device, resigned: Callable[..., Path]
+) -> None:
+    names = []
+    for number in range(1, 5):
+        path = resigned(sequence=number, files={"n.txt": str(number)})
+        names.append(releases.release_of(path))
+        assert device.run("install", path, "--keep", "3").status == 0
+
+    assert device.store.releases() == sorted(names[1:])
+
+
 def test_markers_and_half_made_things_are_swept(device: Device, first: Path) -> None:
     device.run("install", first)
     for name in (".new-current", "releases/.new-abc", "incoming/.new-x", "blobs/sha256/.new-y"):
@@ -1974,6 +2044,54 @@ def test_a_server_that_rests_is_started_when_the_installer_is_killed(
 
     assert seen == ["systemctl --user start edgepack.service"]
     assert device.guarded == [*seen, "done"]
+
+
+def test_what_ran_before_is_started_once_more_when_its_start_fails(
+    tmp_path: Path, signers: str, first: Path, second: Path
+) -> None:
+    starts = 0
+
+    def status(argv: Sequence[str]) -> tuple[int, str]:
+        nonlocal starts
+        starts += "start" in argv
+        return (1, "Job for edgepack.service failed.\n") if "start" in argv and starts > 1 else (0, "")
+
+    device = enrolled(tmp_path, signers, "user", status=status)
+    device.run("install", first)
+    device.guarded.clear()
+
+    answer = device.run("install", second)
+
+    assert answer.document["outcome"] == "rolled-back"
+    assert "the release before it did not start" in answer.document["reasons"][-1]
+    assert device.guarded == ["systemctl --user start edgepack.service"]  # when the installer ends
+
+
+def test_units_that_systemd_has_not_read_are_read_before_the_server_starts(
+    tmp_path: Path, signers: str, first: Path
+) -> None:
+    device = enrolled(
+        tmp_path, signers, "system",
+        status=lambda argv: (0, "NeedDaemonReload=yes\n" if "--property=NeedDaemonReload" in argv else ""),
+    )  # fmt: skip
+    device.run("install", first)
+    device.ran.clear()
+
+    device.run("boot")
+
+    assert device.ran[1:] == ["systemctl daemon-reload", "systemctl enable edgepack.service"]
+
+
+def test_folders_around_a_store_have_durable_names(
+    tmp_path: Path, signers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(installer, "fsync_folder", flushed.append)
+
+    Device(tmp_path / "new" / "folders" / "store").enroll(signers, mode="user")
+
+    folders = ("", "new", "new/folders", "new/folders/units")
+    assert {str(tmp_path / folder) for folder in folders} <= {*flushed}
 
 
 def test_a_server_that_rests_is_started_after_an_error(

@@ -15,7 +15,8 @@ import pytest
 
 from edgepack.bundle import sign
 from edgepack.device import agent, installer
-from tests import releases
+from tests import releases, services
+from tests.managed import Served, anywhere
 from tests.releases import Device
 
 CHANGES = (
@@ -46,18 +47,23 @@ class Disk:
         real = getattr(os, name)
         return self._counted(name, real) if name in CHANGES else real
 
+    def counts(self, name: str) -> None:
+        """One more call, which may be the one that fails. A program that is asked does not fail with the disk."""
+        if self.dead:
+            raise Killed
+        self.calls += 1
+        if self.calls == self.at and self.failure is None:
+            self.dead = True
+            raise Killed
+        if self.calls == self.at and name != "systemctl":
+            assert self.failure is not None
+            raise OSError(self.failure, os.strerror(self.failure))
+
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             if name == "open" and not args[1] & os.O_CREAT:
                 return real(*args, **options)
-            if self.dead:
-                raise Killed
-            self.calls += 1
-            if self.calls == self.at:
-                if self.failure is not None:
-                    raise OSError(self.failure, os.strerror(self.failure))
-                self.dead = True
-                raise Killed
+            self.counts(name)
             return None if name == "fsync" else real(*args, **options)  # the power stays on in these tests
 
         return call
@@ -219,6 +225,124 @@ def test_at_each_call_that_changes_the_disk(
         assert installer.journal_lines(victim.store, 1000), at
         shutil.rmtree(root)
         (tmp_path / "copy.tar").unlink(missing_ok=True)
+    assert points > 0
+    print(f"{act.__name__}: {points} points")
+
+
+# ── beside a service manager ──
+
+
+class Watched(Served):
+    """A device whose service manager is asked no more once it is killed, and whose guard then starts the server."""
+
+    def __init__(self, place: Path, disk: Disk, **device: Any) -> None:
+        super().__init__(place)
+        self._disk = disk
+        self._waits = False
+        self.world = self.world._replace(run=self._asked, guard=self._guards, **device)
+
+    def _asked(self, argv: list[str]) -> tuple[int, str]:
+        self._disk.counts("systemctl")
+        return self.manager.call(argv)
+
+    def _guards(self, argv: list[str]) -> Callable[[], None]:
+        assert argv[-2:] == ["start", services.SERVER]
+        self._waits = True
+
+        def done() -> None:
+            self._waits = False
+
+        return done
+
+    def ends(self) -> None:
+        """The installer's process is gone, however it ended."""
+        if self._waits:
+            beside = Served(self.root.parent)
+            beside.manager.call(["systemctl", "start", services.SERVER])
+
+
+ServedAct = Callable[[Device, tuple[Path, ...]], releases.Answer]
+
+
+def does_not_start(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """An install whose server does not start."""
+    assert isinstance(device, Served)
+    if releases.release_of(paths[2]) not in device.manager.state["broken"]:
+        device.manager.breaks(releases.release_of(paths[2]))
+    return device.run("install", paths[2])
+
+
+def failed(device: Device, paths: tuple[Path, ...]) -> releases.Answer:
+    """An install whose self-test fails."""
+    failure = {"kind": "oom-killed", "stage": "fill", "message": "out of memory"}
+    device.world = device.world._replace(check=lambda _: {**releases.passing(), "failure": failure})
+    return device.run("install", paths[2])
+
+
+SERVED_ENDS: dict[ServedAct, tuple[int, int]] = {
+    install: (0, 2),
+    failed: (5, 1),
+    does_not_start: (5, 1),
+    rollback: (0, 0),
+}
+"""What each comes to: exit status, and which of the three releases runs then."""
+
+
+@pytest.mark.parametrize("failure", [None, errno.ENOSPC, errno.EIO], ids=["kill", "ENOSPC", "EIO"])
+@pytest.mark.parametrize("act", SERVED_ENDS, ids=[act.__name__ for act in SERVED_ENDS])
+def test_whatever_ends_the_installer_the_server_runs_from_a_whole_release_with_its_units(
+    key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: ServedAct, failure: int | None
+) -> None:
+    monkeypatch.setattr(agent, "verify_signature", lambda *_: {"state": "verified"})
+    monkeypatch.setattr(installer, "os", Disk())  # without fsync
+    paths = tuple(
+        releases.bundle(
+            tmp_path / f"{n}.tar", key, sequence=n, files={services.SERVER: f"# {n}\n", "n.txt": str(n)}
+        )
+        for n in (1, 2, 3)
+    )
+    pristine = Served(tmp_path / "pristine")
+    with anywhere():
+        assert pristine.enroll(sign.allowed_signer(key), mode="system").status == 0
+    for path in paths[:2]:
+        assert pristine.run("install", path).document["outcome"] == "good"
+    status, runs = SERVED_ENDS[act]
+    names = [releases.release_of(path) for path in paths]
+    step = 1 if EVERY else 25
+    points = 0
+    for at in itertools.count(1 + random.Random(f"{act.__name__} {failure}").randrange(step), step):
+        place = tmp_path / "place"
+        releases.copied(tmp_path / "pristine", place)
+        disk = Disk(at, failure)
+        victim = Watched(place, disk)
+        with monkeypatch.context() as patched:
+            patched.setattr(installer, "os", disk)
+            try:
+                answer = act(victim, paths)
+            except Killed:
+                answer = None
+        if disk.calls < at:
+            assert (answer and answer.status) == status
+            break
+        points += 1
+        victim.ends()
+
+        again = Served(place)
+        again.manager.time_passes()
+        starts = again.manager.state["starts"]
+        assert all(start["whole"] for start in starts), at
+        assert [start["unit"] for start in starts] == [
+            f"# {1 + names.index(s['release'])}\n" for s in starts
+        ], at
+        assert again.manager.state["running"]["release"] == whole(again), at
+        told = act(again, paths)
+        again.manager.time_passes()
+
+        assert told.status == status, (at, told.said)
+        assert whole(again) == again.manager.state["running"]["release"] == names[runs], at
+        assert (place / "units" / services.SERVER).read_text() == f"# {runs + 1}\n", at
+        assert [path.name for path in place.rglob(".new-*")] == [], at
+        shutil.rmtree(place)
     assert points > 0
     print(f"{act.__name__}: {points} points")
 
