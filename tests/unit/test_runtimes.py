@@ -261,12 +261,12 @@ WIDE = modelspec.from_config(
 @pytest.mark.parametrize(
     ("runtime", "model", "scheme", "context", "slots", "ubatch", "peak", "within"),
     [
-        (onnx_genai, DEMO, "onnx-int8", 512, 1, 128, 118.9, 0.05),
-        (onnx_genai, DEEP, "onnx-int8", 640, 1, 128, 390.6, 0.05),
-        (onnx_genai, DEEP, "onnx-int8", 2048, 1, 512, 498.3, 0.05),
-        (onnx_genai, DEEP, "onnx-int4", 640, 2, 512, 305.9, 0.05),
-        (onnx_genai, WIDE, "onnx-int8", 640, 1, 128, 287.7, 0.05),
-        (onnx_genai, DEMO, "onnx-int8", 512, 1, 512, 125.8, 0.05),
+        (onnx_genai, DEMO, "onnx-int8", 512, 1, 128, 121.3, 0.05),
+        (onnx_genai, DEEP, "onnx-int8", 640, 1, 128, 393.1, 0.05),
+        (onnx_genai, DEEP, "onnx-int8", 2048, 1, 512, 503.5, 0.05),
+        (onnx_genai, DEEP, "onnx-int4", 640, 2, 512, 326.3, 0.05),
+        (onnx_genai, WIDE, "onnx-int8", 640, 1, 128, 290.9, 0.05),
+        (onnx_genai, DEMO, "onnx-int8", 512, 1, 512, 132.3, 0.05),
         (transformers, DEMO, "bf16", 512, 1, 128, 440.3, 0.10),
         (transformers, DEEP, "bf16", 640, 1, 128, 676.8, 0.10),
     ],
