@@ -63,7 +63,7 @@ def test_after_any_cut_a_bundle_that_is_consumed_is_whole_enough_to_go_on(
 
     assert [state for state in found if state.faults] == []
     assert {state.step for state in found} == {*CONSUME}
-    assert all(state.reruns == 1 for state in found)
+    assert {state.reruns for state in found} <= {1, 2}  # what the cut spoiled of a part is refused once
 
 
 def test_without_fsync_a_bundle_that_is_consumed_is_lost(states: Mapping[Disk, list[State]]) -> None:
