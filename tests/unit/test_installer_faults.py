@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,18 @@ ENDS: dict[Act, tuple[int, int, int | None]] = {
 """What each comes to: exit status, and which of the three releases are current and previous then."""
 
 
+def struck(
+    act: Callable[[], releases.Answer], disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> releases.Answer | None:
+    """What the installer answers on that disk; None where it is killed."""
+    with monkeypatch.context() as patched:
+        patched.setattr(installer, "os", disk)
+        try:
+            return act()
+        except Killed:
+            return None
+
+
 def whole(device: Device, link: str = "current") -> str | None:
     """The release that a link names, every byte of it hashed."""
     release = device.store.target(link)
@@ -194,13 +207,8 @@ def test_at_each_call_that_changes_the_disk(
         root = tmp_path / "root"
         releases.copied(device.root, root)
         victim = Device(root)
-        with monkeypatch.context() as patched:
-            disk = Disk(at, failure)
-            patched.setattr(installer, "os", disk)
-            try:
-                answer = act(victim, paths)
-            except Killed:
-                answer = None
+        disk = Disk(at, failure)
+        answer = struck(partial(act, victim, paths), disk, monkeypatch)
         if disk.calls < at:
             assert (answer and answer.status) == status
             break
@@ -315,12 +323,7 @@ def test_whatever_ends_the_installer_the_server_runs_from_a_whole_release_with_i
         releases.copied(tmp_path / "pristine", place)
         disk = Disk(at, failure)
         victim = Watched(place, disk)
-        with monkeypatch.context() as patched:
-            patched.setattr(installer, "os", disk)
-            try:
-                answer = act(victim, paths)
-            except Killed:
-                answer = None
+        answer = struck(partial(act, victim, paths), disk, monkeypatch)
         if disk.calls < at:
             assert (answer and answer.status) == status
             break
