@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -206,7 +207,9 @@ def planned_command(asked: argparse.Namespace, key: Path) -> Command:
         settings = Settings(**{name: getattr(base, name) for name in base.__slots__} | {"kv_type": kv_type})
         told = {}
     words = runtime.launch(settings, alias="benchmark", backend="cpu", start_up=told)
-    environment = runtime.environment(settings, backend="cpu")
+    environment = runtime.environment(
+        settings, backend="cpu", arch="aarch64" if platform.machine() == "aarch64" else "x86_64"
+    )
     match asked.runtime:
         case llama_cpp.NAME:
             return [

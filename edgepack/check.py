@@ -250,6 +250,8 @@ class MemoryFacts:
     nvmap: int | None
     processes: ProcessesFacts | None = None
     """None for a server of one process."""
+    code_in_huge_pages: int | None = None
+    """Bytes of programs and libraries that are mapped by whole huge pages, whatever of each is used."""
 
     @property
     def peak(self) -> int | None:
@@ -265,6 +267,11 @@ class MemoryFacts:
         if self.peak is None or None in (self.rss_file, self.rss_shared) or self.processes is not None:
             return self.peak
         return min(self.peak, self.peak_anonymous + (self.rss_file or 0) + (self.rss_shared or 0))
+
+    def counted(self, peak: int, planned: int) -> int:
+        """Of ``peak`` what is held against ``planned``: how much of a huge page of code is used nobody can tell, so
+        what is more than planned counts only as far as such pages do not explain it."""
+        return min(peak, max(planned, peak - (self.code_in_huge_pages or 0)))
 
     @property
     def peak_source(self) -> str:
@@ -508,14 +515,15 @@ def _bar(report: CheckReport, screen: Screen) -> list[str]:
     """What was measured, part by part, against the most that the plan says it needs, of host and card together."""
     facts = report.facts
     parts = [(residual.part, residual.measured) for residual in report.residuals]
+    most = facts.preflight.memory_needed + (facts.preflight.device_memory_needed or 0)
     memory = facts.memory
     peak = None if memory is None else memory.peak
     if memory is not None:
         card = memory.nvmap if memory.nvmap is not None else memory.gpu
         peak = peak if card is None else (memory.peak_on_host or 0) + card
+        peak = None if peak is None else memory.counted(peak, most)
     if peak is not None and facts.preflight.device_memory_needed is None:
         parts.append(("process", max(0, peak - sum(size for _, size in parts))))
-    most = facts.preflight.memory_needed + (facts.preflight.device_memory_needed or 0)
     told = f"{show(sum(size for _, size in parts))} measured, of up to {show(most)}"
     return [*screen.bar(parts, most, told), *screen.legend(parts)]
 
@@ -885,7 +893,8 @@ def _peak(judged: _Judged) -> Iterator[Item]:
     else:
         yield from _total(judged, used, how)
     on_cpu = _server_backend(judged.plan, judged.facts) == "cpu"
-    yield from _budget(judged, memory, (memory.peak if on_cpu else memory.peak_on_host) or 0, used)
+    resident = (memory.peak if on_cpu else memory.peak_on_host) or 0
+    yield from _budget(judged, memory, memory.counted(resident, judged.plan.budget.host), used)
 
 
 def _total(judged: _Judged, used: int, how: str) -> Iterator[Item]:
@@ -1133,20 +1142,27 @@ def _slack(facts: Facts, part: str) -> float:
 
 
 def peak_of(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, str]:
-    """Peak bytes of the server on host and accelerator together, and by which source."""
-    resident, how = memory.peak, memory.peak_source
-    if resident is None:
+    """Peak bytes of the server on host and accelerator together, as far as they count, and by which source."""
+    peak, how = memory.peak, memory.peak_source
+    if peak is None:
         return None, "nothing"
-    if _server_backend(plan, facts) == "cpu":
-        return resident, how
-    resident = memory.peak_on_host or 0
-    if memory.nvmap is not None:
-        return resident + memory.nvmap, f"{how} and nvmap"
-    if memory.gpu is not None:
-        return resident + memory.gpu, f"{how} and the GPU's own count"
-    if not plan.budget.unified:  # the system loses nothing to a card with memory of its own
-        return None, "nothing"
-    return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
+    if _server_backend(plan, facts) != "cpu":
+        resident = memory.peak_on_host or 0
+        if memory.nvmap is not None:
+            peak, how = resident + memory.nvmap, f"{how} and nvmap"
+        elif memory.gpu is not None:
+            peak, how = resident + memory.gpu, f"{how} and the GPU's own count"
+        elif not plan.budget.unified:  # the system loses nothing to a card with memory of its own
+            return None, "nothing"
+        else:
+            return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
+    used = memory.counted(peak, plan.memory.total)
+    return (
+        used,
+        how
+        if used == peak
+        else f"{how}, less {show(peak - used)} that huge pages map of libraries beside it",
+    )
 
 
 def _server_backend(plan: Plan, facts: Facts) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -110,7 +111,14 @@ def served(name: str, artifact: Path, settings: Settings) -> Iterator[tuple[int,
         with (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **runtime.environment(settings, backend="cpu")},
+                env={
+                    **os.environ,
+                    **runtime.environment(
+                        settings,
+                        backend="cpu",
+                        arch="aarch64" if platform.machine() == "aarch64" else "x86_64",
+                    ),
+                },
                 stdout=log,
                 stderr=log,
             )

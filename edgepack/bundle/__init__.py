@@ -250,7 +250,8 @@ def unpack(
 
 def server_document(plan: Plan) -> str:
     """server.json: how the server is started, for programs; the start files spell out the same."""
-    env = runtimes.named(plan.runtime).environment(plan.settings, backend=plan.profile.backend)
+    device = plan.profile
+    env = runtimes.named(plan.runtime).environment(plan.settings, backend=device.backend, arch=device.arch)
     return _pretty(
         {"schema_version": 1, "runtime": plan.runtime, "args": list(launch(plan)), "env": dict(env)}
     )

@@ -210,7 +210,9 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "alias": plan.model.id,
         "flag_lines": lines,
         "flags": {line[0]: " ".join(line[1:]) for line in lines},
-        "environment": runtime.environment(plan.settings, backend=plan.profile.backend),
+        "environment": runtime.environment(
+            plan.settings, backend=plan.profile.backend, arch=plan.profile.arch
+        ),
         "missing": missing,
         "no_install": None if missing is None else _instead(missing, image=image is not None),
         "modules": " ".join((*runtime.MODULES, *(_module(line) for line in readers(plan)))),

@@ -1243,9 +1243,11 @@ class Runtime(NamedTuple):
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:=+|-]*\Z")
 """Values of environment variables: no path, so that none can name a library to load."""
+_TUNABLES = re.compile(r"glibc\.malloc\.[a-z_]+=\d+(?::glibc\.malloc\.[a-z_]+=\d+)*\Z")
+"""GLIBC_TUNABLES: of the allocator only."""
 _ON_PYTHON = (
     "OMP_NUM_THREADS|OMP_PROC_BIND|OMP_PLACES|OMP_WAIT_POLICY|OMP_DYNAMIC|KMP_BLOCKTIME|KMP_AFFINITY|MKL_NUM_THREADS|"
-    "OPENBLAS_NUM_THREADS|MALLOC_[A-Z]+(?:_[A-Z]+)*_?|CUDA_VISIBLE_DEVICES|CUDA_MODULE_LOADING|"
+    "OPENBLAS_NUM_THREADS|MALLOC_[A-Z]+(?:_[A-Z]+)*_?|GLIBC_TUNABLES|CUDA_VISIBLE_DEVICES|CUDA_MODULE_LOADING|"
     "PYTORCH_CUDA_ALLOC_CONF|PYTORCH_ALLOC_CONF|TOKENIZERS_PARALLELISM|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|DO_NOT_TRACK"
 )
 _PYTHON_ERROR = re.compile(
@@ -1316,7 +1318,9 @@ RUNTIMES: Dict[str, Runtime] = {
             **_flags(_NAME, "--alias -a"),
         },
         lists=frozenset(),
-        environment=re.compile(r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+\Z"),
+        environment=re.compile(
+            r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+|GLIBC_TUNABLES)\Z"
+        ),
         inherits_not="LLAMA_",
         slots="--parallel",
         context="--ctx-size",
@@ -1452,7 +1456,8 @@ def server_arguments(document: Dict[str, Any], load_mode: Optional[str]) -> Tupl
     if flag is not None and values == 0:
         raise Refused("server.json ends with %s and no value" % flag)
     for name, value in environment.items():
-        if not runtime.environment.match(name) or not isinstance(value, str) or not _PLAIN.match(value):
+        plain = _TUNABLES if name == "GLIBC_TUNABLES" else _PLAIN
+        if not runtime.environment.match(name) or not isinstance(value, str) or not plain.match(value):
             raise Refused("server.json sets %r in the environment, which a bundle may not" % _shown(name))
     flags = list(args) if load_mode is None else with_load_mode(args, load_mode)
     cores = os.sched_getaffinity(0)
@@ -2204,6 +2209,35 @@ def _counted_again(pids: Sequence[int]) -> Optional[int]:
     return max(0, resident - once - sum(files.values())) * 1024
 
 
+def _code_in_huge_pages(pids: Sequence[int]) -> Optional[int]:
+    """Bytes of programs and libraries that are mapped by whole huge pages; None where mappings cannot be read.
+
+    A file that was written or read in one go lies in the page cache in such pages, and the first use of a byte maps all
+    of one (libtorch_cpu.so: 121 MiB where 46 are mapped otherwise). They are the system's to take back.
+    """
+    whole: Dict[Tuple[str, str], int] = {}
+    for pid in pids:
+        own: Dict[Tuple[str, str], int] = {}
+        code: Set[Tuple[str, str]] = set()
+        file = ("", "0")
+        try:
+            with open("/proc/%d/smaps" % pid, encoding="utf-8", errors="replace") as lines:
+                for words in map(str.split, lines):
+                    if words[0] == "FilePmdMapped:":
+                        own[file] = own.get(file, 0) + int(words[1])
+                    elif not words[0].endswith(":"):
+                        file = (words[3], words[4])
+                        if "x" in words[1]:
+                            code.add(file)
+        except OSError:
+            if os.path.isdir("/proc/%d" % pid):
+                return None
+            continue
+        for file in code:
+            whole[file] = max(whole.get(file, 0), own.get(file, 0))
+    return sum(whole.values()) * 1024
+
+
 def _mappings(lines: Iterable[str]) -> Iterator[Tuple[Optional[Tuple[str, ...]], Dict[str, int]]]:
     """Each mapping of a smaps file: what names its file (device, inode, offset), and its sizes in KiB."""
     key: Optional[Tuple[str, ...]] = None
@@ -2241,6 +2275,7 @@ def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> 
         "rss_shared": reading.get("RssShmem"),
         "peak_anonymous": meter.peak_anonymous,
         "peak_file": meter.peak_file,
+        "code_in_huge_pages": _code_in_huge_pages(meter.members()),
         "swap": reading.get("VmSwap"),
         "major_faults_load": meter.faults_at_run,
         "major_faults_run": run_faults,

@@ -106,7 +106,7 @@ class Runtime(Protocol):
         ``alias``: the model's name in its API; ``start_up``, ``version``: the plan's. Raises Unsupported where this
         version has no flag for what the plan wants."""
 
-    def environment(self, settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+    def environment(self, settings: Settings, *, backend: Backend, arch: Arch) -> Mapping[str, str]:
         """Variables that its server is started with."""
 
     def start_up(

@@ -18,6 +18,7 @@ from edgepack.modelspec import CONVERTED, KvLayers, ModelSpec, Tensor
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import llama_graph, support
+from edgepack.runtimes.allocator import huge_pages
 from edgepack.settings import Settings
 from edgepack.units import MIB, Bytes, pad
 
@@ -226,8 +227,9 @@ def max_files(settings: Settings) -> int:
     return http_threads(settings) + _FILES
 
 
-def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    return {}
+def environment(settings: Settings, *, backend: Backend, arch: Arch) -> Mapping[str, str]:
+    pages = huge_pages(backend, arch)
+    return {**pages, "MALLOC_ARENA_MAX": "1"} if pages else {}
 
 
 def split_types(kv_type: str) -> tuple[str, str]:

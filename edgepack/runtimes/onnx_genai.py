@@ -228,5 +228,5 @@ def launch(
     return served.arguments(NAME, settings, alias=alias, backend=backend)
 
 
-def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    return served.ENVIRONMENT
+def environment(settings: Settings, *, backend: Backend, arch: Arch) -> Mapping[str, str]:
+    return served.environment(backend, arch)

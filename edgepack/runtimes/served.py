@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgepack.errors import BadInput
-from edgepack.profile import Backend, DeviceProfile
+from edgepack.profile import Arch, Backend, DeviceProfile
+from edgepack.runtimes.allocator import huge_pages
 from edgepack.settings import Settings
 
 
@@ -61,7 +62,7 @@ _QUEUE = 32
 _TIMEOUT = 600
 """Seconds from a request's arrival to its end."""
 
-ENVIRONMENT: Mapping[str, str] = {
+_ENVIRONMENT: Mapping[str, str] = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "2097152",
     "MALLOC_TRIM_THRESHOLD_": "2097152",
@@ -70,3 +71,8 @@ ENVIRONMENT: Mapping[str, str] = {
 Left alone it raises the first threshold to the largest block that was ever freed and keeps 10 to 45 MiB, more with each
 length. Blocks above it are mapped afresh for every token: at 128 KiB those were 180 of up to 1.2 MiB for transformers
 (0.5B, vocabulary of 152 thousand). 4 MiB kept 6 MiB more of the built-in model than 2, which is above all of those."""
+
+
+def environment(backend: Backend, arch: Arch) -> Mapping[str, str]:
+    """Variables of edgepack's own server."""
+    return {**_ENVIRONMENT, **huge_pages(backend, arch)}

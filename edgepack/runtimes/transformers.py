@@ -271,5 +271,5 @@ def launch(
     return served.arguments(NAME, settings, alias=alias, backend=backend)
 
 
-def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
-    return {**served.ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+def environment(settings: Settings, *, backend: Backend, arch: Arch) -> Mapping[str, str]:
+    return {**served.environment(backend, arch), "HF_HUB_OFFLINE": "1"}

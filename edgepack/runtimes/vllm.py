@@ -18,6 +18,7 @@ from edgepack.modelspec import KvLayers, ModelSpec
 from edgepack.parts import Part, Place, exact, fitted
 from edgepack.profile import Arch, Backend, DeviceProfile
 from edgepack.runtimes import decoder, support, vllm_flags
+from edgepack.runtimes.allocator import huge_pages
 from edgepack.settings import Settings
 from edgepack.units import GIB, MIB, show
 
@@ -517,7 +518,7 @@ def _cache_type(kv_type: str, backend: Backend, version: str) -> str:
     return word if named else "auto"
 
 
-def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
+def environment(settings: Settings, *, backend: Backend, arch: Arch) -> Mapping[str, str]:
     """What its process needs beside the flags: no network, no usage statistics and, on a CPU, the plan's threads.
 
     VLLM_CPU_KVCACHE_SPACE must not be set: whole GiB that override --kv-cache-memory-bytes (vllm/platforms/cpu.py).
@@ -532,7 +533,8 @@ def environment(settings: Settings, *, backend: Backend) -> Mapping[str, str]:
     }
     if backend != "cpu":
         return common
-    return {**common, "OMP_NUM_THREADS": str(settings.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    threads = {"OMP_NUM_THREADS": str(settings.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return {**common, **threads, **huge_pages(backend, arch)}
 
 
 def start_up(

@@ -180,6 +180,28 @@ def test_more_than_the_parts_explain_fails() -> None:
     assert items["peak memory"].status == items["unexplained rest"].status == "fail"
 
 
+def test_huge_pages_of_libraries_explain_what_is_more_than_planned_and_no_more() -> None:
+    """Pages of code that the page cache holds 2 MiB at a time are mapped whole: nobody can tell how much is used."""
+    planned = plan_of("transformers").memory.total
+    _, none = judged("transformers", {"memory.code_in_huge_pages": 0, "memory.peak_rss": planned + 200 * MIB})
+    _, some = judged(
+        "transformers", {"memory.code_in_huge_pages": 40 * MIB, "memory.peak_rss": planned + 200 * MIB}
+    )
+    _, all_ = judged(
+        "transformers", {"memory.code_in_huge_pages": 300 * MIB, "memory.peak_rss": planned + 200 * MIB}
+    )
+    _, less = judged(
+        "transformers", {"memory.code_in_huge_pages": 40 * MIB, "memory.peak_rss": planned - MIB}
+    )
+
+    assert none["peak memory"].status == some["peak memory"].status == "fail"
+    assert "less 40.0 MiB that huge pages map of libraries" in some["peak memory"].message
+    assert all_["peak memory"].status == "pass"
+    assert all_["peak memory"].measured.endswith("(+0.00%)")
+    assert "less 200.0 MiB" in all_["peak memory"].message
+    assert less["peak memory"].message == "by VmHWM"
+
+
 def test_another_version_is_said_but_not_another_build_of_the_same() -> None:
     _, other = judged("vllm", {"served.version": "0.31.0"})
     _, same = judged("vllm", {"served.version": "0.32.0+cpu"})

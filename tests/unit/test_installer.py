@@ -26,7 +26,7 @@ import pytest
 from edgepack import check, serde
 from edgepack.bundle import oci, server_document, sign
 from edgepack.device import agent, installer
-from edgepack.units import Bytes
+from edgepack.units import MIB, Bytes
 from tests import releases
 from tests.plans import example_plan
 from tests.releases import Answer, Device
@@ -2318,6 +2318,21 @@ MEMORY = {"peak_rss": 0, "processes": None, "nvmap": None, "gpu": None, "system_
 )
 def test_what_it_does_not_hold_is_told(changes: dict[str, Any], told: str) -> None:
     assert any(told in reason for reason in judged(**changes)), judged(**changes)
+
+
+def test_huge_pages_of_libraries_that_may_be_unused_are_no_more_than_planned() -> None:
+    plan = example_plan("x86-laptop")
+    document = json.loads(serde.to_json(plan))
+    most = installer.promise_of(document).most
+    facts = releases.passing(plan)
+
+    def told(peak: int, huge: int) -> list[str]:
+        memory = {**facts["memory"], "peak_rss": peak, "code_in_huge_pages": huge}
+        return installer.verdict(document, {**facts, "memory": memory})
+
+    assert told(most + MIB, 0)
+    assert told(most + MIB, MIB - 1)
+    assert not told(most + MIB, MIB)
 
 
 def test_memory_is_judged_only_on_the_device_of_the_plan() -> None:

@@ -136,8 +136,8 @@ def test_a_version_without_a_bound_on_memory_is_refused_and_one_without_a_queue_
 def test_no_process_of_it_calls_home() -> None:
     chosen = planned("x86-laptop")
 
-    here = vllm.environment(chosen.settings, backend="cpu")
-    there = vllm.environment(chosen.settings, backend="cuda")
+    here = vllm.environment(chosen.settings, backend="cpu", arch="x86_64")
+    there = vllm.environment(chosen.settings, backend="cuda", arch="x86_64")
 
     for env in (here, there):
         assert env["VLLM_NO_USAGE_STATS"] == env["VLLM_DO_NOT_TRACK"] == env["HF_HUB_OFFLINE"] == "1"

@@ -76,7 +76,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
                 *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO)),
                 *("--host", "127.0.0.1", "--port", str(port), *words),
             ],
-            env={**kept, **vllm.environment(chosen.settings, backend="cpu"), "VLLM_API_KEY": KEY},
+            env={
+                **kept,
+                **vllm.environment(chosen.settings, backend="cpu", arch="x86_64"),
+                "VLLM_API_KEY": KEY,
+            },
             stdout=out,
             stderr=subprocess.STDOUT,
         )
