@@ -106,13 +106,14 @@ def measure(
     """One case: what is predicted, what llama.cpp says, what the process took."""
     settings = llama_cpp.cpu_settings(context=context, kv_type=kv_type, threads=threads)
     predicted = fit.fit(spec, profile=None, scheme=scheme, settings=settings)
+    environment = llama_cpp.environment(settings, backend="cpu", arch="x86_64")
     asked = exact.exact(spec, scheme, settings, toolchain=toolchain.find())
     with (
         tempfile.TemporaryDirectory() as folder,
         agent.memory_limit(None) as limit,
         agent.running_server(
             str(toolchain.find().server), list(llama_cpp.launch(settings, alias="m")), model=str(artifact.path),
-            folder=folder, environment={}, limit=limit,
+            folder=folder, environment=dict(environment), limit=limit,
         ) as server,
     ):  # fmt: skip
         server.wait_healthy(600)

@@ -18,7 +18,7 @@ from edgepack.units import GIB, MIB, Bytes
 
 SERVED = (("vllm", "rtx-4060-8gb"), ("onnx-genai", "x86-laptop-ddr5"), ("transformers", "x86-laptop-ddr5"))
 """Runtimes in Python, each on a device that it is made for."""
-PROFILES = ("jetson-orin-nano-8gb", "rtx-4060-8gb", "raspberry-pi-5-8gb")
+PROFILES = ("jetson-orin-nano-8gb", "rtx-4060-8gb", "raspberry-pi-5-8gb", "x86-laptop-ddr5")
 
 
 def this_machine() -> profile.DeviceProfile:

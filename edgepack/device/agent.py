@@ -1319,7 +1319,7 @@ RUNTIMES: Dict[str, Runtime] = {
         },
         lists=frozenset(),
         environment=re.compile(
-            r"(?!.*(?:LIB|PATH|TOOL|INJECT))(?:(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+|GLIBC_TUNABLES)\Z"
+            r"(?:(?!.*(?:LIB|PATH|TOOL|INJECT))(?:GGML|CUDA|OMP|MALLOC)_[A-Z0-9_]+|GLIBC_TUNABLES)\Z"
         ),
         inherits_not="LLAMA_",
         slots="--parallel",
@@ -2217,25 +2217,31 @@ def _code_in_huge_pages(pids: Sequence[int]) -> Optional[int]:
     """
     whole: Dict[Tuple[str, str], int] = {}
     for pid in pids:
-        own: Dict[Tuple[str, str], int] = {}
-        code: Set[Tuple[str, str]] = set()
-        file = ("", "0")
         try:
             with open("/proc/%d/smaps" % pid, encoding="utf-8", errors="replace") as lines:
-                for words in map(str.split, lines):
-                    if words[0] == "FilePmdMapped:":
-                        own[file] = own.get(file, 0) + int(words[1])
-                    elif not words[0].endswith(":"):
-                        file = (words[3], words[4])
-                        if "x" in words[1]:
-                            code.add(file)
+                own = huge_code(lines)
         except OSError:
             if os.path.isdir("/proc/%d" % pid):
                 return None
             continue
-        for file in code:
-            whole[file] = max(whole.get(file, 0), own.get(file, 0))
-    return sum(whole.values()) * 1024
+        for file, size in own.items():
+            whole[file] = max(whole.get(file, 0), size)
+    return sum(whole.values())
+
+
+def huge_code(lines: Iterable[str]) -> Dict[Tuple[str, str], int]:
+    """Bytes in huge pages of each file (device, inode) of a smaps file of which some part can be executed."""
+    huge: Dict[Tuple[str, str], int] = {}
+    code: Set[Tuple[str, str]] = set()
+    file = ("", "0")
+    for words in map(str.split, lines):
+        if words[0] == "FilePmdMapped:":
+            huge[file] = huge.get(file, 0) + int(words[1]) * 1024
+        elif not words[0].endswith(":"):
+            file = (words[3], words[4])
+            if "x" in words[1]:
+                code.add(file)
+    return {file: size for file, size in huge.items() if file in code}
 
 
 def _mappings(lines: Iterable[str]) -> Iterator[Tuple[Optional[Tuple[str, ...]], Dict[str, int]]]:

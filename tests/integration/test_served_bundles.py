@@ -110,10 +110,14 @@ def test_what_was_built_passes_its_check_with_the_code_that_it_carries(
 def test_memory_is_the_planned_on_the_machine_that_it_was_planned_for(
     built: Built, report: Mapping[str, Any], cache: Path
 ) -> None:
-    """Every part that the server counts, and the peak of its process with the context filled."""
+    """Every part that the server counts, and the peak of its process with the context filled.
+
+    Where the page cache holds a library in huge pages, as after unpacking it, each is mapped whole: 75 MiB more of
+    torch. What is used of them nobody can tell, so the plan must lie between all and none of them."""
     told = json.loads(edgepack("inspect", built.bundle, "--json", cache=cache))["annotations"]
     planned = int(told["org.edgepack.total-bytes"])
-    measured = report["facts"]["memory"]["peak_rss"]
+    memory = report["facts"]["memory"]
+    most, least = memory["peak_rss"], memory["peak_rss"] - memory["code_in_huge_pages"]
 
     assert report["same_device"] is True, "deviations would only be warned about"
     assert {part["part"] for part in report["residuals"]} >= {"weights", "kv_cache"}
@@ -122,7 +126,8 @@ def test_memory_is_the_planned_on_the_machine_that_it_was_planned_for(
         bar = BARS[built.runtime] * part["predicted"]
         assert -LESS * bar - rounding <= part["bytes"] <= bar + rounding, part
     bar = BARS[built.runtime] * planned
-    assert -LESS * bar <= measured - planned <= bar, (measured, planned)
+    assert least - planned <= bar, (least, most, planned)
+    assert most - planned >= -LESS * bar, (least, most, planned)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,6 +136,8 @@ def test_no_flag_of_a_bundle_names_a_file_a_host_or_code(runtime: str, args: lis
         ("HF_ENDPOINT", "x"),
         ("HF_HUB_OFFLINE", "/0"),
         ("VLLM_PLUGINS", "x"),
+        ("GLIBC_TUNABLES", "glibc.cpu.hwcaps=-AVX2"),
+        ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1:glibc.rtld.nns=1"),
         ("VLLM_API_KEY", "x"),
         ("VLLM_CONFIG_ROOT", "x"),
         ("VLLM_RPC_BASE_PATH", "x"),

@@ -235,6 +235,7 @@ def test_facts_of_an_older_agent_are_still_read() -> None:
     for place, name in (
         (document, "served"),
         (document["memory"], "processes"),
+        (document["memory"], "code_in_huge_pages"),
         (document["server"], "code"),
     ):
         del place[name]

@@ -1,4 +1,4 @@
-"""The start files: what they say for three devices, whole, and that no value can break out of its place."""
+"""The start files: what they say for four devices, whole, and that no value can break out of its place."""
 
 from __future__ import annotations
 
@@ -60,7 +60,16 @@ def test_every_profile_renders_and_every_start_file_bounds_memory(name: str) -> 
     for words in (service, start, quadlet, command):
         starts = [at for at, word in enumerate(words) if word == flags[0]]
         assert flags in [tuple(words[at : at + len(flags)]) for at in starts]
+    asked = llama_cpp.environment(plan.settings, backend=plan.profile.backend, arch=plan.profile.arch)
+    assert bool(asked) == (plan.profile.backend == "cpu" and plan.profile.arch == "x86_64")
     environment = rendered["server.env"]
+    for variable, value in asked.items():
+        assert f"\n{variable}={value}\n" in environment
+        assert f"\nexport {variable}={value}\n" in rendered["start.sh"]
+        assert f"\nEnvironment={variable}={value}\n" in carried["edgepack.service"]
+        assert f"\nEnvironment={variable}={value}\n" in rendered["edgepack.container"]
+        described = yaml.safe_load(rendered["compose.yaml"])["services"]["llama-server"]["environment"]
+        assert described[variable] == value
     assert f"LLAMA_ARG_CTX_SIZE={plan.settings.context}\n" in environment
     assert "LLAMA_ARG_CACHE_RAM=0\n" in environment
 

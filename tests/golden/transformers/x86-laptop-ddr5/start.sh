@@ -150,6 +150,7 @@ prepare_python
 export MALLOC_ARENA_MAX=1
 export MALLOC_MMAP_THRESHOLD_=2097152
 export MALLOC_TRIM_THRESHOLD_=2097152
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 export HF_HUB_OFFLINE=1
 exec "$python" -m edgepack_server \
     --model "$here/model" --plan "$here/plan.json" \
