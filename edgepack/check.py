@@ -1161,7 +1161,7 @@ def peak_of(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, 
         used,
         how
         if used == peak
-        else f"{how}, less {show(peak - used)} that huge pages map of libraries beside it",
+        else f"{how}, less {show(peak - used)} of libraries, mapped by whole huge pages, used or not",
     )
 
 

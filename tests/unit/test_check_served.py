@@ -195,7 +195,7 @@ def test_huge_pages_of_libraries_explain_what_is_more_than_planned_and_no_more()
     )
 
     assert none["peak memory"].status == some["peak memory"].status == "fail"
-    assert "less 40.0 MiB that huge pages map of libraries" in some["peak memory"].message
+    assert "less 40.0 MiB of libraries, mapped by whole huge pages" in some["peak memory"].message
     assert all_["peak memory"].status == "pass"
     assert all_["peak memory"].measured.endswith("(+0.00%)")
     assert "less 200.0 MiB" in all_["peak memory"].message
