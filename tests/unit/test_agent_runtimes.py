@@ -249,7 +249,10 @@ def test_a_vllm_that_waits_for_an_engine_that_failed_has_not_started(
         limit=agent.Limit(None, "none", None),
     )  # fmt: skip
 
-    with server as started, pytest.raises(agent.Failed, match=r"did not start: .*No working C\+\+ comp") as failed:
+    with (
+        server as started,
+        pytest.raises(agent.Failed, match=r"did not start: .*No working C\+\+ comp") as failed,
+    ):
         started.wait_healthy(60)
 
     assert (failed.value.kind, failed.value.stage) == ("did-not-start", "load")
