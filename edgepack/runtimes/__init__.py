@@ -47,6 +47,8 @@ class Runtime(Protocol):
     """Whose constants of the speed law it has."""
     EAGER: tuple[Backend, ...]
     """Where it starts the operations of a layer one by one from the host, without graphs."""
+    COMPILES: tuple[Backend, ...]
+    """Where its server compiles machine code when it starts, and loads it from a file."""
     ONE_BY_ONE: bool
     """Whether slots are computed each by itself, the weights read for each."""
 

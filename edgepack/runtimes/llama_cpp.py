@@ -34,6 +34,7 @@ READERS: Mapping[str, tuple[str, ...]] = {}
 IMAGES: Mapping[str, str] = {}
 SPEED_FAMILY: support.Family = "llama.cpp"
 EAGER: tuple[Backend, ...] = ()
+COMPILES: tuple[Backend, ...] = ()
 ONE_BY_ONE = False
 KERNELS: tuple[support.Kernel, ...] = tuple(
     support.Kernel(schemes=("gguf",), backend=backend, why="ggml has every GGUF type on every backend")

@@ -33,6 +33,7 @@ IMAGES: Mapping[str, str] = {
 SPEED_FAMILY: support.Family = "torch"
 """Nobody published its speed on these devices: taken for PyTorch's."""
 EAGER: tuple[Backend, ...] = ()
+COMPILES: tuple[Backend, ...] = ("cuda",)
 ONE_BY_ONE = True
 
 SCHEMES: tuple[str, ...] = ("onnx-int8", "onnx-int4", "onnx-int4-rtn")

@@ -40,6 +40,7 @@ IMAGES: Mapping[str, str] = {
 }
 SPEED_FAMILY: support.Family = "torch"
 EAGER: tuple[Backend, ...] = ("cpu", "cuda")
+COMPILES: tuple[Backend, ...] = ("cuda",)
 ONE_BY_ONE = True
 
 SCHEMES: tuple[str, ...] = ("bf16", "bnb-int8", "bnb-nf4", "gptq-int4-g128", "awq-int4-g128")

@@ -215,6 +215,49 @@ def test_the_device_neither_changes_a_bundles_flags_nor_is_made_to_fetch(
     assert "HF_HUB_OFFLINE" not in llama or os.environ.get("HF_HUB_OFFLINE")
 
 
+@pytest.mark.parametrize("runtime", ["vllm", "transformers"])
+def test_what_vllm_compiles_is_kept_beside_its_log_and_not_in_a_folder_of_everybody(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/theirs")
+    program = tmp_path / "python3"
+    program.write_text("#!/bin/sh\nenv\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = agent.running_server(
+        str(program), [], model=str(tmp_path), folder=str(tmp_path), environment={}, runtime=runtime,
+        limit=agent.Limit(None, "none", None),
+    )  # fmt: skip
+
+    with server as started:
+        started.process.wait(timeout=10)
+
+    said = (tmp_path / "server.log").read_text(encoding="utf-8").splitlines()
+    kept = [f"VLLM_CACHE_ROOT={tmp_path}/vllm", f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/vllm/inductor"]
+    assert [line in said for line in kept] == [runtime == "vllm"] * 2
+
+
+def test_a_vllm_that_waits_for_an_engine_that_failed_has_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "LAST_SECONDS", 0.1)
+    recorded = LOGS.parents[1] / "data" / "logs" / "compiler-missing--inductor.txt"
+    program = tmp_path / "python3"
+    program.write_text(f"#!/bin/sh\ncat {recorded}\nexec sleep 300\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = agent.running_server(
+        str(program), [], model=str(tmp_path), folder=str(tmp_path), environment={}, runtime="vllm",
+        limit=agent.Limit(None, "none", None),
+    )  # fmt: skip
+
+    with (
+        server as started,
+        pytest.raises(agent.Failed, match=r"did not start: .*No working C\+\+ comp") as failed,
+    ):
+        started.wait_healthy(60)
+
+    assert (failed.value.kind, failed.value.stage) == ("did-not-start", "load")
+
+
 # ── which Python ──
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -386,6 +387,77 @@ echo "$*" >>"{tmp_path}/calls"
         f"-m venv {tmp_path}/venv",
         f"-m pip install --requirement {tmp_path}/requirements.txt",
         *taken_off,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "headers", "said"),
+    [
+        (
+            "g++-of-nobody",
+            "here",
+            "start.sh: no C++ compiler: g++-of-nobody cannot be run, and vLLM compiles the model",
+        ),
+        (
+            "true",
+            "nowhere",
+            "start.sh: no Python.h of {python}, which vLLM compiles the model with (apt install",
+        ),
+        ("true", "here", "started"),
+    ],
+)
+def test_vllm_on_a_cpu_starts_only_where_it_can_compile(
+    compiler: str, headers: str, said: str, tmp_path: Path
+) -> None:
+    """It would say so itself, after a minute and in a traceback of 479 lines."""
+    (tmp_path / "start.sh").write_text(
+        render(served_plan("vllm", "x86-laptop-ddr5"))["start.sh"], encoding="utf-8"
+    )
+    for name in ("model/config.json", "here/Python.h"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    python = tmp_path / "python3"
+    python.write_text(
+        f"""#!/bin/sh
+case "$2" in
+vllm.*) echo started >&2 ;;
+*sysconfig*) exec {sys.executable} -c "import sysconfig
+sysconfig.get_path = lambda name: '{tmp_path}/{headers}'
+$2" ;;
+esac
+""",
+        encoding="utf-8",
+    )
+    python.chmod(0o755)
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "EDGEPACK_PYTHON": str(python), "EDGEPACK_FORCE": "1",
+        "CXX": compiler,
+    }  # fmt: skip
+
+    done = subprocess.run(
+        ["sh", tmp_path / "start.sh"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert done.stderr.startswith(said.format(python=python))
+    assert done.returncode == (0 if said == "started" else 1)
+
+
+def test_where_a_server_compiles_its_container_lets_it_load_what_it_made() -> None:
+    image = RuntimeImage(runtime="vllm", reference="example/vllm:1")
+    plan = served_plan("vllm", "x86-laptop-ddr5")
+    plan = replace(
+        plan, profile=replace(plan.profile, software=replace(plan.profile.software, images=(image,)))
+    )
+
+    rendered = render(plan)
+
+    assert yaml.safe_load(rendered["compose.yaml"])["services"]["server"]["tmpfs"] == [
+        "/tmp:mode=1777,exec,size=1g"
     ]
 
 

@@ -178,6 +178,8 @@ export VLLM_NO_USAGE_STATS=1
 # Empty it crashes a worker on a CPU, set it overrides the plan's bytes.
 unset VLLM_CPU_KVCACHE_SPACE
 export VLLM_CACHE_ROOT="${VLLM_CACHE_ROOT:-$state/vllm}"
+# PyTorch's own place for what it compiles is in /tmp: who was there first could have it load other code.
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$VLLM_CACHE_ROOT/inductor}"
 # In the environment, for a command line can be read by everybody.
 VLLM_API_KEY=$(cat -- "$key_file")
 export VLLM_API_KEY
