@@ -1157,12 +1157,9 @@ def peak_of(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, 
         else:
             return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
     used = memory.counted(peak, plan.memory.total)
-    return (
-        used,
-        how
-        if used == peak
-        else f"{how}, less {show(peak - used)} of libraries, mapped by whole huge pages, used or not",
-    )
+    if used < peak:
+        how += f", less {show(peak - used)} of libraries, mapped by whole huge pages, used or not"
+    return used, how
 
 
 def _server_backend(plan: Plan, facts: Facts) -> str:
