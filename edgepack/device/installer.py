@@ -2237,14 +2237,15 @@ def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
     resident = memory["peak_rss"]
     if memory["processes"] is not None:
         resident = max(resident, memory["processes"]["peak"])
-    # Of huge pages that libraries lie in nobody can tell what is used (edgepack/check.py: counted).
-    huge = memory.get("code_in_huge_pages") or 0
-    used, card = resident - huge, None
+    # Beyond what the runtime uses, pages of libraries may only be mapped (edgepack/check.py: counted).
+    runtime = agent.RUNTIMES[facts["served"]["runtime"] if facts["served"] else agent.LLAMA_CPP]
+    beyond = max(0, (memory.get("code") or 0) - runtime.libraries)
+    used, card = resident - beyond, None
     if plan.backend != "cpu":
         resident, card = _on_host(memory, resident), memory["gpu"]
         own = [memory[name] for name in ("nvmap", "gpu") if memory[name] is not None]
         lost = memory["system_drop"] if plan.unified else None
-        used = resident - huge + own[0] if own else lost
+        used = resident - beyond + own[0] if own else lost
     if used is not None and used > plan.most:
         yield "its memory peaked at %d bytes, the plan says up to %d" % (used, plan.most)
     if plan.unified and used is not None and used > plan.device + plan.driver:
@@ -2254,7 +2255,7 @@ def _too_much_memory(plan: Promise, facts: Dict[str, Any]) -> Iterator[str]:
             card,
             plan.device + plan.driver,
         )
-    if not plan.unified and resident - huge > plan.host:
+    if not plan.unified and resident - beyond > plan.host:
         yield "its memory peaked at %d bytes, the device has %d to give" % (resident, plan.host)
 
 

@@ -145,9 +145,9 @@ TOKEN = 430
 PROCESS = (108 * MIB, 85 * MIB, 270 * MIB)
 """Python with FastAPI, Uvicorn and onnxruntime-genai on an AVX-512 machine of AMD: 97 to 111 MiB are left of six peaks
 of four models (`python scripts/measure_servers.py`), 106 to 113 of the built-in model's where `edgepack check` ran it,
-with a cold and a warm page cache: 46 to 56 MiB of that are pages of libraries, more where more were read ahead. On
-another x86-64 machine it was 100 to 107, and 116 to 123 where the page cache held the libraries in huge pages, of which
-`check` counts none above the plan. The upper end is for CUDA's libraries, which were not measured."""
+with a cold and a warm page cache: 46 to 56 MiB of that are pages of libraries. On another x86-64 machine it was 100 to
+107, and 114 to 123 where the page cache held the libraries in large folios, of which `check` counts none above the
+plan. The upper end is for CUDA's libraries, which were not measured."""
 PROCESS_CPU = 120 * MIB
 
 

@@ -687,24 +687,20 @@ def test_a_missing_bundle_is_one_line(tmp_path: Path) -> None:
 SMAPS = """\
 7f10a0000000-7f10a0800000 r--p 00000000 fe:00 41                         /lib/libtorch_cpu.so
 Size:               8192 kB
-FilePmdMapped:      4096 kB
+Rss:                4096 kB
+Anonymous:             0 kB
 VmFlags: rd mr mw me
 7f10a0800000-7f10a1000000 r-xp 00800000 fe:00 41                         /lib/libtorch_cpu.so
-FilePmdMapped:      6144 kB
+Rss:                6144 kB
+Anonymous:          1024 kB
 7f10b0000000-7f10b0800000 r--s 00000000 fe:00 42                         /model/model.safetensors
-FilePmdMapped:      8192 kB
-7f10c0000000-7f10c0001000 r-xp 00000000 fe:00 43                         /lib/libc.so.6
-FilePmdMapped:         0 kB
+Rss:                8192 kB
+Anonymous:             0 kB
 7f10d0000000-7f10d0001000 r-xp 00000000 00:00 0
-FilePmdMapped:         0 kB
+Rss:                   4 kB
+Anonymous:             0 kB
 """
 
 
-def test_huge_pages_of_code_are_those_of_libraries_and_not_of_weights() -> None:
-    found = agent.huge_code(SMAPS.splitlines())
-
-    assert {file: size for file, size in found.items() if size} == {("fe:00", "41"): 10 * MIB}
-
-
-def test_a_kernel_that_does_not_tell_has_none() -> None:
-    assert agent.huge_code(line for line in SMAPS.splitlines() if "Pmd" not in line) == {}
+def test_pages_of_code_are_those_of_libraries_and_not_of_weights() -> None:
+    assert agent.code_pages(SMAPS.splitlines()) == {("fe:00", "41"): 9 * MIB}

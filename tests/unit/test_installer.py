@@ -2320,14 +2320,15 @@ def test_what_it_does_not_hold_is_told(changes: dict[str, Any], told: str) -> No
     assert any(told in reason for reason in judged(**changes)), judged(**changes)
 
 
-def test_huge_pages_of_libraries_that_may_be_unused_are_no_more_than_planned() -> None:
+def test_pages_of_libraries_that_may_be_unused_are_no_more_than_planned() -> None:
     plan = example_plan("x86-laptop")
     document = json.loads(serde.to_json(plan))
     most = installer.promise_of(document).most
     facts = releases.passing(plan)
 
-    def told(peak: int, huge: int) -> list[str]:
-        memory = {**facts["memory"], "peak_rss": peak, "code_in_huge_pages": huge}
+    def told(peak: int, beyond: int) -> list[str]:
+        code = agent.RUNTIMES["llama.cpp"].libraries + beyond
+        memory = {**facts["memory"], "peak_rss": peak, "code": code}
         return installer.verdict(document, {**facts, "memory": memory})
 
     assert told(most + MIB, 0)
