@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -139,7 +138,7 @@ class Ssh:
         # Where the line is dead the master ends by itself, with its ServerAliveInterval.
         with suppress(shell.TimedOut):
             shell.exchange([*self._words(place), "-O", "exit", "--", self.name], timeout=30)
-        shutil.rmtree(place)
+        _clear(place)
 
     def _log_in(self) -> Path:
         """Starts the master connection, which asks for what it needs on the terminal."""
@@ -153,7 +152,7 @@ class Ssh:
                 said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else _UNREAD
                 raise refused(self.name, said.splitlines())
         except BaseException:
-            shutil.rmtree(place)
+            _clear(place)
             raise
         self._place = place
         return place
@@ -174,6 +173,13 @@ class Ssh:
             *(() if self._interactive else ("BatchMode=yes",)),
         ]
         return [*self._program, *(word for option in options for word in ("-o", option))]
+
+
+def _clear(place: Path) -> None:
+    """Removes the folder; a master that ends meanwhile removes its socket itself."""
+    for file in list(place.iterdir()):
+        file.unlink(missing_ok=True)
+    place.rmdir()
 
 
 def _socket_folder() -> Path:

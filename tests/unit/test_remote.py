@@ -168,3 +168,16 @@ def test_the_socket_has_a_path_that_fits(tmp_path: Path, monkeypatch: pytest.Mon
 
     assert len(str(place / "s")) <= remote.SOCKET_PATH
     assert mode == 0o700
+
+
+def test_a_socket_that_its_master_removes_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "log").touch()
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter((self / "s", self / "log")))
+
+    remote._clear(place)
+
+    assert not place.exists()
