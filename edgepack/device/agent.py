@@ -1240,7 +1240,7 @@ class Runtime(NamedTuple):
     libraries: int
     """Bytes of its program's and libraries' files that are mapped where the page cache holds them page by page: 9.4 MiB
     were seen of the static llama-server, 11.4 to 11.7 of one that is linked with the system's libraries, 49 of
-    onnxruntime-genai, 87 of PyTorch's and 205 of vLLM's."""
+    onnxruntime-genai and 87 of PyTorch's (`edgepack check --json`, memory.peak_file), 205 of vLLM's that it shares."""
     error: Pattern[str]
     """A line of its log that says what went wrong."""
 
